@@ -1,5 +1,6 @@
 //! Espalier: GPU-kernel-first compression and fine-tuning of transformer language models.
 
+pub mod atomic;
 pub mod dtype;
 pub mod error;
 pub mod shape;
