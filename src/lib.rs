@@ -1,10 +1,18 @@
 //! Espalier: GPU-kernel-first compression and fine-tuning of transformer language models.
 
-pub mod atomic;
+pub mod cpu;
+pub mod device;
+pub mod dispatch;
 pub mod dtype;
 pub mod error;
+pub mod kernel;
+pub mod op;
+pub mod ops;
+pub mod rng;
 pub mod shape;
+pub mod tensor;
 
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use shape::{Meta, Shape};
+pub use tensor::Tensor;

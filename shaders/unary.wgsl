@@ -1,0 +1,111 @@
+// op:       relu, gelu_tanh, gelu_erf, silu, tanh, sigmoid, exp, scale, their backward, cast
+// math:     y = f(x); dx = dy f'(x); cast: y = x in another storage type
+// grad:     unary_bwd; a cast's gradient is the cast back
+// shapes:   fwd: x[N], y[N]; bwd: x[N], dy[N], dx[N]; cast: x[N], y[N]
+// layout:   contiguous; bf16 words hold two elements, the even one low
+// launch:   linear, 64 invocations a group, 4 elements each
+// cost:     N functions; 2 N (fwd) or 3 N (bwd) elements moved
+// numerics: f32 arithmetic whatever the storage; NaN passes through all but relu (0)
+// source:   GELU: Hendrycks and Gimpel 2016; SiLU: Elfwing et al. 2017
+// rungs:    v1 one invocation, four neighbours
+
+struct UnaryParams { count: u32, kind: u32, factor: f32 }
+var<immediate> unary: UnaryParams;
+
+@group(0) @binding(0) var<storage, read> unary_x: array<E>;
+@group(0) @binding(1) var<storage, read_write> unary_y: array<E>;
+@group(0) @binding(1) var<storage, read> unary_dy: array<E>;
+@group(0) @binding(2) var<storage, read_write> unary_dx: array<E>;
+
+const GELU_SCALE: f32 = 0.7978845608;
+
+fn sigmoid(x: f32) -> f32 { return 1.0 / (1.0 + exp(-x)); }
+
+fn apply(x: f32) -> f32 {
+    switch unary.kind {
+        case 0u: { return max(x, 0.0); }
+        case 1u: { return 0.5 * x * (1.0 + tanh_safe(GELU_SCALE * (x + 0.044715 * x * x * x))); }
+        case 2u: { return 0.5 * x * (1.0 + erf(x * 0.7071067812)); }
+        case 3u: { return x * sigmoid(x); }
+        case 4u: { return tanh_safe(x); }
+        case 5u: { return sigmoid(x); }
+        case 6u: { return exp(x); }
+        default: { return x * unary.factor; }
+    }
+}
+
+fn derivative(x: f32) -> f32 {
+    switch unary.kind {
+        case 0u: { return select(0.0, 1.0, x > 0.0); }
+        case 1u: {
+            let t = tanh_safe(GELU_SCALE * (x + 0.044715 * x * x * x));
+            return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * GELU_SCALE * (1.0 + 0.134145 * x * x);
+        }
+        case 2u: { return 0.5 * (1.0 + erf(x * 0.7071067812)) + x * 0.3989422804 * exp(-0.5 * x * x); }
+        case 3u: { let s = sigmoid(x); return s * (1.0 + x * (1.0 - s)); }
+        case 4u: { let t = tanh_safe(x); return 1.0 - t * t; }
+        case 5u: { let s = sigmoid(x); return s * (1.0 - s); }
+        case 6u: { return exp(x); }
+        default: { return unary.factor; }
+    }
+}
+
+@compute @workgroup_size(64)
+fn unary_fwd(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let first = linear_id(gid, 64u) * 4u;
+    for (var i = first; i < min(first + 4u, unary.count); i++) {
+        unary_y[i] = st(apply(ld(unary_x[i])));
+    }
+}
+
+@compute @workgroup_size(64)
+fn unary_bwd(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let first = linear_id(gid, 64u) * 4u;
+    for (var i = first; i < min(first + 4u, unary.count); i++) {
+        unary_dx[i] = st(ld(unary_dy[i]) * derivative(ld(unary_x[i])));
+    }
+}
+
+@group(0) @binding(1) var<storage, read_write> cast_y_f32: array<f32>;
+@group(0) @binding(0) var<storage, read> cast_x_f32: array<f32>;
+@group(0) @binding(1) var<storage, read_write> cast_y_words: array<u32>;
+@group(0) @binding(0) var<storage, read> cast_x_words: array<u32>;
+
+@compute @workgroup_size(64)
+fn cast_to_f32(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let first = linear_id(gid, 64u) * 4u;
+    for (var i = first; i < min(first + 4u, unary.count); i++) { cast_y_f32[i] = ld(unary_x[i]); }
+}
+
+@compute @workgroup_size(64)
+fn cast_from_f32(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let first = linear_id(gid, 64u) * 4u;
+    for (var i = first; i < min(first + 4u, unary.count); i++) { unary_y[i] = st(cast_x_f32[i]); }
+}
+
+fn bf16_bits(x: f32) -> u32 {
+    let b = bitcast<u32>(x);
+    if is_nan(x) { return (b >> 16u) | 0x40u; }
+    return ((b + 0x7fffu + ((b >> 16u) & 1u)) >> 16u) & 0xffffu;
+}
+
+// f16 to bf16: a word of two elements is written whole, so neighbours never race.
+@compute @workgroup_size(64)
+fn cast_to_bf16_words(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let first = linear_id(gid, 64u) * 4u;
+    for (var i = first; i < min(first + 4u, unary.count); i += 2u) {
+        var high = 0u;
+        if i + 1u < unary.count { high = bf16_bits(ld(unary_x[i + 1u])); }
+        cast_y_words[i / 2u] = bf16_bits(ld(unary_x[i])) | (high << 16u);
+    }
+}
+
+@compute @workgroup_size(64)
+fn cast_from_bf16_words(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let first = linear_id(gid, 64u) * 4u;
+    for (var i = first; i < min(first + 4u, unary.count); i++) {
+        let word = cast_x_words[i / 2u];
+        let bits = select(word << 16u, word & 0xffff0000u, (i & 1u) == 1u);
+        unary_y[i] = st(bitcast<f32>(bits));
+    }
+}

@@ -1,0 +1,180 @@
+//! CPU kernels, twins of `shaders/` and `cuda/`: one file per op family.
+
+mod unary;
+
+pub(crate) use unary::{cast, unary, unary_backward};
+
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::dtype::{DType, Element};
+
+/// Best instruction set of this processor that kernels dispatch on at run time.
+pub fn level() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+            return "AVX-512";
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return "AVX2";
+        }
+    }
+    "portable"
+}
+
+struct Slot<'a> {
+    base: *mut u8,
+    state: Cell<State>,
+    bytes: usize,
+    _memory: PhantomData<&'a mut [u8]>,
+}
+
+/// A slot is either shared by readers or owned by one writer.
+#[derive(Clone, Copy, PartialEq)]
+enum State {
+    Free,
+    Read,
+    Written,
+}
+
+/// What a CPU kernel is called with: arguments in order (inputs, outputs that alias no input, scratch), parameter
+/// words, and the device's threads.
+pub struct Args<'a> {
+    slots: Vec<Slot<'a>>,
+    params: &'a [u32],
+    pub element: DType,
+    threads: &'a rayon::ThreadPool,
+}
+
+impl<'a> Args<'a> {
+    pub(crate) fn new(params: &'a [u32], element: DType, threads: &'a rayon::ThreadPool) -> Self {
+        Self { slots: Vec::with_capacity(8), params, element, threads }
+    }
+
+    /// # Safety
+    /// `base` starts `bytes` initialized bytes that live for `'a`, aligned to 4; where one of two overlapping
+    /// arguments is taken with [`Args::write`], neither is otherwise used.
+    pub(crate) unsafe fn push(&mut self, base: *mut u8, bytes: usize) {
+        self.slots.push(Slot { base, state: Cell::new(State::Free), bytes, _memory: PhantomData });
+    }
+
+    /// Argument `index` as elements. Empty when the argument was already taken for writing.
+    pub fn read<T: Element>(&self, index: usize) -> &'a [T] {
+        let slot = &self.slots[index];
+        if slot.state.get() == State::Written {
+            return &[];
+        }
+        slot.state.set(State::Read);
+        // SAFETY: `push` promised the range; T is plain old data of at most 4-byte alignment; no writer has it.
+        unsafe { std::slice::from_raw_parts(slot.base as *const T, slot.bytes / size_of::<T>()) }
+    }
+
+    /// Argument `index` to be written; it can be taken once, and not after it was read.
+    pub fn write<T: Element>(&self, index: usize) -> &'a mut [T] {
+        let slot = &self.slots[index];
+        if slot.state.replace(State::Written) != State::Free {
+            return &mut [];
+        }
+        // SAFETY: as in `read`; the slot was free and is now owned by this slice.
+        unsafe { std::slice::from_raw_parts_mut(slot.base as *mut T, slot.bytes / size_of::<T>()) }
+    }
+
+    /// Number of arguments.
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Parameter word as an extent.
+    pub fn u(&self, index: usize) -> usize {
+        self.params[index] as usize
+    }
+
+    /// Parameter word as a float.
+    pub fn f(&self, index: usize) -> f32 {
+        f32::from_bits(self.params[index])
+    }
+
+    pub fn word(&self, index: usize) -> u32 {
+        self.params[index]
+    }
+
+    /// How many threads the device has. For load balance only: results never depend on it.
+    pub fn threads(&self) -> usize {
+        self.threads.current_num_threads()
+    }
+
+    /// Runs `work` inside the device's thread pool, for kernels that use rayon themselves.
+    pub fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.threads.install(work)
+    }
+
+    /// Calls `work` for fixed ranges of at most `grain` items covering `0..items`. The ranges depend on the problem
+    /// alone, so results are the same bits for any number of threads.
+    pub fn ranges(&self, items: usize, grain: usize, work: impl Fn(Range<usize>) + Sync + Send) {
+        let grain = grain.max(1);
+        let chunks = items.div_ceil(grain);
+        let range = |c: usize| c * grain..((c + 1) * grain).min(items);
+        if chunks <= 1 || self.threads() == 1 {
+            (0..chunks).for_each(|c| work(range(c)));
+        } else {
+            self.threads.install(|| (0..chunks).into_par_iter().for_each(|c| work(range(c))));
+        }
+    }
+
+    /// Splits `out` into fixed chunks of `grain` rows of `row` elements and calls `work(first row, chunk)`.
+    pub fn rows<T: Send>(&self, out: &mut [T], row: usize, grain: usize, work: impl Fn(usize, &mut [T]) + Sync + Send) {
+        let (row, grain) = (row.max(1), grain.max(1));
+        if out.len() <= row * grain || self.threads() == 1 {
+            out.chunks_mut(row * grain).enumerate().for_each(|(c, chunk)| work(c * grain, chunk));
+        } else {
+            self.threads.install(|| {
+                out.par_chunks_mut(row * grain).enumerate().for_each(|(c, chunk)| work(c * grain, chunk));
+            });
+        }
+    }
+
+    /// As [`Args::rows`] over two outputs with the same number of rows of `rows_of.0` and `rows_of.1` elements.
+    pub fn rows2<T: Send, U: Send>(
+        &self,
+        (a, b): (&mut [T], &mut [U]),
+        rows_of: (usize, usize),
+        grain: usize,
+        work: impl Fn(usize, &mut [T], &mut [U]) + Sync + Send,
+    ) {
+        let (ra, rb, grain) = (rows_of.0.max(1), rows_of.1.max(1), grain.max(1));
+        if a.len() <= ra * grain || self.threads() == 1 {
+            let pairs = a.chunks_mut(ra * grain).zip(b.chunks_mut(rb * grain));
+            pairs.enumerate().for_each(|(c, (x, y))| work(c * grain, x, y));
+        } else {
+            self.threads.install(|| {
+                let pairs = a.par_chunks_mut(ra * grain).zip(b.par_chunks_mut(rb * grain));
+                pairs.enumerate().for_each(|(c, (x, y))| work(c * grain, x, y));
+            });
+        }
+    }
+}
+
+/// Rows per chunk so that one chunk is about 16 Ki elements: large enough to pay for a thread, small enough to balance.
+pub fn grain(row: usize) -> usize {
+    (16_384 / row.max(1)).max(1)
+}
+
+/// Calls a function generic over the float storage type for the element type of `args`.
+macro_rules! float_kernel {
+    ($args:expr, $f:ident) => {
+        match $args.element {
+            $crate::dtype::DType::F16 => $f::<half::f16>($args),
+            $crate::dtype::DType::Bf16 => $f::<half::bf16>($args),
+            _ => $f::<f32>($args),
+        }
+    };
+}
+pub(crate) use float_kernel;

@@ -1,0 +1,254 @@
+//! Devices know kernels, not ops: they allocate, copy, launch and time.
+
+mod cpu;
+mod null;
+mod pool;
+mod reference;
+mod wgpu;
+
+use std::any::Any;
+use std::sync::Arc;
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::kernel::{Kernel, Launch};
+
+pub use cpu::CpuDevice;
+pub use null::NullDevice;
+pub use pool::Stats;
+pub use reference::ReferenceDevice;
+pub use wgpu::WgpuDevice;
+
+/// Kinds of device; kernels are written for `Cpu`, `Wgpu` and `Cuda`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    Cpu,
+    Wgpu,
+    Cuda,
+    /// Runs every op's f64 reference; storage is f64. The oracle as a device.
+    Reference,
+    /// Takes every launch, runs none: for geometry tests.
+    Null,
+}
+
+impl Kind {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kind::Cpu => "cpu",
+            Kind::Wgpu => "wgpu",
+            Kind::Cuda => "cuda",
+            Kind::Reference => "reference",
+            Kind::Null => "null",
+        }
+    }
+}
+
+/// How WGSL kernels should be shaped for an adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// A software rasterizer: one row per invocation, register tiles, no barriers.
+    Cpu,
+    /// A GPU without usable matrix units: workgroup tiles.
+    Simt,
+    /// 16x16 cooperative matrices.
+    Coop,
+}
+
+#[derive(Clone, Debug)]
+pub struct Limits {
+    pub binding_bytes: u64,
+    pub buffer_bytes: u64,
+    pub workgroup_bytes: u32,
+    pub invocations: u32,
+    pub groups_per_dimension: u32,
+    pub storage_buffers: u32,
+    /// Iterations after which the driver silently leaves a loop (software Vulkan: 65,535); `None` when not cut.
+    pub loop_budget: Option<u64>,
+}
+
+impl Limits {
+    /// No limits: CPU devices.
+    pub const fn unbounded() -> Self {
+        Self {
+            binding_bytes: u64::MAX,
+            buffer_bytes: u64::MAX,
+            workgroup_bytes: u32::MAX,
+            invocations: u32::MAX,
+            groups_per_dimension: u32::MAX,
+            storage_buffers: u32::MAX,
+            loop_budget: None,
+        }
+    }
+
+    /// WebGPU's defaults: what a plan must be able to live with.
+    pub const fn webgpu() -> Self {
+        Self {
+            binding_bytes: 128 << 20,
+            buffer_bytes: 256 << 20,
+            workgroup_bytes: 16 << 10,
+            invocations: 256,
+            groups_per_dimension: 65_535,
+            storage_buffers: 8,
+            loop_budget: Some(60_000),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Features {
+    pub f16: bool,
+    /// 16-bit integers in storage: how WGSL stores bf16.
+    pub i16: bool,
+    pub subgroups: bool,
+    pub timestamps: bool,
+    pub cooperative_matrix: bool,
+}
+
+/// One start-up observation of a driver's behaviour.
+#[derive(Clone, Debug)]
+pub struct Probe {
+    pub trap: &'static str,
+    pub expected: String,
+    pub measured: String,
+    pub sound: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Info {
+    pub kind: Kind,
+    /// How the command line names it: "cpu", "wgpu:0".
+    pub id: String,
+    pub name: String,
+    pub driver: String,
+    pub class: Class,
+    /// A software adapter is used only when named and never ranked with hardware.
+    pub software: bool,
+    pub limits: Limits,
+    pub features: Features,
+    pub probes: Vec<Probe>,
+}
+
+impl Info {
+    /// Whether kernels of this element type can run here at all.
+    pub fn stores(&self, dtype: DType) -> bool {
+        match dtype {
+            DType::F16 => self.kind != Kind::Wgpu || self.features.f16,
+            DType::Bf16 => self.kind != Kind::Wgpu || self.features.i16,
+            _ => true,
+        }
+    }
+}
+
+/// A device's memory; dropping the last handle gives it back to the device's pool.
+pub trait Storage: Any + Send + Sync {
+    fn as_any(&self) -> &dyn Any;
+}
+
+#[derive(Clone)]
+pub struct Buffer {
+    storage: Arc<dyn Storage>,
+    bytes: usize,
+}
+
+impl Buffer {
+    pub fn new(storage: Arc<dyn Storage>, bytes: usize) -> Self {
+        Self { storage, bytes }
+    }
+
+    /// Usable bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Two handles of the same memory.
+    pub fn same(&self, other: &Buffer) -> bool {
+        Arc::ptr_eq(&self.storage, &other.storage)
+    }
+
+    /// Whether nobody else holds this memory.
+    pub fn unique(&self) -> bool {
+        Arc::strong_count(&self.storage) == 1
+    }
+
+    /// The leaf's own storage type; another device's buffer is a typed error.
+    fn leaf<T: Storage>(&self, info: &Info) -> Result<&T> {
+        self.storage.as_any().downcast_ref().ok_or_else(|| Error::WrongDevice {
+            op: "buffer",
+            input: 0,
+            expected: info.id.clone(),
+            got: "memory of another device".into(),
+        })
+    }
+}
+
+/// A part of a buffer as a kernel argument.
+#[derive(Clone, Copy)]
+pub struct Binding<'a> {
+    pub buffer: &'a Buffer,
+    pub offset: usize,
+    pub bytes: usize,
+    /// Whether the op writes it.
+    pub write: bool,
+}
+
+/// What every leaf offers. Work is ordered: a later call sees what earlier ones wrote.
+pub trait Device: Send + Sync {
+    fn info(&self) -> &Info;
+
+    /// Memory with unspecified contents, at least `bytes` long, aligned to 256 bytes.
+    fn alloc(&self, bytes: usize) -> Result<Buffer>;
+
+    fn upload(&self, target: &Buffer, offset: usize, data: &[u8]) -> Result<()>;
+
+    fn download(&self, source: &Buffer, offset: usize, data: &mut [u8]) -> Result<()>;
+
+    /// Copies between two buffers of this device; offsets and length are multiples of 4.
+    fn copy(&self, source: &Buffer, from: usize, target: &Buffer, to: usize, bytes: usize) -> Result<()>;
+
+    /// Queues one launch of `kernel` for one element type.
+    fn launch(&self, kernel: &Kernel, element: DType, launch: &Launch, arguments: &[Binding]) -> Result<()>;
+
+    /// Waits until everything queued has run, and reports what went wrong with it.
+    fn sync(&self) -> Result<()>;
+
+    /// Seconds of device time that the launches of `work` take; wall time where a device has no timer of its own.
+    fn elapsed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        self.sync()?;
+        let start = std::time::Instant::now();
+        work()?;
+        self.sync()?;
+        Ok(start.elapsed().as_secs_f64())
+    }
+
+    fn stats(&self) -> Stats;
+
+    /// Caps live bytes; `None` lifts the cap. Allocations above it fail with `Error::OutOfMemory`.
+    fn set_memory_cap(&self, bytes: Option<u64>);
+}
+
+/// Opens a device by its command-line name: `auto`, `cpu`, `cpu:THREADS`, `wgpu`, `wgpu:INDEX`, `wgpu:NAME`,
+/// `reference`. `auto` takes a hardware adapter, else the CPU; a software adapter is used only when named.
+pub fn open(name: &str) -> Result<Arc<dyn Device>> {
+    let (kind, rest) = name.split_once(':').map_or((name, None), |(k, r)| (k, Some(r)));
+    let unknown = |rule: &str| Error::Usage { argument: "--device", value: name.to_string(), rule: rule.to_string() };
+    match kind {
+        "auto" => Ok(match WgpuDevice::open_hardware() {
+            Ok(device) => Arc::new(device),
+            Err(_) => Arc::new(CpuDevice::new(None)?),
+        }),
+        "cpu" => {
+            let threads = match rest {
+                None => None,
+                Some(n) => Some(n.parse().ok().filter(|&n| n > 0).ok_or_else(|| unknown("cpu:THREADS, a count from 1"))?),
+            };
+            Ok(Arc::new(CpuDevice::new(threads)?))
+        }
+        "wgpu" => Ok(Arc::new(WgpuDevice::open(rest)?)),
+        "reference" => Ok(Arc::new(ReferenceDevice::new())),
+        "cuda" => Err(Error::NotAvailable {
+            device: name.to_string(),
+            reason: "this version carries no CUDA kernels yet".into(),
+        }),
+        _ => Err(unknown("auto, cpu, cpu:THREADS, wgpu, wgpu:INDEX, wgpu:NAME or reference")),
+    }
+}

@@ -1,0 +1,85 @@
+//! A device that takes every launch and runs none: geometry is tested on it without a GPU.
+
+use std::any::Any;
+use std::sync::{Arc, Mutex};
+
+use super::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits, Stats, Storage};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::kernel::{Kernel, Launch, check_launch};
+
+struct Nothing;
+
+impl Storage for Nothing {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// Pretends to be a `kind` device with the given limits, and keeps what was launched.
+pub struct NullDevice {
+    info: Info,
+    launches: Mutex<Vec<(&'static str, Launch)>>,
+}
+
+impl NullDevice {
+    pub fn new(kind: Kind, class: Class, limits: Limits) -> Self {
+        let info = Info {
+            kind,
+            id: "null".into(),
+            name: "null device".into(),
+            driver: String::new(),
+            class,
+            software: false,
+            limits,
+            features: Features { f16: true, i16: true, subgroups: true, ..Features::default() },
+            probes: Vec::new(),
+        };
+        Self { info, launches: Mutex::new(Vec::new()) }
+    }
+
+    /// Everything launched so far.
+    pub fn take(&self) -> Vec<(&'static str, Launch)> {
+        std::mem::take(&mut *self.launches.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+}
+
+impl Device for NullDevice {
+    fn info(&self) -> &Info {
+        &self.info
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        Ok(Buffer::new(Arc::new(Nothing), bytes))
+    }
+
+    fn upload(&self, _: &Buffer, _: usize, _: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn download(&self, _: &Buffer, _: usize, data: &mut [u8]) -> Result<()> {
+        data.fill(0);
+        Ok(())
+    }
+
+    fn copy(&self, _: &Buffer, _: usize, _: &Buffer, _: usize, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn launch(&self, kernel: &Kernel, _: DType, launch: &Launch, _: &[Binding]) -> Result<()> {
+        check_launch(kernel, launch, &self.info)?;
+        let mut launches = self.launches.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        launches.push((kernel.name, launch.clone()));
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn stats(&self) -> Stats {
+        Stats::default()
+    }
+
+    fn set_memory_cap(&self, _: Option<u64>) {}
+}

@@ -1,0 +1,98 @@
+//! Recycles memory by size class and counts it: every allocation of every leaf passes here.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use crate::error::{Error, Result};
+
+/// What a device has done and holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    pub bytes_live: u64,
+    /// High-water mark of `bytes_live` since the last reset.
+    pub bytes_peak: u64,
+    /// Bytes kept for reuse.
+    pub bytes_pooled: u64,
+    pub allocations: u64,
+    pub launches: u64,
+}
+
+/// Free lists of one leaf's memory type.
+pub struct Pool<T> {
+    free: Mutex<HashMap<usize, Vec<T>>>,
+    live: AtomicU64,
+    peak: AtomicU64,
+    pooled: AtomicU64,
+    allocations: AtomicU64,
+    cap: AtomicU64,
+}
+
+impl<T> Pool<T> {
+    pub fn new() -> Self {
+        Self {
+            free: Mutex::new(HashMap::new()),
+            live: AtomicU64::new(0),
+            peak: AtomicU64::new(0),
+            pooled: AtomicU64::new(0),
+            allocations: AtomicU64::new(0),
+            cap: AtomicU64::new(u64::MAX),
+        }
+    }
+
+    /// Size classes: 256-byte steps to 4 KiB, then eighths of a power of two, so at most 12.5 % is lost.
+    pub fn class(bytes: usize) -> usize {
+        let step = if bytes <= 4096 { 256 } else { bytes.next_power_of_two() / 16 };
+        bytes.max(1).div_ceil(step) * step
+    }
+
+    /// Recycled memory of the class of `bytes`, or new memory from `make`. Returns the class size with it.
+    pub fn take(&self, device: &str, bytes: usize, make: impl FnOnce(usize) -> Result<T>) -> Result<(T, usize)> {
+        let class = Self::class(bytes);
+        let live = self.live.fetch_add(class as u64, Relaxed) + class as u64;
+        let cap = self.cap.load(Relaxed);
+        if live > cap {
+            self.live.fetch_sub(class as u64, Relaxed);
+            let live = live - class as u64;
+            return Err(Error::OutOfMemory { device: device.to_string(), requested: bytes as u64, live, cap });
+        }
+        self.allocations.fetch_add(1, Relaxed);
+        let recycled = self.lock().get_mut(&class).and_then(Vec::pop);
+        let memory = match recycled {
+            Some(memory) => {
+                self.pooled.fetch_sub(class as u64, Relaxed);
+                memory
+            }
+            None => make(class).inspect_err(|_| {
+                self.live.fetch_sub(class as u64, Relaxed);
+            })?,
+        };
+        self.peak.fetch_max(live, Relaxed);
+        Ok((memory, class))
+    }
+
+    pub fn give(&self, class: usize, memory: T) {
+        self.live.fetch_sub(class as u64, Relaxed);
+        self.pooled.fetch_add(class as u64, Relaxed);
+        self.lock().entry(class).or_default().push(memory);
+    }
+
+    pub fn set_cap(&self, bytes: Option<u64>) {
+        self.cap.store(bytes.unwrap_or(u64::MAX), Relaxed);
+    }
+
+    pub fn stats(&self, launches: u64) -> Stats {
+        Stats {
+            bytes_live: self.live.load(Relaxed),
+            bytes_peak: self.peak.load(Relaxed),
+            bytes_pooled: self.pooled.load(Relaxed),
+            allocations: self.allocations.load(Relaxed),
+            launches,
+        }
+    }
+
+    /// A poisoned lock only means that another thread panicked between two list operations; the lists stay valid.
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<usize, Vec<T>>> {
+        self.free.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,243 @@
+//! Kernel and launch records: pure data that says what runs where, for which shapes, with which geometry.
+
+use crate::cpu;
+use crate::device::{Info, Kind};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::op::Op;
+use crate::shape::Meta;
+
+/// Where a kernel's code comes from.
+#[derive(Clone, Copy)]
+pub enum Code {
+    /// A Rust function over typed slices.
+    Cpu(fn(&cpu::Args) -> Result<()>),
+    /// WGSL: the element prelude, `shaders/lib.wgsl` and `text` are joined; `file` is the path below `shaders/`.
+    Wgsl { file: &'static str, text: &'static str, entry: &'static str, constants: &'static [(&'static str, f64)] },
+}
+
+/// One way to run an op on one kind of device.
+#[derive(Clone, Copy)]
+pub struct Kernel {
+    /// Names the rung: `matmul_fwd`, `matmul_fwd_v2`.
+    pub name: &'static str,
+    pub code: Code,
+    /// Element types of the op this record takes (see [`Op::element`]).
+    pub dtypes: &'static [DType],
+    /// Shapes and adapter features this record takes.
+    pub fits: fn(&Problem) -> bool,
+    pub plan: fn(&Problem) -> Plan,
+}
+
+impl Kernel {
+    pub const fn cpu(name: &'static str, dtypes: &'static [DType], run: fn(&cpu::Args) -> Result<()>) -> Self {
+        Self { name, code: Code::Cpu(run), dtypes, fits: always, plan: Plan::once }
+    }
+
+    pub fn kind(&self) -> Kind {
+        match self.code {
+            Code::Cpu(_) => Kind::Cpu,
+            Code::Wgsl { .. } => Kind::Wgpu,
+        }
+    }
+}
+
+/// The predicate of a kernel that takes every shape.
+pub fn always(_: &Problem) -> bool {
+    true
+}
+
+/// What a plan and a predicate may look at.
+pub struct Problem<'a> {
+    pub op: &'a dyn Op,
+    pub inputs: &'a [Meta],
+    pub outputs: &'a [Meta],
+    pub element: DType,
+    pub info: &'a Info,
+}
+
+impl Problem<'_> {
+    /// The op as its own type; kernels belong to one op type, so this is `Some` in every record of that op.
+    pub fn op<T: Op>(&self) -> Option<&T> {
+        self.op.as_any().downcast_ref()
+    }
+
+    pub fn params(&self) -> Params {
+        self.op.params(self.inputs, self.outputs)
+    }
+}
+
+/// Words of a kernel's parameter block (WGSL immediates, last CUDA argument); at most 16.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Params {
+    words: [u32; Params::MAX],
+    len: u8,
+}
+
+impl Params {
+    pub const MAX: usize = 16;
+
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Appends an extent or index. Extents fit: shapes are capped at 2^31 elements.
+    #[must_use]
+    pub fn u(self, value: usize) -> Self {
+        self.word(value as u32)
+    }
+
+    #[must_use]
+    pub fn f(self, value: f32) -> Self {
+        self.word(value.to_bits())
+    }
+
+    #[must_use]
+    pub fn flag(self, value: bool) -> Self {
+        self.word(u32::from(value))
+    }
+
+    #[must_use]
+    pub fn word(mut self, value: u32) -> Self {
+        assert!((self.len as usize) < Self::MAX, "a parameter block holds at most 16 words");
+        self.words[self.len as usize] = value;
+        self.len += 1;
+        self
+    }
+
+    pub fn words(&self) -> &[u32] {
+        &self.words[..self.len as usize]
+    }
+}
+
+/// The bytes of one argument that a launch binds, where it is not the whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    pub argument: usize,
+    pub offset: usize,
+    pub bytes: usize,
+}
+
+/// One dispatch. Arguments are bound in order: inputs, outputs that alias no input, scratch.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    pub groups: [u32; 3],
+    pub params: Params,
+    /// Entry point, where a plan runs several of one file.
+    pub entry: Option<&'static str>,
+    /// Parts of arguments, for tables larger than one binding.
+    pub windows: Vec<Window>,
+    /// Longest loop of one invocation; drivers that cut loops are given a split plan or refused.
+    pub trips: u64,
+}
+
+/// Highest workgroup count per dimension that every adapter takes.
+pub const MAX_GROUPS: u32 = 65_535;
+
+impl Launch {
+    pub fn new(groups: [u32; 3], params: Params) -> Self {
+        Self { groups, params, entry: None, windows: Vec::new(), trips: 0 }
+    }
+
+    /// One invocation per item in blocks of `block`, folded to two dimensions above 65,535 groups: the kernel's
+    /// item is `gid.x + gid.y * 65535 * block` (`linear_id` in `shaders/lib.wgsl`).
+    pub fn linear(items: usize, block: u32, params: Params) -> Self {
+        let groups = items.div_ceil(block as usize).max(1) as u32;
+        let rows = groups.div_ceil(MAX_GROUPS);
+        let columns = if rows > 1 { MAX_GROUPS } else { groups };
+        Self::new([columns, rows, 1], params)
+    }
+
+    #[must_use]
+    pub fn entry(mut self, entry: &'static str) -> Self {
+        self.entry = Some(entry);
+        self
+    }
+
+    /// Declares the worst-case number of loop iterations of one invocation, nested loops multiplied out.
+    #[must_use]
+    pub fn trips(mut self, trips: usize) -> Self {
+        self.trips = trips as u64;
+        self
+    }
+
+    #[must_use]
+    pub fn window(mut self, argument: usize, offset: usize, bytes: usize) -> Self {
+        self.windows.push(Window { argument, offset, bytes });
+        self
+    }
+}
+
+/// Launches of one op in order, and the bytes of each scratch buffer they share.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    pub launches: Vec<Launch>,
+    pub scratch: Vec<usize>,
+}
+
+impl Plan {
+    /// One launch with the op's parameter block; what CPU kernels need.
+    pub fn once(problem: &Problem) -> Self {
+        Self::of(Launch::new([1, 1, 1], problem.params()))
+    }
+
+    pub fn of(launch: Launch) -> Self {
+        Self { launches: vec![launch], scratch: Vec::new() }
+    }
+
+    pub fn sequence(launches: Vec<Launch>) -> Self {
+        Self { launches, scratch: Vec::new() }
+    }
+
+    #[must_use]
+    pub fn scratch(mut self, bytes: usize) -> Self {
+        self.scratch.push(bytes);
+        self
+    }
+}
+
+/// Holds a launch against a device's limits, before anything runs.
+pub fn check_launch(kernel: &Kernel, launch: &Launch, info: &Info) -> Result<()> {
+    let refuse = |what, got: u64, limit: u64| Error::Launch { kernel: kernel.name.into(), what, got, limit };
+    let limit = u64::from(info.limits.groups_per_dimension);
+    for &g in &launch.groups {
+        if g == 0 || u64::from(g) > limit {
+            return Err(refuse("workgroups in one dimension", u64::from(g), limit));
+        }
+    }
+    if let Some(budget) = info.limits.loop_budget
+        && launch.trips > budget
+    {
+        return Err(refuse("loop iterations of one invocation", launch.trips, budget));
+    }
+    Ok(())
+}
+
+/// Element preludes: `E`, `ld`, `st`; the `enable` lines must come before everything else.
+fn prelude(element: DType) -> (&'static str, &'static str) {
+    match element {
+        DType::F16 => ("elem_f16.wgsl", include_str!("../shaders/elem_f16.wgsl")),
+        DType::Bf16 => ("elem_bf16.wgsl", include_str!("../shaders/elem_bf16.wgsl")),
+        _ => ("elem_f32.wgsl", include_str!("../shaders/elem_f32.wgsl")),
+    }
+}
+
+const LIBRARY: &str = include_str!("../shaders/lib.wgsl");
+
+/// Full WGSL source of a kernel file for one element type, and how many lines stand before the file's own first line.
+/// With `ESPALIER_SHADERS` set to a folder the files are read from there, so that a kernel can be tuned without a rebuild.
+pub fn assemble(file: &str, text: &str, element: DType) -> Result<(String, u32)> {
+    let (prelude_file, prelude_text) = prelude(element);
+    let (head, library, body) = match std::env::var_os("ESPALIER_SHADERS") {
+        None => (prelude_text.to_string(), LIBRARY.to_string(), text.to_string()),
+        Some(folder) => {
+            let read = |name: &str| {
+                let path = std::path::Path::new(&folder).join(name);
+                std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))
+            };
+            (read(prelude_file)?, read("lib.wgsl")?, read(file)?)
+        }
+    };
+    let before = (head.lines().count() + library.lines().count() + 2) as u32;
+    Ok((format!("{head}\n{library}\n{body}"), before))
+}
