@@ -19,12 +19,16 @@ var<immediate> unary: UnaryParams;
 
 const GELU_SCALE: f32 = 0.7978845608;
 
-fn sigmoid(x: f32) -> f32 { return 1.0 / (1.0 + exp(-x)); }
+// The argument is clamped so that exp stays finite: infinities may be assumed away by the compiler.
+fn sigmoid(x: f32) -> f32 { return 1.0 / (1.0 + exp(min(-x, 80.0))); }
+
+// (1 + tanh u) / 2 written as sigmoid(2 u): no cancellation in the negative tail.
+fn gelu_gate(x: f32) -> f32 { return sigmoid(2.0 * GELU_SCALE * (x + 0.044715 * x * x * x)); }
 
 fn apply(x: f32) -> f32 {
     switch unary.kind {
         case 0u: { return max(x, 0.0); }
-        case 1u: { return 0.5 * x * (1.0 + tanh_safe(GELU_SCALE * (x + 0.044715 * x * x * x))); }
+        case 1u: { return x * gelu_gate(x); }
         case 2u: { return 0.5 * x * (1.0 + erf(x * 0.7071067812)); }
         case 3u: { return x * sigmoid(x); }
         case 4u: { return tanh_safe(x); }
@@ -38,8 +42,8 @@ fn derivative(x: f32) -> f32 {
     switch unary.kind {
         case 0u: { return select(0.0, 1.0, x > 0.0); }
         case 1u: {
-            let t = tanh_safe(GELU_SCALE * (x + 0.044715 * x * x * x));
-            return 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * GELU_SCALE * (1.0 + 0.134145 * x * x);
+            let s = gelu_gate(x);
+            return s + x * s * (1.0 - s) * 2.0 * GELU_SCALE * (1.0 + 0.134145 * x * x);
         }
         case 2u: { return 0.5 * (1.0 + erf(x * 0.7071067812)) + x * 0.3989422804 * exp(-0.5 * x * x); }
         case 3u: { let s = sigmoid(x); return s * (1.0 + x * (1.0 - s)); }

@@ -42,7 +42,7 @@ impl DType {
         match self {
             DType::F32 => f64::from(x as f32),
             DType::F16 => half::f16::from_f64(x).to_f64(),
-            DType::Bf16 => half::bf16::from_f64(x).to_f64(),
+            DType::Bf16 => bf16_from_f64(x).to_f64(),
             DType::I8 => x.round_ties_even().clamp(-128.0, 127.0),
             DType::U32 => x.round_ties_even().clamp(0.0, f64::from(u32::MAX)),
         }
@@ -65,7 +65,7 @@ impl DType {
             match self {
                 DType::F32 => bytes.extend((x as f32).to_le_bytes()),
                 DType::F16 => bytes.extend(half::f16::from_f64(x).to_le_bytes()),
-                DType::Bf16 => bytes.extend(half::bf16::from_f64(x).to_le_bytes()),
+                DType::Bf16 => bytes.extend(bf16_from_f64(x).to_le_bytes()),
                 DType::I8 => bytes.push(self.round(x) as i8 as u8),
                 DType::U32 => bytes.extend((self.round(x) as u32).to_le_bytes()),
             }
@@ -84,6 +84,18 @@ impl DType {
             DType::I8 => chunks.map(|c| f64::from(c[0] as i8)).collect(),
         }
     }
+}
+
+/// Rounds f64 to bf16 once. `half::bf16::from_f64` looks at the upper 32 bits only and so misjudges ties; going
+/// through an f32 rounded to odd keeps a sticky bit and rounds exactly.
+fn bf16_from_f64(x: f64) -> half::bf16 {
+    let nearest = x as f32;
+    let wide = f64::from(nearest);
+    if !x.is_finite() || !nearest.is_finite() || wide == x {
+        return half::bf16::from_f32(nearest);
+    }
+    let toward_zero = if wide.abs() > x.abs() { nearest.to_bits() - 1 } else { nearest.to_bits() };
+    half::bf16::from_f32(f32::from_bits(toward_zero | 1))
 }
 
 impl std::fmt::Display for DType {
@@ -138,5 +150,28 @@ impl Float for half::bf16 {
     #[inline(always)]
     fn store(x: f32) -> Self {
         half::bf16::from_f32(x)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bf16_rounds_f64_once() {
+        // 0.681640625 is a tie between two bf16 neighbours; a hair above it must round up, a hair below down.
+        assert_eq!(DType::Bf16.round(0.681640625), 0.6796875);
+        assert_eq!(DType::Bf16.round(0.681640625 + 1e-12), 0.68359375);
+        assert_eq!(DType::Bf16.round(-0.681640625 - 1e-12), -0.68359375);
+        assert_eq!(DType::Bf16.round(0.681640625 - 1e-12), 0.6796875);
+    }
+
+    #[test]
+    fn every_16_bit_pattern_survives_a_round_trip() {
+        for bits in 0..=u16::MAX {
+            let (a, b) = (half::f16::from_bits(bits), half::bf16::from_bits(bits));
+            assert!(a.is_nan() || DType::F16.round(a.to_f64()) == a.to_f64());
+            assert!(b.is_nan() || DType::Bf16.round(b.to_f64()) == b.to_f64());
+        }
     }
 }

@@ -11,6 +11,7 @@ pub mod ops;
 pub mod rng;
 pub mod shape;
 pub mod tensor;
+pub mod verify;
 
 pub use dtype::DType;
 pub use error::{Error, Result};

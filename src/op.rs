@@ -69,6 +69,11 @@ pub trait Op: Debug + Send + Sync + Any {
         inputs.iter().chain(outputs).map(|m| m.dtype).find(|d| d.is_float()).unwrap_or(DType::F32)
     }
 
+    /// How many leading outputs carry gradients; the rest are statistics or indices.
+    fn differentiable(&self) -> usize {
+        1
+    }
+
     fn saves(&self) -> Saves {
         Saves::default()
     }

@@ -39,12 +39,18 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
 }
 
+/// (1 + tanh u) / 2 written as sigmoid(2 u): no cancellation in the negative tail.
+#[inline(always)]
+fn gelu_gate(x: f32) -> f32 {
+    sigmoid(2.0 * GELU_SCALE * (x + 0.044_715 * x * x * x))
+}
+
 /// f of function code `kind`, chosen outside the loop so that each loop body is one formula.
 fn forward<T: Float>(args: &Args) -> Result<()> {
     let (kind, factor) = (args.u(1), args.f(2));
     match kind {
         0 => map::<T>(args, |x| if x > 0.0 { x } else { 0.0 }),
-        1 => map::<T>(args, |x| 0.5 * x * (1.0 + (GELU_SCALE * (x + 0.044_715 * x * x * x)).tanh())),
+        1 => map::<T>(args, |x| x * gelu_gate(x)),
         2 => map::<T>(args, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))),
         3 => map::<T>(args, |x| x * sigmoid(x)),
         4 => map::<T>(args, f32::tanh),
@@ -59,8 +65,8 @@ fn backward<T: Float>(args: &Args) -> Result<()> {
     match kind {
         0 => zip::<T>(args, |x, dy| if x > 0.0 { dy } else { 0.0 }),
         1 => zip::<T>(args, |x, dy| {
-            let t = (GELU_SCALE * (x + 0.044_715 * x * x * x)).tanh();
-            dy * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * GELU_SCALE * (1.0 + 0.134_145 * x * x))
+            let s = gelu_gate(x);
+            dy * (s + x * s * (1.0 - s) * 2.0 * GELU_SCALE * (1.0 + 0.134_145 * x * x))
         }),
         2 => zip::<T>(args, |x, dy| {
             let density = 0.398_942_3 * (-0.5 * x * x).exp();
