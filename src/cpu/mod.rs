@@ -1,5 +1,6 @@
 //! CPU kernels, twins of `shaders/` and `cuda/`: one file per op family.
 
+pub mod simd;
 mod unary;
 
 pub(crate) use unary::{cast, unary, unary_backward};
@@ -14,16 +15,11 @@ use crate::dtype::{DType, Element};
 
 /// Best instruction set of this processor that kernels dispatch on at run time.
 pub fn level() -> &'static str {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-            return "AVX-512";
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            return "AVX2";
-        }
+    match simd::level() {
+        simd::Level::Avx512 => "AVX-512",
+        simd::Level::Avx2 => "AVX2",
+        simd::Level::Portable => "portable",
     }
-    "portable"
 }
 
 struct Slot<'a> {

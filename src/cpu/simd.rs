@@ -1,0 +1,302 @@
+//! Vector code without intrinsics: plain loops over fixed lanes, compiled once per instruction set and chosen at run
+//! time. No fused multiply-add and a fixed lane count, so every instruction set gives the same bits.
+
+use std::sync::LazyLock;
+
+use half::slice::HalfFloatSliceExt;
+
+use crate::dtype::{DType, Float};
+
+/// Instruction sets that kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    Portable,
+    Avx2,
+    Avx512,
+}
+
+/// The best instruction set of this processor.
+#[inline]
+pub fn level() -> Level {
+    static LEVEL: LazyLock<Level> = LazyLock::new(|| {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if avx2 && is_x86_feature_detected!("f16c") && is_x86_feature_detected!("bmi2") {
+                let wide = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+                let wide = wide && is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512vl");
+                return if wide { Level::Avx512 } else { Level::Avx2 };
+            }
+        }
+        Level::Portable
+    });
+    *LEVEL
+}
+
+/// Defines a function whose body is compiled for AVX-512, AVX2 and the baseline, and picked per call by [`level`].
+/// Whatever the body calls must be `#[inline(always)]` to be compiled with it.
+macro_rules! multiversion {
+    ($($(#[$meta:meta])* $vis:vis fn $name:ident $(<$t:ident: $bound:path>)? ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name $(<$t: $bound>)? ($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body $(<$t: $bound>)? ($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")]
+                fn avx512 $(<$t: $bound>)? ($($arg: $ty),*) $(-> $ret)? {
+                    body $(::<$t>)? ($($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma,f16c,bmi2")]
+                fn avx2 $(<$t: $bound>)? ($($arg: $ty),*) $(-> $ret)? {
+                    body $(::<$t>)? ($($arg),*)
+                }
+                match $crate::cpu::simd::level() {
+                    // SAFETY: `level` found every feature that the function is compiled for.
+                    $crate::cpu::simd::Level::Avx512 => return unsafe { avx512 $(::<$t>)? ($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::cpu::simd::Level::Avx2 => return unsafe { avx2 $(::<$t>)? ($($arg),*) },
+                    $crate::cpu::simd::Level::Portable => {}
+                }
+            }
+            body $(::<$t>)? ($($arg),*)
+        }
+    )*};
+}
+#[allow(unused_imports)] // families use it as they land
+pub(crate) use multiversion;
+
+/// Independent accumulators of every reduction: two AVX-512 registers.
+pub const LANES: usize = 32;
+
+/// Sum of the lanes, halves folded onto each other.
+#[inline(always)]
+pub fn fold_lanes(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            lanes[l] = f(lanes[l], lanes[l + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// `N` sums over one row of what `f` makes of each element.
+#[inline(always)]
+pub fn sums<const N: usize>(x: &[f32], f: impl Fn(f32) -> [f32; N]) -> [f32; N] {
+    let mut lanes = [[0.0f32; LANES]; N];
+    let (blocks, tail) = x.as_chunks::<LANES>();
+    for x in blocks {
+        for l in 0..LANES {
+            let terms = f(x[l]);
+            for (lane, term) in lanes.iter_mut().zip(terms) {
+                lane[l] += term;
+            }
+        }
+    }
+    for (l, x) in tail.iter().enumerate() {
+        for (lane, term) in lanes.iter_mut().zip(f(*x)) {
+            lane[l] += term;
+        }
+    }
+    lanes.map(|l| fold_lanes(l, |a, b| a + b))
+}
+
+/// [`sums`] over two rows of one length.
+#[inline(always)]
+pub fn sums2<const N: usize>(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> [f32; N]) -> [f32; N] {
+    let mut lanes = [[0.0f32; LANES]; N];
+    let ((xs, x_tail), (ys, y_tail)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    for (x, y) in xs.iter().zip(ys) {
+        for l in 0..LANES {
+            let terms = f(x[l], y[l]);
+            for (lane, term) in lanes.iter_mut().zip(terms) {
+                lane[l] += term;
+            }
+        }
+    }
+    for (l, (x, y)) in x_tail.iter().zip(y_tail).enumerate() {
+        for (lane, term) in lanes.iter_mut().zip(f(*x, *y)) {
+            lane[l] += term;
+        }
+    }
+    lanes.map(|l| fold_lanes(l, |a, b| a + b))
+}
+
+/// [`sums`] over three rows of one length.
+#[inline(always)]
+pub fn sums3<const N: usize>(x: &[f32], y: &[f32], z: &[f32], f: impl Fn(f32, f32, f32) -> [f32; N]) -> [f32; N] {
+    let mut lanes = [[0.0f32; LANES]; N];
+    let ((xs, x_tail), (ys, y_tail)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    let (zs, z_tail) = z.as_chunks::<LANES>();
+    for ((x, y), z) in xs.iter().zip(ys).zip(zs) {
+        for l in 0..LANES {
+            let terms = f(x[l], y[l], z[l]);
+            for (lane, term) in lanes.iter_mut().zip(terms) {
+                lane[l] += term;
+            }
+        }
+    }
+    for (l, ((x, y), z)) in x_tail.iter().zip(y_tail).zip(z_tail).enumerate() {
+        for (lane, term) in lanes.iter_mut().zip(f(*x, *y, *z)) {
+            lane[l] += term;
+        }
+    }
+    lanes.map(|l| fold_lanes(l, |a, b| a + b))
+}
+
+/// Largest element; the largest finite negative for an empty row. NaN is not seen: sums after it carry it on.
+#[inline(always)]
+pub fn largest(x: &[f32]) -> f32 {
+    let pick = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::MIN; LANES];
+    let (blocks, tail) = x.as_chunks::<LANES>();
+    for x in blocks {
+        for l in 0..LANES {
+            lanes[l] = pick(lanes[l], x[l]);
+        }
+    }
+    for (l, x) in tail.iter().enumerate() {
+        lanes[l] = pick(lanes[l], *x);
+    }
+    fold_lanes(lanes, pick)
+}
+
+/// e^x within 2 units in the last place, without branches or calls: Cody-Waite reduction by ln 2 and the polynomial
+/// of Moshier's Cephes `expf`. 0 below -104, infinity above 88.73, NaN stays NaN.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    // Comparisons, not min and max: those would drop a NaN.
+    let clamped = if x < -104.0 { -104.0 } else { x };
+    let clamped = if clamped > 89.0 { 89.0 } else { clamped };
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+    let shifted = clamped * std::f32::consts::LOG2_E + 12_582_912.0;
+    let n = shifted - 12_582_912.0;
+    let r = clamped - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_2e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 0.166_666_65;
+    let p = p * r + 0.5;
+    let y = p * r * r + r + 1.0;
+    // 2^n in two factors, so that neither end of the range leaves the exponent.
+    let n = (shifted.to_bits() as i32).wrapping_sub(0x4B40_0000);
+    let half = n >> 1;
+    let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
+    y * power(half) * power(n.wrapping_sub(half))
+}
+
+/// A row as f32: the memory itself where it is stored so, else widened into `buffer` (of the row's length or longer).
+#[inline]
+pub fn widened<'a, T: Float>(row: &'a [T], buffer: &'a mut [f32]) -> &'a [f32] {
+    if T::DTYPE == DType::F32 {
+        return bytemuck::cast_slice(row);
+    }
+    let out = &mut buffer[..row.len()];
+    widen(row, out);
+    out
+}
+
+/// Every element of `row` as f32.
+#[inline]
+pub fn widen<T: Float>(row: &[T], out: &mut [f32]) {
+    match T::DTYPE {
+        DType::F32 => out.copy_from_slice(bytemuck::cast_slice(row)),
+        DType::F16 => bytemuck::cast_slice::<T, half::f16>(row).convert_to_f32_slice(out),
+        _ => widen_bf16(bytemuck::cast_slice(row), out),
+    }
+}
+
+/// Rounds `values` to nearest even into storage.
+#[inline]
+pub fn narrow<T: Float>(values: &[f32], out: &mut [T]) {
+    match T::DTYPE {
+        DType::F32 => bytemuck::cast_slice_mut(out).copy_from_slice(values),
+        DType::F16 => bytemuck::cast_slice_mut::<T, half::f16>(out).convert_from_f32_slice(values),
+        _ => narrow_bf16(values, bytemuck::cast_slice_mut(out)),
+    }
+}
+
+multiversion! {
+    fn widen_bf16(row: &[u16], out: &mut [f32]) {
+        for (o, x) in out.iter_mut().zip(row) {
+            *o = f32::from_bits(u32::from(*x) << 16);
+        }
+    }
+
+    fn narrow_bf16(values: &[f32], out: &mut [u16]) {
+        for (o, x) in out.iter_mut().zip(values) {
+            let b = x.to_bits();
+            let rounded = (b.wrapping_add(0x7fff + ((b >> 16) & 1)) >> 16) as u16;
+            // NaN keeps sign and payload and gains a quiet bit: rounding could carry it into infinity.
+            *o = if b & 0x7fff_ffff > 0x7f80_0000 { (b >> 16) as u16 | 0x40 } else { rounded };
+        }
+    }
+}
+
+/// Writes a row through `work`, which fills f32 values: in place where storage is f32, else by way of `buffer`.
+#[inline]
+pub fn write_row<T: Float>(out: &mut [T], buffer: &mut [f32], work: impl FnOnce(&mut [f32])) {
+    if T::DTYPE == DType::F32 {
+        return work(bytemuck::cast_slice_mut(out));
+    }
+    let values = &mut buffer[..out.len()];
+    work(values);
+    narrow(values, out);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_ulp_over_its_whole_range() {
+        for i in -1_040_000..=887_000 {
+            let x = i as f32 * 1e-4;
+            let truth = f64::from(x).exp();
+            let (got, bound) = (f64::from(exp(x)), (truth * 2.4e-7).max(2e-45));
+            assert!((got - truth).abs() <= bound, "exp({x}) = {got:e}, truth {truth:e}");
+        }
+    }
+
+    #[test]
+    fn exp_ends() {
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(-1e30), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(89.5), f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn storage_conversions_match_the_scalar_ones() {
+        let values: Vec<f32> =
+            (0..1000).map(|i| (i as f32 - 500.0) * 1.2345e-2).chain([f32::NAN, f32::MAX, 1e-40]).collect();
+        let mut bf16 = vec![half::bf16::ZERO; values.len()];
+        narrow(&values, &mut bf16);
+        let mut f16 = vec![half::f16::ZERO; values.len()];
+        narrow(&values, &mut f16);
+        for ((x, b), h) in values.iter().zip(&bf16).zip(&f16) {
+            assert_eq!(b.to_bits(), <half::bf16 as Float>::store(*x).to_bits());
+            assert_eq!(h.to_bits(), <half::f16 as Float>::store(*x).to_bits());
+        }
+        let mut back = vec![0.0; values.len()];
+        widen(&bf16, &mut back);
+        assert!(back.iter().zip(&bf16).all(|(x, b)| x.to_bits() == b.load().to_bits()));
+    }
+
+    #[test]
+    fn reductions_take_every_length() {
+        for n in [0, 1, 31, 32, 33, 100] {
+            let x: Vec<f32> = (0..n).map(|i| i as f32).collect();
+            let expected = (0..n).sum::<usize>() as f32;
+            assert_eq!(sums(&x, |v| [v, 2.0 * v]), [expected, 2.0 * expected]);
+            assert_eq!(sums2(&x, &x, |a, b| [a + b]), [2.0 * expected]);
+            assert_eq!(sums3(&x, &x, &x, |a, b, c| [a + b + c]), [3.0 * expected]);
+            assert_eq!(largest(&x), if n == 0 { f32::MIN } else { n as f32 - 1.0 });
+        }
+    }
+}
