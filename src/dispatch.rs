@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::device::{Binding, Device, Info, Kind};
 use crate::error::{Error, Result};
-use crate::kernel::{Kernel, Plan, Problem, check_launch};
+use crate::kernel::{Kernel, Launch, Plan, Problem, check_launch};
 use crate::op::{Array, Op};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
@@ -40,7 +40,13 @@ pub fn run_on(device: &Arc<dyn Device>, op: &dyn Op, inputs: &[&Tensor]) -> Resu
     if device.info().kind == Kind::Reference {
         return run_reference(device, op, inputs, &out_metas);
     }
-    let problem = Problem { op, inputs: &metas, outputs: &out_metas, element: op.element(&metas, &out_metas), info: device.info() };
+    let problem = Problem {
+        op,
+        inputs: &metas,
+        outputs: &out_metas,
+        element: op.element(&metas, &out_metas),
+        info: device.info(),
+    };
     let kernel = match choose(&problem) {
         Ok(kernel) => kernel,
         Err(_) if FALLBACK.load(Relaxed) => return fallback(device, op, inputs, &out_metas),
@@ -131,7 +137,8 @@ fn launch(
         return Ok(());
     }
     let Plan { launches, scratch } = (kernel.plan)(problem);
-    let scratch: Vec<_> = scratch.into_iter().map(|bytes| device.alloc(bytes).map(|b| (b, bytes))).collect::<Result<_>>()?;
+    let scratch: Vec<_> =
+        scratch.into_iter().map(|bytes| device.alloc(bytes).map(|b| (b, bytes))).collect::<Result<_>>()?;
     let mut bindings: Vec<Binding> = Vec::with_capacity(8);
     for (index, tensor) in inputs.iter().enumerate() {
         bindings.push(tensor.binding(op.aliases().iter().any(|(_, input)| *input == index)));
@@ -149,27 +156,39 @@ fn launch(
         if trace {
             count(kernel.name);
         }
-        if launch.windows.is_empty() {
+        if launch.windows.is_empty() && launch.slots.is_empty() {
             device.launch(kernel, problem.element, launch, &bindings)?;
         } else {
-            let mut windowed = bindings.clone();
-            for w in &launch.windows {
-                if let Some(b) = windowed.get_mut(w.argument) {
-                    b.offset += w.offset;
-                    b.bytes = w.bytes;
-                }
-            }
-            device.launch(kernel, problem.element, launch, &windowed)?;
+            device.launch(kernel, problem.element, launch, &select(&bindings, launch))?;
         }
     }
     Ok(())
+}
+
+/// The arguments as one launch binds them: windowed, then put into its slots.
+fn select<'a>(arguments: &[Binding<'a>], launch: &Launch) -> Vec<Binding<'a>> {
+    let mut windowed = arguments.to_vec();
+    for w in &launch.windows {
+        if let Some(b) = windowed.get_mut(w.argument) {
+            b.offset += w.offset;
+            b.bytes = w.bytes;
+        }
+    }
+    if launch.slots.is_empty() {
+        return windowed;
+    }
+    launch.slots.iter().filter_map(|&argument| windowed.get(argument).copied()).collect()
 }
 
 /// Memory that a kernel writes may not be seen by it under another argument.
 fn check_overlap(op: &dyn Op, bindings: &[Binding]) -> Result<()> {
     for (i, a) in bindings.iter().enumerate().filter(|(_, b)| b.write) {
         if bindings.iter().enumerate().any(|(j, b)| i != j && a.buffer.same(b.buffer)) {
-            return Err(Error::Shape { op: op.name(), rule: "a written argument shares its memory with no other", got: format!("argument {i}") });
+            return Err(Error::Shape {
+                op: op.name(),
+                rule: "a written argument shares its memory with no other",
+                got: format!("argument {i}"),
+            });
         }
     }
     Ok(())

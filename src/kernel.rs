@@ -127,6 +127,9 @@ pub struct Launch {
     pub entry: Option<&'static str>,
     /// Parts of arguments, for tables larger than one binding.
     pub windows: Vec<Window>,
+    /// The argument bound at each slot, for ops whose optional inputs would shift the bindings of a shader or whose
+    /// entries need fewer than all arguments; empty for all of them in order. A read argument may fill several slots.
+    pub slots: Vec<usize>,
     /// Longest loop of one invocation; drivers that cut loops are given a split plan or refused.
     pub trips: u64,
 }
@@ -136,7 +139,7 @@ pub const MAX_GROUPS: u32 = 65_535;
 
 impl Launch {
     pub fn new(groups: [u32; 3], params: Params) -> Self {
-        Self { groups, params, entry: None, windows: Vec::new(), trips: 0 }
+        Self { groups, params, entry: None, windows: Vec::new(), slots: Vec::new(), trips: 0 }
     }
 
     /// One invocation per item in blocks of `block`, folded to two dimensions above 65,535 groups: the kernel's
@@ -164,6 +167,13 @@ impl Launch {
     #[must_use]
     pub fn window(mut self, argument: usize, offset: usize, bytes: usize) -> Self {
         self.windows.push(Window { argument, offset, bytes });
+        self
+    }
+
+    /// Binds argument `arguments[i]` at slot `i`. Windows still name arguments, not slots.
+    #[must_use]
+    pub fn slots(mut self, arguments: &[usize]) -> Self {
+        self.slots = arguments.to_vec();
         self
     }
 }
