@@ -1,6 +1,7 @@
 //! Espalier: GPU-kernel-first compression and fine-tuning of transformer language models.
 
 pub mod cpu;
+pub mod data;
 pub mod device;
 pub mod dispatch;
 pub mod dtype;
