@@ -1,5 +1,6 @@
 //! Espalier: GPU-kernel-first compression and fine-tuning of transformer language models.
 
+pub mod atomic;
 pub mod cpu;
 pub mod data;
 pub mod device;

@@ -199,10 +199,10 @@ fn article(word: &str) -> &'static str {
 /// Appends with the space that Chinese typesetting puts between ideographs and Latin letters or digits.
 fn push_spaced(text: &mut String, next: &str) {
     let latin = |c: char| c.is_ascii_alphanumeric() || c == '+';
-    if let (Some(before), Some(after)) = (text.chars().next_back(), next.chars().next()) {
-        if (is_han(before) && latin(after)) || (latin(before) && is_han(after)) {
-            text.push(' ');
-        }
+    if let (Some(before), Some(after)) = (text.chars().next_back(), next.chars().next())
+        && ((is_han(before) && latin(after)) || (latin(before) && is_han(after)))
+    {
+        text.push(' ');
     }
     text.push_str(next);
 }

@@ -1,10 +1,12 @@
-//! Deterministic order: a counter hash and what is built on it. Every choice in this folder is a pure function of a
-//! seed and a counter, so results do not depend on thread count, hash-map order or how often a function was called.
+//! Deterministic choices: a pure function of a seed and a counter, so results do not depend on thread count, hash-map order or
+//! how often a function was called. The generator is the project's Philox ([`crate::rng`]).
 
-/// SplitMix64 (Steele, Lea, Flood 2014) addressed by counter: the same (seed, counter) gives the same 64 bits forever.
+use crate::rng::{Stream, philox};
+
+/// 64 random bits addressed by (seed, counter).
 pub fn hash(seed: u64, counter: u64) -> u64 {
-    let start = mix(seed.wrapping_add(0x9e37_79b9_7f4a_7c15));
-    mix(start.wrapping_add(counter.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+    let word = philox([counter as u32, (counter >> 32) as u32, 0, 0], [seed as u32, (seed >> 32) as u32]);
+    u64::from(word[0]) << 32 | u64::from(word[1])
 }
 
 /// As [`hash`], with a text in place of the counter.
@@ -15,7 +17,7 @@ pub fn hash_text(seed: u64, text: &str) -> u64 {
     hash(seed, u64::from_le_bytes(first))
 }
 
-/// A number in `0..bound` by multiply-shift (bias below 2^-32 for every bound used here); 0 when `bound` is 0.
+/// A number in `0..bound`; 0 when `bound` is 0. The bias of the multiply-shift is below bound / 2^64.
 pub fn below(seed: u64, counter: u64, bound: usize) -> usize {
     ((u128::from(hash(seed, counter)) * bound as u128) >> 64) as usize
 }
@@ -27,26 +29,12 @@ pub fn unit(seed: u64, counter: u64) -> f64 {
 
 /// Fisher-Yates shuffle in place.
 pub fn shuffle<T>(seed: u64, items: &mut [T]) {
-    for i in (1..items.len()).rev() {
-        items.swap(i, below(seed, i as u64, i + 1));
-    }
-}
-
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+    Stream::new(seed, 0).shuffle(items);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_finaliser_is_splitmix64() {
-        // First output of the published generator for state 0 is mix(0 + golden gamma).
-        assert_eq!(mix(0x9e37_79b9_7f4a_7c15), 0xe220_a839_7b1d_cdaf);
-    }
 
     #[test]
     fn shuffle_is_a_permutation_fixed_by_its_seed() {

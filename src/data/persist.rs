@@ -1,21 +1,10 @@
-//! Atomic writes: a reader sees the old content or the new one, never a half of either.
+//! Directories written whole or not at all (single files: [`crate::atomic`]), and reads that look at the size first.
 
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-
-/// Writes one file through a temporary sibling, fsync and rename.
-pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let parent = parent_of(path);
-    fs::create_dir_all(&parent).map_err(|e| Error::io(&parent, e))?;
-    let mut temporary = tempfile::NamedTempFile::new_in(&parent).map_err(|e| Error::io(&parent, e))?;
-    temporary.write_all(bytes).map_err(|e| Error::io(path, e))?;
-    temporary.as_file().sync_all().map_err(|e| Error::io(path, e))?;
-    temporary.persist(path).map_err(|e| Error::io(path, e.error))?;
-    sync_directory(&parent)
-}
 
 /// Writes a directory of files at once. An existing directory is replaced only when it holds `marker`, that is when an
 /// earlier call wrote it; anything else there is an error and stays untouched.

@@ -85,10 +85,12 @@ pub fn by_group(groups: &BTreeMap<String, usize>, fractions: Fractions, seed: u6
             }
         }
         let left = order.iter().filter(|(name, rows)| *rows > 0 && !parts.contains_key(*name));
-        if taken == 0 && room > 0 && left.clone().count() >= 2 {
-            if let Some((name, _)) = left.min_by_key(|(name, rows)| (*rows, *name)) {
-                parts.insert((*name).clone(), split);
-            }
+        if taken == 0
+            && room > 0
+            && left.clone().count() >= 2
+            && let Some((name, _)) = left.min_by_key(|(name, rows)| (*rows, *name))
+        {
+            parts.insert((*name).clone(), split);
         }
     }
     for name in groups.keys() {

@@ -93,7 +93,7 @@ pub fn parse(path: &Path, bytes: &[u8], options: &TableOptions) -> Result<Table>
         Format::JsonLines => Row::json(path, options)?,
     };
     let mut pairs = Vec::new();
-    while let Some((number, line)) = lines.next() {
+    for (number, line) in lines {
         let parsed = check_line(line, options.max_line_bytes).and_then(|line| row.parse(line));
         match parsed {
             Ok(pair) => {
