@@ -8,11 +8,14 @@ pub mod dispatch;
 pub mod dtype;
 pub mod error;
 pub mod kernel;
+pub mod metrics;
 pub mod op;
 pub mod ops;
+pub mod report;
 pub mod rng;
 pub mod shape;
 pub mod tensor;
+pub mod train;
 pub mod verify;
 
 pub use dtype::DType;
