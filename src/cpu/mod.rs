@@ -1,5 +1,6 @@
 //! CPU kernels, twins of `shaders/` and `cuda/`: one file per op family.
 
+pub(crate) mod gemm;
 pub mod simd;
 mod unary;
 

@@ -1,0 +1,312 @@
+//! Matrix product on the CPU: C = f((C +) A B + bias) with f32 accumulation, any strides, any float storage.
+//!
+//! Blocking after Goto and van de Geijn 2008 and BLIS (Van Zee and van de Geijn 2015): a block of A packed for the
+//! second-level cache, a panel of B for the first, a tile of C in registers. The block length along k depends on k
+//! alone and each element of C is summed in the order of k, so that the result is the same bits for any split of the
+//! rows and columns: for any number of threads.
+
+mod pack;
+mod tile;
+
+use std::cell::Cell;
+use std::marker::PhantomData;
+
+use rayon::prelude::*;
+
+use super::{Args, simd};
+use crate::dtype::{DType, Float};
+use tile::{Tiles, tiles};
+
+/// A matrix inside a slice: element (i, j) is `data[i * row + j * column]`.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a, T> {
+    pub data: &'a [T],
+    pub row: usize,
+    pub column: usize,
+}
+
+impl<'a, T> View<'a, T> {
+    /// Rows of `columns` contiguous elements.
+    pub fn rows(data: &'a [T], columns: usize) -> Self {
+        Self { data, row: columns, column: 1 }
+    }
+
+    /// The transpose of the matrix whose rows are `columns` contiguous elements.
+    pub fn transposed(data: &'a [T], columns: usize) -> Self {
+        Self { data, row: 1, column: columns }
+    }
+
+    /// Elements that a matrix of `rows` x `columns` reaches.
+    fn extent(&self, rows: usize, columns: usize) -> usize {
+        if rows == 0 || columns == 0 { 0 } else { (rows - 1) * self.row + (columns - 1) * self.column + 1 }
+    }
+}
+
+/// What is applied to a finished element.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) enum Activation {
+    #[default]
+    None,
+    Relu,
+    /// The tanh form.
+    Gelu,
+}
+
+impl Activation {
+    #[inline(always)]
+    pub fn apply(self, x: f32) -> f32 {
+        match self {
+            Activation::None => x,
+            // Not `max`: a NaN must stay one.
+            Activation::Relu => {
+                if x < 0.0 {
+                    0.0
+                } else {
+                    x
+                }
+            }
+            Activation::Gelu => gelu(x),
+        }
+    }
+}
+
+/// 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2/pi) (x + 0.044715 x^3).
+#[inline(always)]
+fn gelu(x: f32) -> f32 {
+    let u = 0.797_884_6 * (x + 0.044_715 * x * x * x);
+    x / (1.0 + simd::exp(-2.0 * u))
+}
+
+/// One product: A is m x k, B is k x n, C is m x n.
+#[derive(Clone, Copy)]
+pub(crate) struct Product<'a, A, B> {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub a: View<'a, A>,
+    pub b: View<'a, B>,
+    /// Add to what C holds.
+    pub accumulate: bool,
+    /// One value per column, added before the activation.
+    pub bias: Option<&'a [f32]>,
+    pub activation: Activation,
+}
+
+impl<'a, A: Float, B: Float> Product<'a, A, B> {
+    /// C = A B.
+    pub fn new([m, n, k]: [usize; 3], a: View<'a, A>, b: View<'a, B>) -> Self {
+        Self { m, n, k, a, b, accumulate: false, bias: None, activation: Activation::None }
+    }
+
+    /// C += A B.
+    #[must_use]
+    pub fn accumulate(self) -> Self {
+        Self { accumulate: true, ..self }
+    }
+}
+
+/// Longest block along k: a panel of B of 32 columns is then 32 KB.
+const KC: usize = 256;
+/// Most columns packed at a time: a block of B is then 2 MB, in the last-level cache.
+const NC: usize = 2048;
+/// Most rows of a packed block of A: 336 x 256 values are 344 KB, in the second-level cache.
+const MC: usize = 336;
+/// Rows whose f32 sums are held at a time when C is stored in 16 bits.
+const SUMS: usize = 512;
+/// Work below which threads cost more than they bring: 2 M multiply-adds are about 15 us on one AVX-512 core.
+const WORTH_THREADS: usize = 2 << 20;
+
+/// Product of matrices, on the calling thread; for use inside a parallel task. `row`: elements from row to row of C.
+pub(crate) fn gemm<A: Float, B: Float, C: Float>(p: &Product<A, B>, c: &mut [C], row: usize) {
+    run(None, p, c, row);
+}
+
+/// Product of matrices on the device's threads: the same bits as [`gemm`].
+pub(crate) fn gemm_threaded<A: Float, B: Float, C: Float>(args: &Args, p: &Product<A, B>, c: &mut [C], row: usize) {
+    let threads = args.threads();
+    if threads == 1 || p.m * p.n * p.k < WORTH_THREADS {
+        return run(None, p, c, row);
+    }
+    args.install(|| run(Some(threads), p, c, row));
+}
+
+fn run<A: Float, B: Float, C: Float>(threads: Option<usize>, p: &Product<A, B>, c: &mut [C], row: usize) {
+    if p.m == 0 || p.n == 0 {
+        return;
+    }
+    assert!(p.a.data.len() >= p.a.extent(p.m, p.k), "A is smaller than its shape");
+    assert!(p.b.data.len() >= p.b.extent(p.k, p.n), "B is smaller than its shape");
+    assert!(row >= p.n && c.len() >= (p.m - 1) * row + p.n, "C is smaller than its shape");
+    assert!(p.bias.is_none_or(|b| b.len() >= p.n), "bias is smaller than a row");
+    if C::DTYPE == DType::F32 {
+        let c: &mut [f32] = bytemuck::cast_slice_mut(c);
+        return blocked(threads, tiles(), p, Target::new(c, row));
+    }
+    // 16-bit storage rounds once, after the whole sum: f32 sums of some rows at a time.
+    let mut sums = SUMS_BUFFER.take();
+    for i0 in (0..p.m).step_by(SUMS) {
+        let m = SUMS.min(p.m - i0);
+        let a = View { data: p.a.data.get(i0 * p.a.row..).unwrap_or(&[]), ..p.a };
+        sums.resize((m * p.n).max(sums.len()), 0.0);
+        let target = &mut sums[..m * p.n];
+        if p.accumulate {
+            for (s, c) in target.chunks_exact_mut(p.n).zip(c[i0 * row..].chunks(row)) {
+                s.iter_mut().zip(c).for_each(|(s, c)| *s = c.load());
+            }
+        }
+        blocked(threads, tiles(), &Product { m, a, ..*p }, Target::new(target, p.n));
+        for (s, c) in target.chunks_exact(p.n).zip(c[i0 * row..].chunks_mut(row)) {
+            s.iter().zip(c).for_each(|(s, c)| *c = C::store(*s));
+        }
+    }
+    SUMS_BUFFER.set(sums);
+}
+
+thread_local! {
+    // Taken while in use, so that a product started by a stolen task just allocates its own.
+    static A_BUFFER: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static B_BUFFER: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static SUMS_BUFFER: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// C as tasks see it: each writes its own rows and columns.
+#[derive(Clone, Copy)]
+struct Target<'a> {
+    base: *mut f32,
+    row: usize,
+    _memory: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: tasks write disjoint tiles (see `blocked`).
+unsafe impl Send for Target<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Target<'_> {}
+
+impl<'a> Target<'a> {
+    fn new(c: &'a mut [f32], row: usize) -> Self {
+        Self { base: c.as_mut_ptr(), row, _memory: PhantomData }
+    }
+}
+
+/// `extent` cut into equal parts of at most `most`, each a multiple of `unit` but the last.
+fn part(extent: usize, most: usize, unit: usize) -> usize {
+    let parts = extent.div_ceil(most).max(1);
+    extent.div_ceil(parts).next_multiple_of(unit)
+}
+
+/// One task: a block of rows against some columns of the packed block of B.
+#[derive(Clone, Copy)]
+struct Block {
+    i0: usize,
+    m: usize,
+    j0: usize,
+    n: usize,
+}
+
+fn blocked<A: Float, B: Float>(threads: Option<usize>, tiles: &Tiles, p: &Product<A, B>, c: Target) {
+    let columns = tiles.columns();
+    // k alone decides: the order of every sum is the same whatever m, n and the threads are.
+    let kc = part(p.k, KC, 1).max(1);
+    let nc = part(p.n, NC, columns);
+    let tasks = threads.unwrap_or(1);
+    let rows = p.m.div_ceil(p.m.div_ceil(tiles.rows));
+    let mc = part(p.m, MC.min(p.m.div_ceil(tasks)).max(rows), rows);
+    let blocks_down = p.m.div_ceil(mc);
+    let mut packed = B_BUFFER.take();
+    for j0 in (0..p.n).step_by(nc) {
+        let n = nc.min(p.n - j0);
+        // Few blocks of rows: columns are shared out too.
+        let across = if blocks_down >= tasks { 1 } else { tasks.div_ceil(blocks_down) };
+        let slice = part(n, n.div_ceil(across), columns);
+        let blocks: Vec<Block> = (0..p.m)
+            .step_by(mc)
+            .flat_map(|i0| (0..n).step_by(slice).map(move |s| (i0, s)))
+            .map(|(i0, s)| Block { i0, m: mc.min(p.m - i0), j0: j0 + s, n: slice.min(n - s) })
+            .collect();
+        // A product over no k still writes C once.
+        for k0 in (0..p.k.max(1)).step_by(kc) {
+            let k = kc.min(p.k - k0);
+            let size = n.next_multiple_of(columns) * k;
+            packed.resize(size.max(packed.len()), 0.0);
+            let panel = columns * k;
+            let ends = (k0 == 0, k0 + k == p.k);
+            if tasks == 1 {
+                pack::pack_b(p.b, (j0, n), (k0, k), columns, &mut packed[..size]);
+                blocks.iter().for_each(|&b| {
+                    block(tiles, p, b, rows, (k0, k), &packed[(b.j0 - j0) / columns * panel..], ends, c)
+                });
+            } else {
+                let share = panel * (n.div_ceil(columns).div_ceil(4 * tasks));
+                packed[..size].par_chunks_mut(share.max(1)).enumerate().for_each(|(i, part)| {
+                    let start = i * share / panel.max(1) * columns;
+                    pack::pack_b(
+                        p.b,
+                        (j0 + start, (part.len() / panel.max(1) * columns).min(n - start)),
+                        (k0, k),
+                        columns,
+                        part,
+                    );
+                });
+                let packed = &packed;
+                blocks.par_iter().with_max_len(1).for_each(|&b| {
+                    block(tiles, p, b, rows, (k0, k), &packed[(b.j0 - j0) / columns * panel..], ends, c);
+                });
+            }
+        }
+    }
+    B_BUFFER.set(packed);
+}
+
+/// One block of C over one block of k: `b` holds its panels of B; `ends` says whether k is at its start and its end.
+#[allow(clippy::too_many_arguments)]
+fn block<A: Float, B: Float>(
+    tiles: &Tiles,
+    p: &Product<A, B>,
+    at: Block,
+    rows: usize,
+    (k0, k): (usize, usize),
+    b: &[f32],
+    (first, last): (bool, bool),
+    c: Target,
+) {
+    let columns = tiles.columns();
+    let mut packed = A_BUFFER.take();
+    pack::pack_a(p.a, (at.i0, at.m), (k0, k), rows, &mut packed);
+    let add = p.accumulate || !first;
+    for j in (0..at.n).step_by(columns) {
+        let n = columns.min(at.n - j);
+        let b = &b[j * k..(j + columns) * k];
+        for i in (0..at.m).step_by(rows) {
+            let m = rows.min(at.m - i);
+            let (tile, tail) = tiles.pick(m, n);
+            let a = &packed[i * k..(i + m) * k];
+            // SAFETY: `run` checked that C holds m x n elements at this stride; panels hold k groups; this task alone
+            // writes these rows and columns; `tiles` fits the processor.
+            unsafe { tile(k, a.as_ptr(), b.as_ptr(), c.base.add((at.i0 + i) * c.row + at.j0 + j), c.row, add, tail) };
+        }
+        if last && (p.bias.is_some() || p.activation != Activation::None) {
+            for i in 0..at.m {
+                // SAFETY: as above; these elements are finished and still in the first-level cache.
+                let row = unsafe { std::slice::from_raw_parts_mut(c.base.add((at.i0 + i) * c.row + at.j0 + j), n) };
+                finish(row, p.bias.map(|bias| &bias[at.j0 + j..]), p.activation);
+            }
+        }
+    }
+    A_BUFFER.set(packed);
+}
+
+simd::multiversion! {
+    fn finish(row: &mut [f32], bias: Option<&[f32]>, activation: Activation) {
+        if let Some(bias) = bias {
+            row.iter_mut().zip(bias).for_each(|(c, b)| *c += b);
+        }
+        match activation {
+            Activation::None => {}
+            Activation::Relu => row.iter_mut().for_each(|c| *c = Activation::Relu.apply(*c)),
+            Activation::Gelu => row.iter_mut().for_each(|c| *c = gelu(*c)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
