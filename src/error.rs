@@ -43,6 +43,10 @@ pub enum Error {
     #[error("device {device} was lost: {reason}")]
     DeviceLost { device: String, reason: String },
 
+    /// The driver refused a call that our own checks let through.
+    #[error("{device}: {operation} failed: {log}")]
+    Driver { device: String, operation: &'static str, log: String },
+
     #[error("device {device} is not available: {reason}")]
     NotAvailable { device: String, reason: String },
 
@@ -98,6 +102,7 @@ impl Error {
             Self::Launch { .. } => "E-LAUNCH",
             Self::OutOfMemory { .. } => "E-MEMORY",
             Self::DeviceLost { .. } => "E-DEVICE-LOST",
+            Self::Driver { .. } => "E-DRIVER",
             Self::NotAvailable { .. } => "E-NO-DEVICE",
             Self::File { .. } => "E-FILE",
             Self::Io { .. } => "E-IO",
@@ -117,6 +122,7 @@ impl Error {
             Self::File { .. } | Self::NonFinite { .. } => 3,
             Self::OutOfMemory { .. }
             | Self::DeviceLost { .. }
+            | Self::Driver { .. }
             | Self::NotAvailable { .. }
             | Self::Compile { .. }
             | Self::Launch { .. } => 4,

@@ -17,7 +17,7 @@ pub use cpu::CpuDevice;
 pub use null::NullDevice;
 pub use pool::Stats;
 pub use reference::ReferenceDevice;
-pub use wgpu::WgpuDevice;
+pub use wgpu::{Adapter, WgpuDevice, adapters, shader};
 
 /// Kinds of device; kernels are written for `Cpu`, `Wgpu` and `Cuda`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -1,0 +1,167 @@
+//! Compiled pipelines, kept by file, entry point, element type and constants.
+
+use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::adapter::PARAMETER_BYTES;
+use super::shader::{Shader, compile_error};
+use super::{Gpu, scoped};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+type Constants = &'static [(&'static str, f64)];
+
+#[derive(Clone, Copy)]
+struct Key {
+    file: &'static str,
+    /// Address of the kernel's text: two texts under one file name are two kernels.
+    text: usize,
+    entry: &'static str,
+    element: DType,
+    constants: Constants,
+}
+
+impl Key {
+    fn bits(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.constants.iter().map(|(name, value)| (*name, value.to_bits()))
+    }
+}
+
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        (self.file, self.text, self.entry, self.element) == (other.file, other.text, other.entry, other.element)
+            && self.bits().eq(other.bits())
+    }
+}
+
+impl Eq for Key {}
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.file, self.text, self.entry, self.element).hash(state);
+        self.bits().for_each(|b| b.hash(state));
+    }
+}
+
+pub struct Pipeline {
+    pub pipeline: wgpu::ComputePipeline,
+    pub layout: wgpu::BindGroupLayout,
+    /// Argument indices that the entry binds.
+    pub bindings: Vec<u32>,
+    pub parameter_bytes: u32,
+}
+
+struct Module {
+    shader: Shader,
+    compiled: wgpu::ShaderModule,
+}
+
+/// File name, address of its text, element type.
+type ModuleKey = (&'static str, usize, DType);
+
+#[derive(Default)]
+pub struct Pipelines {
+    modules: Mutex<HashMap<ModuleKey, Arc<Module>>>,
+    pipelines: Mutex<HashMap<Key, Arc<Pipeline>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Pipelines {
+    /// The pipeline of `entry` in a kernel file, compiled at its first use.
+    pub fn get(
+        &self,
+        gpu: &Gpu,
+        (file, text): (&'static str, &'static str),
+        entry: &'static str,
+        element: DType,
+        constants: Constants,
+    ) -> Result<Arc<Pipeline>> {
+        let key = Key { file, text: text.as_ptr() as usize, entry, element, constants };
+        if let Some(found) = lock(&self.pipelines).get(&key) {
+            return Ok(found.clone());
+        }
+        let module = self.module(gpu, file, text, element)?;
+        let pipeline = Arc::new(build(gpu, &module, file, entry, constants)?);
+        lock(&self.pipelines).insert(key, pipeline.clone());
+        Ok(pipeline)
+    }
+
+    fn module(&self, gpu: &Gpu, file: &'static str, text: &'static str, element: DType) -> Result<Arc<Module>> {
+        let key = (file, text.as_ptr() as usize, element);
+        if let Some(found) = lock(&self.modules).get(&key) {
+            return Ok(found.clone());
+        }
+        let shader = Shader::parse(file, text, element)?;
+        let descriptor = wgpu::ShaderModuleDescriptor {
+            label: Some(file),
+            source: wgpu::ShaderSource::Wgsl(shader.source.as_str().into()),
+        };
+        let compiled = scoped(&gpu.device, || {
+            if gpu.checks {
+                gpu.device.create_shader_module(descriptor)
+            } else {
+                // SAFETY: every kernel guards its own loads and stores and bounds its loops; `kernels verify` runs the
+                // whole table with the checks on as well.
+                unsafe { gpu.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+            }
+        })
+        .map_err(|e| gpu.compile_failure(e, file, shader.lines_before))?;
+        let module = Arc::new(Module { shader, compiled });
+        lock(&self.modules).insert(key, module.clone());
+        Ok(module)
+    }
+}
+
+fn build(gpu: &Gpu, module: &Module, file: &str, entry: &'static str, constants: Constants) -> Result<Pipeline> {
+    let Some(point) = module.shader.entry(entry) else {
+        return Err(compile_error(file, 0, 0, format!("no entry point {entry}")));
+    };
+    if point.parameter_bytes > PARAMETER_BYTES {
+        return Err(Error::Launch {
+            kernel: entry.into(),
+            what: "bytes of the parameter block",
+            got: point.parameter_bytes.into(),
+            limit: PARAMETER_BYTES.into(),
+        });
+    }
+    let entries: Vec<wgpu::BindGroupLayoutEntry> = point
+        .slots
+        .iter()
+        .map(|slot| wgpu::BindGroupLayoutEntry {
+            binding: slot.binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer {
+                ty: wgpu::BufferBindingType::Storage { read_only: !slot.writable },
+                has_dynamic_offset: false,
+                min_binding_size: None,
+            },
+            count: None,
+        })
+        .collect();
+    let built = scoped(&gpu.device, || {
+        let label = Some(entry);
+        let layout = gpu.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
+        let pipeline_layout = gpu.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label,
+            bind_group_layouts: &[Some(&layout)],
+            // One size for all, so that changing pipelines keeps layouts compatible.
+            immediate_size: PARAMETER_BYTES,
+        });
+        let pipeline = gpu.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label,
+            layout: Some(&pipeline_layout),
+            module: &module.compiled,
+            entry_point: Some(entry),
+            compilation_options: wgpu::PipelineCompilationOptions { constants, ..Default::default() },
+            cache: None,
+        });
+        (layout, pipeline)
+    });
+    let (layout, pipeline) = built.map_err(|e| gpu.compile_failure(e, file, module.shader.lines_before))?;
+    let bindings = point.slots.iter().map(|s| s.binding).collect();
+    Ok(Pipeline { pipeline, layout, bindings, parameter_bytes: point.parameter_bytes })
+}

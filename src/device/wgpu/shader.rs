@@ -1,0 +1,96 @@
+//! What a WGSL file says about itself: its entry points, what each binds, and errors in the file's own lines.
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::kernel::assemble;
+
+/// One storage binding of an entry point.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Position among a kernel's arguments.
+    pub binding: u32,
+    pub name: String,
+    /// Declared `read_write`.
+    pub writable: bool,
+    /// Some statement reachable from the entry writes it.
+    pub writes: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct EntryPoint {
+    pub name: String,
+    pub workgroup: [u32; 3],
+    /// By binding index; only what the entry uses.
+    pub slots: Vec<Slot>,
+    /// Size of the parameter block it reads; 0 when it reads none.
+    pub parameter_bytes: u32,
+    /// Shared memory of one group.
+    pub workgroup_bytes: u32,
+}
+
+/// A kernel file, joined with the prelude of one element type, parsed and validated without a device.
+pub struct Shader {
+    pub source: String,
+    pub entries: Vec<EntryPoint>,
+    /// Lines of the joined source that stand before the file's own first one.
+    pub lines_before: u32,
+}
+
+impl Shader {
+    pub fn parse(file: &str, text: &str, element: DType) -> Result<Self> {
+        let (source, lines_before) = assemble(file, text, element)?;
+        let at = |location: Option<naga::SourceLocation>| location.map_or(0, |l| l.line_number);
+        let module = naga::front::wgsl::parse_str(&source)
+            .map_err(|e| compile_error(file, at(e.location(&source)), lines_before, e.emit_to_string(&source)))?;
+        let mut validator = naga::valid::Validator::new(naga::valid::ValidationFlags::all(), naga::valid::Capabilities::all());
+        let info = validator
+            .validate(&module)
+            .map_err(|e| compile_error(file, at(e.location(&source)), lines_before, e.emit_to_string(&source)))?;
+        let entries = (0..module.entry_points.len()).map(|i| entry(&module, &info, i)).collect();
+        Ok(Self { source, entries, lines_before })
+    }
+
+    pub fn entry(&self, name: &str) -> Option<&EntryPoint> {
+        self.entries.iter().find(|e| e.name == name)
+    }
+}
+
+/// A compile error at a line of the kernel's own file, or of the prelude that is joined in front of it.
+pub fn compile_error(file: &str, line: u32, lines_before: u32, log: String) -> Error {
+    let (file, line) = match line.checked_sub(lines_before) {
+        Some(own) if own > 0 => (file.to_string(), own),
+        _ => (format!("prelude of {file}"), line),
+    };
+    Error::Compile { kernel: file.clone(), file, line, log }
+}
+
+fn entry(module: &naga::Module, info: &naga::valid::ModuleInfo, index: usize) -> EntryPoint {
+    let point = &module.entry_points[index];
+    let uses = info.get_entry_point(index);
+    let mut found = EntryPoint {
+        name: point.name.clone(),
+        workgroup: point.workgroup_size,
+        slots: Vec::new(),
+        parameter_bytes: 0,
+        workgroup_bytes: 0,
+    };
+    for (handle, variable) in module.global_variables.iter() {
+        if uses[handle].is_empty() {
+            continue;
+        }
+        let bytes = || module.types[variable.ty].inner.try_size(module.to_ctx()).unwrap_or(0);
+        match (&variable.space, &variable.binding) {
+            (naga::AddressSpace::Storage { access }, Some(binding)) => found.slots.push(Slot {
+                binding: binding.binding,
+                name: variable.name.clone().unwrap_or_default(),
+                writable: access.contains(naga::StorageAccess::STORE),
+                writes: uses[handle].contains(naga::valid::GlobalUse::WRITE),
+            }),
+            (naga::AddressSpace::Immediate, _) => found.parameter_bytes = bytes(),
+            (naga::AddressSpace::WorkGroup, _) => found.workgroup_bytes += bytes(),
+            _ => {}
+        }
+    }
+    found.slots.sort_by_key(|s| s.binding);
+    found
+}
