@@ -88,7 +88,8 @@ fn unavailable(wanted: Wanted, known: &[Adapter]) -> Error {
         Wanted::Named(name) => format!("wgpu:{name}"),
         _ => "wgpu".to_string(),
     };
-    let list = || known.iter().map(|a| format!("wgpu:{} {} ({})", a.index, a.name, a.kind)).collect::<Vec<_>>().join(", ");
+    let list =
+        || known.iter().map(|a| format!("wgpu:{} {} ({})", a.index, a.name, a.kind)).collect::<Vec<_>>().join(", ");
     let reason = match (known.is_empty(), wanted) {
         (true, _) => {
             "no graphics driver answered; on Debian and Ubuntu the packages libvulkan1 and mesa-vulkan-drivers bring a \
@@ -148,7 +149,8 @@ pub fn open(index: usize, adapter: &wgpu::Adapter) -> Result<Opened> {
         memory_hints: wgpu::MemoryHints::Performance,
         trace: wgpu::Trace::Off,
     };
-    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| unavailable(e.to_string()))?;
+    let (device, queue) =
+        pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| unavailable(e.to_string()))?;
     let class = match (description.software, cooperative) {
         (true, _) => Class::Cpu,
         (false, true) => Class::Coop,

@@ -88,7 +88,8 @@ impl Batch {
     /// The encoder outside of a pass: for copies and time stamps.
     pub fn encoder(&mut self, gpu: &Gpu) -> &mut wgpu::CommandEncoder {
         self.pass = None;
-        self.encoder.get_or_insert_with(|| gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: None }))
+        self.encoder
+            .get_or_insert_with(|| gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor { label: None }))
     }
 
     pub fn dispatch(
@@ -137,4 +138,3 @@ impl Batch {
         gpu.alive()
     }
 }
-

@@ -18,7 +18,12 @@ pub fn round_up(bytes: usize) -> usize {
 }
 
 pub fn misaligned(offset: usize) -> Error {
-    Error::Launch { kernel: "memory access".into(), what: "bytes past a multiple of 4", got: offset as u64 % 4, limit: 0 }
+    Error::Launch {
+        kernel: "memory access".into(),
+        what: "bytes past a multiple of 4",
+        got: offset as u64 % 4,
+        limit: 0,
+    }
 }
 
 pub struct Memory {

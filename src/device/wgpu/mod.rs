@@ -90,7 +90,8 @@ fn scoped<T>(device: &wgpu::Device, work: impl FnOnce() -> T) -> std::result::Re
     let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let value = work();
     // Scopes are a stack: the newest is popped first.
-    let caught = [pollster::block_on(memory.pop()), pollster::block_on(internal.pop()), pollster::block_on(validation.pop())];
+    let caught =
+        [pollster::block_on(memory.pop()), pollster::block_on(internal.pop()), pollster::block_on(validation.pop())];
     match caught.into_iter().flatten().next() {
         None => Ok(value),
         Some(error) => Err(error),
@@ -193,7 +194,8 @@ impl WgpuDevice {
             });
         }
         let descriptor = wgpu::BindGroupDescriptor { label: None, layout: &pipeline.layout, entries: &entries };
-        scoped(&self.gpu.device, || self.gpu.device.create_bind_group(&descriptor)).map_err(|e| self.gpu.failure(e, "bind", 0))
+        scoped(&self.gpu.device, || self.gpu.device.create_bind_group(&descriptor))
+            .map_err(|e| self.gpu.failure(e, "bind", 0))
     }
 }
 
@@ -291,10 +293,14 @@ impl Device for WgpuDevice {
     fn launch(&self, kernel: &Kernel, element: DType, launch: &Launch, arguments: &[Binding]) -> Result<()> {
         self.gpu.alive()?;
         let Code::Wgsl { file, text, entry, constants } = kernel.code else {
-            return Err(Error::NotAvailable { device: self.info.id.clone(), reason: format!("{} is no WGSL kernel", kernel.name) });
+            return Err(Error::NotAvailable {
+                device: self.info.id.clone(),
+                reason: format!("{} is no WGSL kernel", kernel.name),
+            });
         };
         check_launch(kernel, launch, &self.info)?;
-        let pipeline = self.pipelines.get(&self.gpu, (file, text), launch.entry.unwrap_or(entry), element, constants)?;
+        let pipeline =
+            self.pipelines.get(&self.gpu, (file, text), launch.entry.unwrap_or(entry), element, constants)?;
         let words = launch.params.words();
         if (words.len() * 4) < pipeline.parameter_bytes as usize {
             return Err(Error::Launch {
@@ -392,7 +398,11 @@ impl WgpuDevice {
     /// Seconds between a time stamp in front of the first command of `work` and one behind its last.
     fn timed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
         let device = &self.gpu.device;
-        let queries = device.create_query_set(&wgpu::QuerySetDescriptor { label: None, ty: wgpu::QueryType::Timestamp, count: 2 });
+        let queries = device.create_query_set(&wgpu::QuerySetDescriptor {
+            label: None,
+            ty: wgpu::QueryType::Timestamp,
+            count: 2,
+        });
         let resolved = self.alloc(16)?;
         let block = self.block(&resolved)?;
         self.batches.lock().encoder(&self.gpu).write_timestamp(&queries, 0);

@@ -44,7 +44,8 @@ pub fn run(device: &WgpuDevice) -> Result<(Vec<Probe>, Option<u64>)> {
 
 fn judge(device: &WgpuDevice, words: &[u32; GUARDED]) -> (Vec<Probe>, Option<u64>) {
     let mut probes = Vec::new();
-    let mut add = |trap, expected: String, measured: String, sound| probes.push(Probe { trap, expected, measured, sound });
+    let mut add =
+        |trap, expected: String, measured: String, sound| probes.push(Probe { trap, expected, measured, sound });
     let yes = |word: u32| if word == 1 { "true".to_string() } else { "false".to_string() };
 
     let state = (0..LOOP).fold(1u32, |s, _| s.wrapping_mul(1_664_525).wrapping_add(1_013_904_223));
@@ -59,7 +60,12 @@ fn judge(device: &WgpuDevice, words: &[u32; GUARDED]) -> (Vec<Probe>, Option<u64
     add("T3 subnormal times one", "kept".into(), kept.into(), words[4] == SUBNORMAL);
     add("T4 load out of bounds", "0".into(), words[9].to_string(), words[9] == 0);
     let untouched = words[WORDS..].iter().all(|&w| w == SENTINEL);
-    add("T4 memory behind the binding", "unchanged".into(), if untouched { "unchanged" } else { "changed" }.into(), untouched);
+    add(
+        "T4 memory behind the binding",
+        "unchanged".into(),
+        if untouched { "unchanged" } else { "changed" }.into(),
+        untouched,
+    );
     add("T4 load after a store out of bounds", "0".into(), words[10].to_string(), words[10] == 0);
     let limits = &device.info.limits;
     let megabytes = limits.binding_bytes >> 20;

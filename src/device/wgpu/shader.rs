@@ -42,7 +42,8 @@ impl Shader {
         let at = |location: Option<naga::SourceLocation>| location.map_or(0, |l| l.line_number);
         let module = naga::front::wgsl::parse_str(&source)
             .map_err(|e| compile_error(file, at(e.location(&source)), lines_before, e.emit_to_string(&source)))?;
-        let mut validator = naga::valid::Validator::new(naga::valid::ValidationFlags::all(), naga::valid::Capabilities::all());
+        let mut validator =
+            naga::valid::Validator::new(naga::valid::ValidationFlags::all(), naga::valid::Capabilities::all());
         let info = validator
             .validate(&module)
             .map_err(|e| compile_error(file, at(e.location(&source)), lines_before, e.emit_to_string(&source)))?;
