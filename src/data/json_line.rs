@@ -22,7 +22,9 @@ pub(super) fn parse(line: &str, source: &str, target: &str) -> Result<Pair, BadR
         None => Err(BadRow::in_field(name, "missing field")),
         Some(Value::String(text)) if text.trim().is_empty() => Err(BadRow::in_field(name, "empty side")),
         // Escapes can bring back what the raw line may not hold.
-        Some(Value::String(text)) if text.contains(['\0', '\u{feff}']) => Err(BadRow::in_field(name, "NUL byte")),
+        Some(Value::String(text)) if text.contains(['\0', '\u{feff}']) => {
+            Err(BadRow::in_field(name, "NUL or byte-order mark"))
+        }
         Some(Value::String(text)) => Ok(text.trim().to_string()),
         Some(_) => Err(BadRow::in_field(name, "field is not text")),
     };

@@ -18,6 +18,7 @@ pub mod persist;
 pub mod split;
 pub mod table;
 pub mod terms;
+pub mod tokenizer;
 
 /// One sentence in two languages.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
