@@ -1,9 +1,11 @@
 //! CPU kernels, twins of `shaders/` and `cuda/`: one file per op family.
 
 pub(crate) mod gemm;
+mod norm;
 pub mod simd;
 mod unary;
 
+pub(crate) use norm::{add_layernorm, add_norm_backward, add_rmsnorm, layernorm, norm_backward, rmsnorm};
 pub(crate) use unary::{cast, unary, unary_backward};
 
 use std::cell::Cell;
@@ -155,6 +157,19 @@ impl<'a> Args<'a> {
                 let pairs = a.par_chunks_mut(ra * grain).zip(b.par_chunks_mut(rb * grain));
                 pairs.enumerate().for_each(|(c, (x, y))| work(c * grain, x, y));
             });
+        }
+    }
+}
+
+impl Args<'_> {
+    /// Calls `work(index, part)` for every part, for kernels that write more outputs than [`Args::rows2`] takes: zip
+    /// the outputs' chunks. The parts depend on the problem alone, so results are the same for any number of threads.
+    pub fn parts<P: Send>(&self, parts: impl ExactSizeIterator<Item = P>, work: impl Fn(usize, P) + Sync + Send) {
+        if parts.len() <= 1 || self.threads() == 1 {
+            parts.enumerate().for_each(|(index, part)| work(index, part));
+        } else {
+            let parts: Vec<P> = parts.collect();
+            self.threads.install(|| parts.into_par_iter().enumerate().for_each(|(index, part)| work(index, part)));
         }
     }
 }

@@ -64,7 +64,6 @@ macro_rules! multiversion {
         }
     )*};
 }
-#[allow(unused_imports)] // families use it as they land
 pub(crate) use multiversion;
 
 /// Independent accumulators of every reduction: two AVX-512 registers.

@@ -2,7 +2,8 @@
 
 use crate::op::Family;
 
+pub mod norm;
 pub mod unary;
 
 /// Every op family; verification, gradient checks, benches, the support table and the docs are loops over it.
-pub static FAMILIES: &[&Family] = &[&unary::FAMILY];
+pub static FAMILIES: &[&Family] = &[&norm::FAMILY, &unary::FAMILY];

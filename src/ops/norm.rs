@@ -1,0 +1,320 @@
+//! Layer normalisation, RMS normalisation, and the scaled residual addition fused in front of either.
+
+mod backward;
+mod cases;
+
+use std::any::Any;
+
+use crate::cpu;
+use crate::device::Class;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem};
+use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
+use crate::ops::unary::{Function, Unary};
+use crate::shape::{self, Meta, Shape};
+use crate::tensor::Tensor;
+
+pub(crate) use backward::CHUNK;
+pub use backward::{AddNormBackward, NormBackward};
+
+pub static FAMILY: Family = Family { name: "norm", cases: cases::cases, shader: Some(SHADER) };
+
+const SHADER: &str = include_str!("../../shaders/norm.wgsl");
+/// Invocations per workgroup of the row-per-invocation rung.
+const BLOCK: u32 = 64;
+/// Loops over a row that one invocation of that rung makes.
+const PASSES: usize = 3;
+
+/// y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the last axis (Ba, Kiros and Hinton 2016).
+///
+/// Inputs: x `[.., d]`, weight `[d]`, bias `[d]`, one float type. Outputs: y like x; mean and rstd, f32, x's shape
+/// without its last axis. The variance is the biased one.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerNorm {
+    pub epsilon: f32,
+}
+
+/// y = x / sqrt(mean(x^2) + epsilon) * weight over the last axis (Zhang and Sennrich 2019).
+///
+/// Inputs: x `[.., d]`, weight `[d]`. Outputs: y like x; rstd, f32, x's shape without its last axis.
+#[derive(Clone, Copy, Debug)]
+pub struct RmsNorm {
+    pub epsilon: f32,
+}
+
+/// h = x + scale * r, y = norm(h): a residual connection and the normalisation after it in one pass.
+///
+/// Inputs: x and r `[.., d]`, weight `[d]`, and bias `[d]` unless `rms`. Outputs: y and h like x, then mean (unless
+/// `rms`) and rstd, f32, x's shape without its last axis. GLM's residual has scale = sqrt(2 layers).
+#[derive(Clone, Copy, Debug)]
+pub struct AddNorm {
+    pub epsilon: f32,
+    pub scale: f32,
+    /// RMS normalisation instead of layer normalisation.
+    pub rms: bool,
+}
+
+/// Checks rows `[.., d]` (`full` of them, first in order) and vectors `[d]` of one float type; gives the metas of y
+/// and of a per-row statistic.
+fn check(op: &'static str, rule: &'static str, inputs: &[Meta], full: usize, vectors: usize) -> Result<(Meta, Meta)> {
+    let broken = || Error::Shape { op, rule, got: shape::list(inputs) };
+    if inputs.len() != full + vectors {
+        return Err(broken());
+    }
+    let x = inputs[0];
+    let same_type = inputs.iter().all(|m| m.dtype == x.dtype);
+    if !x.dtype.is_float() || !same_type {
+        return Err(Error::Dtype { op, expected: "one float type", got: shape::list(inputs) });
+    }
+    let d = x.shape.last();
+    let rows = inputs[..full].iter().all(|m| m.shape == x.shape);
+    if x.shape.rank() == 0 || d == 0 || !rows || inputs[full..].iter().any(|m| m.dims() != [d]) {
+        return Err(broken());
+    }
+    Ok((x, statistic(x.shape)?))
+}
+
+/// One f32 per row.
+fn statistic(x: Shape) -> Result<Meta> {
+    Meta::new(&x.dims()[..x.rank().saturating_sub(1)], DType::F32)
+}
+
+/// Parameter words of every kernel of the family: rows, d, epsilon, scale, rms, joined, chunks.
+fn words(x: &Meta, (epsilon, scale): (f32, f32), rms: bool, joined: bool) -> Params {
+    let rows = x.shape.rows();
+    let params = Params::new().u(rows).u(x.shape.last()).f(epsilon).f(scale);
+    params.flag(rms).flag(joined).u(rows.div_ceil(CHUNK))
+}
+
+/// h, y, mean, rstd of one row in f64.
+fn normalise(x: &[f64], weight: &[f64], bias: Option<&[f64]>, epsilon: f64) -> (Vec<f64>, f64, f64) {
+    let d = x.len() as f64;
+    // RMSNorm has no bias and takes no mean off.
+    let mean = if bias.is_some() { x.iter().sum::<f64>() / d } else { 0.0 };
+    let variance = x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / d;
+    let rstd = 1.0 / (variance + epsilon).sqrt();
+    let shift = |i: usize| bias.map_or(0.0, |b| b[i]);
+    let y = x.iter().enumerate().map(|(i, v)| (v - mean) * rstd * weight[i] + shift(i)).collect();
+    (y, mean, rstd)
+}
+
+/// The reference of all three ops on already added rows: y, mean, rstd.
+fn reference(x: &[f64], weight: &[f64], bias: Option<&[f64]>, epsilon: f32) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let (mut y, mut mean, mut rstd) = (Vec::with_capacity(x.len()), Vec::new(), Vec::new());
+    for row in x.chunks(weight.len()) {
+        let (row_y, row_mean, row_rstd) = normalise(row, weight, bias, f64::from(epsilon));
+        y.extend(row_y);
+        mean.push(row_mean);
+        rstd.push(row_rstd);
+    }
+    (y, mean, rstd)
+}
+
+fn cost(inputs: &[Meta], outputs: &[Meta]) -> Cost {
+    let bytes = inputs.iter().chain(outputs).map(Meta::bytes).sum::<usize>() as f64;
+    // Mean, centred square, scale and shift.
+    Cost { flops: 8.0 * inputs[0].count() as f64, bytes }
+}
+
+impl Op for LayerNorm {
+    fn name(&self) -> &'static str {
+        "layernorm"
+    }
+
+    fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
+        let (y, statistic) = check("layernorm", "x [.., d], weight [d], bias [d], d above 0", inputs, 1, 2)?;
+        Ok(vec![y, statistic, statistic])
+    }
+
+    fn reference(&self, inputs: &[Array]) -> Vec<Vec<f64>> {
+        let (y, mean, rstd) = reference(&inputs[0].data, &inputs[1].data, Some(&inputs[2].data), self.epsilon);
+        vec![y, mean, rstd]
+    }
+
+    fn kernels(&self) -> &'static [Kernel] {
+        const KERNELS: &[Kernel] = &rungs("layernorm_fwd", cpu::layernorm, ["layernorm_fwd", "layernorm_fwd_v2"]);
+        KERNELS
+    }
+
+    fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
+        words(&inputs[0], (self.epsilon, 1.0), false, false)
+    }
+
+    fn saves(&self) -> Saves {
+        Saves { inputs: &[0, 1], outputs: &[1, 2] }
+    }
+
+    fn gradient(&self, g: &Gradient) -> Result<Vec<Option<Tensor>>> {
+        let inputs = [g.input(0)?, g.input(1)?, g.output(1)?, g.output(2)?, g.grad(0)?];
+        Ok(g.run(&NormBackward { rms: false }, &inputs)?.into_iter().map(Some).collect())
+    }
+
+    fn cost(&self, inputs: &[Meta], outputs: &[Meta]) -> Cost {
+        cost(inputs, outputs)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl Op for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rmsnorm"
+    }
+
+    fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
+        let (y, statistic) = check("rmsnorm", "x [.., d], weight [d], d above 0", inputs, 1, 1)?;
+        Ok(vec![y, statistic])
+    }
+
+    fn reference(&self, inputs: &[Array]) -> Vec<Vec<f64>> {
+        let (y, _, rstd) = reference(&inputs[0].data, &inputs[1].data, None, self.epsilon);
+        vec![y, rstd]
+    }
+
+    fn kernels(&self) -> &'static [Kernel] {
+        const KERNELS: &[Kernel] = &rungs("rmsnorm_fwd", cpu::rmsnorm, ["rmsnorm_fwd", "rmsnorm_fwd_v2"]);
+        KERNELS
+    }
+
+    fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
+        words(&inputs[0], (self.epsilon, 1.0), true, false)
+    }
+
+    fn saves(&self) -> Saves {
+        Saves { inputs: &[0, 1], outputs: &[1] }
+    }
+
+    fn gradient(&self, g: &Gradient) -> Result<Vec<Option<Tensor>>> {
+        let rstd = g.output(1)?;
+        let grads = g.run(&NormBackward { rms: true }, &[g.input(0)?, g.input(1)?, rstd, rstd, g.grad(0)?])?;
+        Ok(grads.into_iter().take(2).map(Some).collect())
+    }
+
+    fn cost(&self, inputs: &[Meta], outputs: &[Meta]) -> Cost {
+        cost(inputs, outputs)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl Op for AddNorm {
+    fn name(&self) -> &'static str {
+        if self.rms { "add_rmsnorm" } else { "add_layernorm" }
+    }
+
+    fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
+        let rule = "x and r [.., d], weight [d], bias [d] (none with rms), d above 0";
+        let (y, statistic) = check(self.name(), rule, inputs, 2, if self.rms { 1 } else { 2 })?;
+        let mut outputs = vec![y, y, statistic, statistic];
+        outputs.truncate(if self.rms { 3 } else { 4 });
+        Ok(outputs)
+    }
+
+    fn reference(&self, inputs: &[Array]) -> Vec<Vec<f64>> {
+        let scale = f64::from(self.scale);
+        let h: Vec<f64> = inputs[0].data.iter().zip(&inputs[1].data).map(|(x, r)| x + scale * r).collect();
+        let bias = inputs.get(3).map(|b| b.data.as_slice());
+        let (y, mean, rstd) = reference(&h, &inputs[2].data, bias, self.epsilon);
+        if self.rms { vec![y, h, rstd] } else { vec![y, h, mean, rstd] }
+    }
+
+    fn kernels(&self) -> &'static [Kernel] {
+        const LAYER: &[Kernel] =
+            &rungs("add_layernorm_fwd", cpu::add_layernorm, ["add_layernorm_fwd", "add_layernorm_fwd_v2"]);
+        const RMS: &[Kernel] = &rungs("add_rmsnorm_fwd", cpu::add_rmsnorm, ["add_rmsnorm_fwd", "add_rmsnorm_fwd_v2"]);
+        if self.rms { RMS } else { LAYER }
+    }
+
+    fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
+        words(&inputs[0], (self.epsilon, self.scale), self.rms, false)
+    }
+
+    fn differentiable(&self) -> usize {
+        2
+    }
+
+    fn saves(&self) -> Saves {
+        Saves { inputs: &[2], outputs: if self.rms { &[1, 2] } else { &[1, 2, 3] } }
+    }
+
+    fn gradient(&self, g: &Gradient) -> Result<Vec<Option<Tensor>>> {
+        let dh = g.grads.get(1).and_then(Option::as_ref);
+        let Ok(dy) = g.grad(0) else {
+            // Only h was used: a plain scaled addition.
+            let dh = g.grad(1)?;
+            let dr = g.one(&Unary(Function::Scale(self.scale)), &[dh])?;
+            return Ok([Some(dh.clone()), Some(dr), None, None].into_iter().take(g.input_metas.len()).collect());
+        };
+        let rstd = g.output(if self.rms { 2 } else { 3 })?;
+        let mean = if self.rms { rstd } else { g.output(2)? };
+        let op = AddNormBackward { scale: self.scale, rms: self.rms, joined: dh.is_some() };
+        let grads = g.run(&op, &[g.output(1)?, g.input(2)?, mean, rstd, dy, dh.unwrap_or(dy)])?;
+        Ok(grads.into_iter().take(g.input_metas.len()).map(Some).collect())
+    }
+
+    fn cost(&self, inputs: &[Meta], outputs: &[Meta]) -> Cost {
+        cost(inputs, outputs)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// The records of one op: the CPU kernel, then a workgroup per row for GPUs, then a row per invocation for software
+/// rasterizers, then the workgroup again where those must not loop so long (and, to be tested there, for little work).
+const fn rungs(name: &'static str, run: fn(&cpu::Args) -> Result<()>, entries: [&'static str; 2]) -> [Kernel; 4] {
+    let [scalar, group] = entries;
+    [
+        Kernel::cpu(name, DType::FLOATS, run),
+        wgsl(group, on_gpu, group_plan),
+        wgsl(scalar, short_rows, row_plan),
+        wgsl(group, long_or_little, group_plan),
+    ]
+}
+
+const fn wgsl(entry: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) -> Plan) -> Kernel {
+    let code = Code::Wgsl { file: "norm.wgsl", text: SHADER, entry, constants: &[] };
+    Kernel { name: entry, code, dtypes: DType::FLOATS, fits, plan }
+}
+
+fn on_gpu(p: &Problem) -> bool {
+    p.info.class != Class::Cpu
+}
+
+fn short_rows(p: &Problem) -> bool {
+    let trips = row_trips(p.inputs[0].shape.last()) as u64;
+    p.info.limits.loop_budget.is_none_or(|budget| trips <= budget)
+}
+
+fn long_or_little(p: &Problem) -> bool {
+    !on_gpu(p) && (!short_rows(p) || p.inputs[0].count() <= 16_384)
+}
+
+fn row_plan(p: &Problem) -> Plan {
+    let x = p.inputs[0].shape;
+    Plan::of(Launch::linear(x.rows(), BLOCK, p.params()).trips(row_trips(x.last())))
+}
+
+/// Sums run over blocks of 32, whose own loop counts too.
+fn row_trips(d: usize) -> usize {
+    PASSES * (d + d.div_ceil(32))
+}
+
+/// Invocations of a workgroup that share one row; `GROUP` in the shader.
+const GROUP: usize = 128;
+
+fn group_trips(d: usize) -> usize {
+    // Each pass strides over the row and ends in a tree of log2(GROUP) steps.
+    PASSES * (2 * d.div_ceil(GROUP) + 8)
+}
+
+fn group_plan(p: &Problem) -> Plan {
+    let x = p.inputs[0].shape;
+    Plan::of(Launch::linear(x.rows(), 1, p.params()).trips(group_trips(x.last())))
+}
