@@ -91,6 +91,13 @@ impl Tokenizer {
 
     /// Parses the bytes of a `tokenizer.json`; `path` only names it in errors (all [`Error::File`]).
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
+        // The crate panics on broken JSON inside a decoder and on some normalizers (both found by damaging files), so
+        // syntax is checked first and a normalizer, which this kind of tokenizer does not have, is refused.
+        let json: serde_json::Value = serde_json::from_slice(bytes)
+            .map_err(|e| Error::file(path, format!("line {}, column {}", e.line(), e.column()), e))?;
+        if json.get("normalizer").is_some_and(|n| !n.is_null()) {
+            return Err(Error::file(path, "normalizer", "must be null: byte-level BPE takes text as it is"));
+        }
         let inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::file(path, "tokenizer", e))?;
         Self::new(inner, path)
     }
@@ -264,6 +271,8 @@ mod tests {
             (text.replace("[gMASK]", "[mask]"), "no token [gMASK]"),
             (text.replace("\"[pad]\": 0", "\"[pad]\": 99999999"), ""),
             (text.replace("\"BPE\"", "\"WordLevel\""), ""),
+            (text.replace("\"decoder\": {", "\"decoder\": {,"), "line "),
+            (text.replace("\"normalizer\": null", "\"normalizer\": {\"type\":\"Precompiled\"}"), "normalizer"),
         ] {
             let error = Tokenizer::parse(&path, bad.as_bytes()).unwrap_err();
             assert!(matches!(&error, Error::File { .. }) && error.to_string().contains(rule), "{error}");
