@@ -1,6 +1,7 @@
 //! Espalier: GPU-kernel-first compression and fine-tuning of transformer language models.
 
 pub mod atomic;
+pub mod cli;
 pub mod cpu;
 pub mod data;
 pub mod device;

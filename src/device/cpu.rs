@@ -162,7 +162,10 @@ impl Device for CpuDevice {
 
     fn launch(&self, kernel: &Kernel, element: DType, launch: &Launch, arguments: &[Binding]) -> Result<()> {
         let Code::Cpu(run) = kernel.code else {
-            return Err(Error::NotAvailable { device: "cpu".into(), reason: format!("{} is no CPU kernel", kernel.name) });
+            return Err(Error::NotAvailable {
+                device: "cpu".into(),
+                reason: format!("{} is no CPU kernel", kernel.name),
+            });
         };
         let mut args = Args::new(launch.params.words(), element, &self.threads);
         for b in arguments {

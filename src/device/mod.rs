@@ -1,6 +1,7 @@
 //! Devices know kernels, not ops: they allocate, copy, launch and time.
 
 mod cpu;
+mod cuda;
 mod null;
 mod pool;
 mod reference;
@@ -14,10 +15,11 @@ use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Launch};
 
 pub use cpu::CpuDevice;
+pub use cuda::{CudaDriver, cuda_driver};
 pub use null::NullDevice;
 pub use pool::Stats;
 pub use reference::ReferenceDevice;
-pub use wgpu::{Adapter, WgpuDevice, adapters, shader};
+pub use wgpu::{Adapter, WgpuDevice, adapters, quiet_loader, shader};
 
 /// Kinds of device; kernels are written for `Cpu`, `Wgpu` and `Cuda`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -239,7 +241,9 @@ pub fn open(name: &str) -> Result<Arc<dyn Device>> {
         "cpu" => {
             let threads = match rest {
                 None => None,
-                Some(n) => Some(n.parse().ok().filter(|&n| n > 0).ok_or_else(|| unknown("cpu:THREADS, a count from 1"))?),
+                Some(n) => {
+                    Some(n.parse().ok().filter(|&n| n > 0).ok_or_else(|| unknown("cpu:THREADS, a count from 1"))?)
+                }
             };
             Ok(Arc::new(CpuDevice::new(threads)?))
         }

@@ -100,5 +100,10 @@ impl Device for ReferenceDevice {
 }
 
 fn outside(end: usize, buffer: &Buffer) -> Error {
-    Error::Launch { kernel: "memory access".into(), what: "end of the range", got: end as u64, limit: buffer.bytes() as u64 }
+    Error::Launch {
+        kernel: "memory access".into(),
+        what: "end of the range",
+        got: end as u64,
+        limit: buffer.bytes() as u64,
+    }
 }

@@ -25,6 +25,17 @@ pub fn adapters() -> Vec<Adapter> {
     enumerate().iter().enumerate().map(|(index, a)| describe(index, &a.get_info())).collect()
 }
 
+/// Without `XDG_RUNTIME_DIR` (containers, services) Mesa's device selection layer looks for a compositor and complains on
+/// standard error each time adapters are listed. Nothing is shown on a screen here: the layer is told to stay away.
+/// Does nothing once the process has a second thread.
+pub fn quiet_loader() {
+    let single = std::fs::read_dir("/proc/self/task").is_ok_and(|tasks| tasks.count() == 1);
+    if single && std::env::var_os("XDG_RUNTIME_DIR").is_none() && std::env::var_os("NODEVICE_SELECT").is_none() {
+        // SAFETY: no other thread exists that could read the environment meanwhile.
+        unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
+    }
+}
+
 fn enumerate() -> Vec<wgpu::Adapter> {
     let backends = wgpu::Backends::PRIMARY;
     let descriptor = wgpu::InstanceDescriptor {

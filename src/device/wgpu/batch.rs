@@ -21,8 +21,17 @@ pub struct Batch {
     pass: Option<wgpu::ComputePass<'static>>,
     launches: usize,
     last: &'static str,
-    in_flight: VecDeque<(wgpu::SubmissionIndex, &'static str)>,
+    in_flight: VecDeque<Submitted>,
     deadline: Duration,
+}
+
+/// A command buffer handed over.
+#[derive(Clone)]
+pub struct Submitted {
+    number: u64,
+    index: wgpu::SubmissionIndex,
+    /// Its last kernel, to name in an error.
+    last: &'static str,
 }
 
 pub struct Batches {
@@ -53,23 +62,30 @@ impl Batches {
         self.batch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for everything handed over so far.
+    pub fn deadline(&self) -> Duration {
+        Duration::from_millis(self.deadline_ms.load(Relaxed))
+    }
+
+    /// Waits for everything handed over so far, by this thread and by others.
     pub fn wait_all(&self, gpu: &Gpu) -> Result<()> {
-        let waiting: Vec<_> = self.lock().in_flight.drain(..).collect();
-        let deadline = Duration::from_millis(self.deadline_ms.load(Relaxed));
-        waiting.into_iter().try_for_each(|(index, last)| wait(gpu, index, last, deadline))?;
+        let waiting: Vec<Submitted> = self.lock().in_flight.iter().cloned().collect();
+        for submitted in waiting {
+            wait(gpu, &submitted, self.deadline())?;
+            // Only now: another thread that syncs meanwhile must wait for it as well.
+            self.lock().in_flight.retain(|other| other.number > submitted.number);
+        }
         gpu.alive()
     }
 }
 
-fn wait(gpu: &Gpu, index: wgpu::SubmissionIndex, last: &str, deadline: Duration) -> Result<()> {
-    let request = wgpu::PollType::Wait { submission_index: Some(index), timeout: Some(deadline) };
+fn wait(gpu: &Gpu, submitted: &Submitted, deadline: Duration) -> Result<()> {
+    let request = wgpu::PollType::Wait { submission_index: Some(submitted.index.clone()), timeout: Some(deadline) };
     match gpu.device.poll(request) {
         Ok(_) => gpu.alive(),
         Err(e) => {
             // Work that hangs cannot be taken back: whatever follows would wait behind it.
-            let reason = format!("no answer within {} s from launches up to {last} ({e})", deadline.as_secs_f64());
-            let _ = gpu.lost.set(reason);
+            let seconds = deadline.as_secs_f64();
+            let _ = gpu.lost.set(format!("no answer within {seconds} s from launches up to {} ({e})", submitted.last));
             gpu.alive()
         }
     }
@@ -128,11 +144,11 @@ impl Batch {
                 gpu.queue.submit([encoder.finish()])
             });
             let index = submitted.map_err(|e| gpu.failure(e, "submit", 0))?;
-            self.in_flight.push_back((index, self.last));
+            self.in_flight.push_back(Submitted { number: self.number, index, last: self.last });
         }
         while self.in_flight.len() > IN_FLIGHT {
-            if let Some((index, last)) = self.in_flight.pop_front() {
-                wait(gpu, index, last, self.deadline)?;
+            if let Some(oldest) = self.in_flight.pop_front() {
+                wait(gpu, &oldest, self.deadline)?;
             }
         }
         gpu.alive()

@@ -22,7 +22,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Code, Kernel, Launch, check_launch};
 
-pub use adapter::{Adapter, adapters};
+pub use adapter::{Adapter, adapters, quiet_loader};
 
 /// How long queued work may take before the device is given up.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -180,7 +180,7 @@ impl WgpuDevice {
             if size as u64 > self.info.limits.binding_bytes {
                 return Err(refuse("bytes of one binding", size as u64, self.info.limits.binding_bytes));
             }
-            if argument.offset % self.alignment as usize != 0 {
+            if !argument.offset.is_multiple_of(self.alignment as usize) {
                 return Err(refuse("misaligned binding offset", argument.offset as u64, self.alignment.into()));
             }
             let block = self.block(argument.buffer)?;
@@ -226,7 +226,7 @@ impl Device for WgpuDevice {
         let block = self.block(target)?;
         block.check(offset, data.len())?;
         let whole = data.len() / 4 * 4;
-        if offset % 4 != 0 {
+        if !offset.is_multiple_of(4) {
             return Err(memory::misaligned(offset));
         }
         let mut batch = self.batches.lock();
@@ -273,7 +273,7 @@ impl Device for WgpuDevice {
             self.copy(source, from, &between, 0, bytes)?;
             return self.copy(&between, 0, target, to, bytes);
         }
-        if let Some(odd) = [from, to, bytes].into_iter().find(|n| n % 4 != 0) {
+        if let Some(odd) = [from, to, bytes].into_iter().find(|n| !n.is_multiple_of(4)) {
             return Err(memory::misaligned(odd));
         }
         let (source, target) = (self.block(source)?, self.block(target)?);
@@ -359,14 +359,15 @@ impl WgpuDevice {
         encoder.copy_buffer_to_buffer(block.buffer(), from as u64, &staging, 0, bytes as u64);
         batch.submit(&self.gpu)?;
         drop(batch);
-        let mapped: Arc<OnceLock<std::result::Result<(), wgpu::BufferAsyncError>>> = Arc::default();
-        let report = mapped.clone();
+        let (report, mapped) = std::sync::mpsc::channel();
         staging.slice(..bytes as u64).map_async(wgpu::MapMode::Read, move |result| {
-            let _ = report.set(result);
+            // The receiver waits below; it is gone only after an error.
+            let _ = report.send(result);
         });
         self.batches.wait_all(&self.gpu)?;
-        let log = match mapped.get() {
-            Some(Ok(())) => match staging.slice(..bytes as u64).get_mapped_range() {
+        // The work is done; another thread's poll may still be delivering the news.
+        let log = match mapped.recv_timeout(self.batches.deadline()) {
+            Ok(Ok(())) => match staging.slice(..bytes as u64).get_mapped_range() {
                 Ok(view) => {
                     take(&view);
                     drop(view);
@@ -376,8 +377,8 @@ impl WgpuDevice {
                 }
                 Err(e) => e.to_string(),
             },
-            Some(Err(e)) => e.to_string(),
-            None => "the driver never answered".to_string(),
+            Ok(Err(e)) => e.to_string(),
+            Err(e) => e.to_string(),
         };
         self.gpu.alive()?;
         Err(Error::Driver { device: self.info.id.clone(), operation: "download", log })

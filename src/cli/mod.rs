@@ -1,0 +1,128 @@
+//! The command line: verbs first, one file per command. Exit codes: 0 done, 1 failure, 2 usage, 3 data or model
+//! invalid, 4 device, 5 interrupted and resumable.
+
+mod doctor;
+mod kernels;
+
+use std::fmt::Display;
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+
+use crate::device::{self, Device};
+use crate::error::{Error, Result};
+
+#[derive(Parser)]
+#[command(
+    name = "espalier",
+    version,
+    about = "Prune, distil, quantize, route and fine-tune transformers on own GPU and CPU kernels"
+)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every command takes.
+#[derive(clap::Args)]
+pub struct Global {
+    /// auto, cpu, cpu:THREADS, wgpu, wgpu:INDEX or wgpu:NAME
+    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    device: String,
+    /// How results are printed; progress and warnings go to standard error either way
+    #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
+    format: Format,
+    /// No progress bars
+    #[arg(short, long, global = true)]
+    quiet: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Text,
+    Json,
+    /// For `kernels list`
+    Markdown,
+}
+
+impl Global {
+    fn open(&self) -> Result<Arc<dyn Device>> {
+        device::open(&self.device)
+    }
+
+    fn json(&self) -> bool {
+        self.format == Format::Json
+    }
+
+    /// A bar with an estimate of the time left, on standard error; hidden where that is no terminal.
+    fn progress(&self, length: usize) -> indicatif::ProgressBar {
+        if self.quiet {
+            return indicatif::ProgressBar::hidden();
+        }
+        let style = indicatif::ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} ETA {eta} {wide_msg}");
+        indicatif::ProgressBar::new(length as u64)
+            .with_style(style.unwrap_or_else(|_| indicatif::ProgressStyle::default_bar()))
+    }
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Devices, drivers, limits, features and traps; what is missing and which package brings it
+    Doctor,
+    /// The kernel table: list, verify, bench, compare
+    #[command(subcommand)]
+    Kernels(kernels::Kernels),
+    /// Completion script for a shell, on standard output
+    Completions { shell: clap_complete::Shell },
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    device::quiet_loader();
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error[{}]: {e}", e.code());
+            ExitCode::from(e.exit_code() as u8)
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    if cli.global.format == Format::Markdown && !matches!(cli.command, Command::Kernels(kernels::Kernels::List(_))) {
+        let rule = "text or json for this command".into();
+        return Err(Error::Usage { argument: "--format", value: "markdown".into(), rule });
+    }
+    match cli.command {
+        Command::Doctor => doctor::run(&cli.global),
+        Command::Kernels(command) => kernels::run(&cli.global, command),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "espalier", &mut script);
+            say(String::from_utf8_lossy(&script));
+            Ok(())
+        }
+    }
+}
+
+/// Prints one line or block. A reader that has gone away (`| head`) ends the program quietly, not with a panic.
+fn say(text: impl Display) {
+    let mut stdout = std::io::stdout().lock();
+    if writeln!(stdout, "{text}").and_then(|()| stdout.flush()).is_err() {
+        std::process::exit(0);
+    }
+}
+
+/// One JSON object on one line.
+fn say_json(value: &impl serde::Serialize) {
+    match serde_json::to_string(value) {
+        Ok(text) => say(text),
+        // Only maps with keys that are no text can fail; none is printed.
+        Err(e) => eprintln!("error: {e}"),
+    }
+}
