@@ -1,0 +1,35 @@
+# The tasks a person runs. Everything is also plain cargo; this file only sets up what is missing first.
+CARGO ?= cargo
+DEVICE ?= auto
+
+.PHONY: help demo test lint bench docs vulkan rust
+
+help:
+	@echo "make demo    train, compress, fine-tune and report on the embedded corpus (CPU or GPU, about 10 minutes)"
+	@echo "make test    all tests; installs the software Vulkan driver where no Vulkan driver is found"
+	@echo "make lint    formatting and clippy, warnings denied"
+	@echo "make bench   kernel benchmarks (criterion) over the table's real model sizes"
+	@echo "make docs    regenerate the support table"
+
+rust:
+	@command -v $(CARGO) >/dev/null || { echo "A Rust toolchain (1.92 or newer) is needed: see https://rustup.rs"; exit 1; }
+
+# A Vulkan driver for the WGSL kernels: the software one of Mesa, where none is installed.
+vulkan:
+	@sh scripts/vulkan.sh
+
+demo: rust
+	$(CARGO) run --release -- run --device $(DEVICE)
+
+test: rust vulkan
+	ESPALIER_REQUIRE=wgpu $(CARGO) test --no-fail-fast
+
+lint: rust
+	$(CARGO) fmt --check
+	$(CARGO) clippy --all-targets -- -D warnings
+
+bench: rust
+	$(CARGO) bench
+
+docs: rust
+	$(CARGO) run -- kernels list --format markdown > docs/support.md
