@@ -1,10 +1,12 @@
 //! CPU kernels, twins of `shaders/` and `cuda/`: one file per op family.
 
 pub(crate) mod gemm;
+mod matmul;
 mod norm;
 pub mod simd;
 mod unary;
 
+pub(crate) use matmul::matmul;
 pub(crate) use norm::{add_layernorm, add_norm_backward, add_rmsnorm, layernorm, norm_backward, rmsnorm};
 pub(crate) use unary::{cast, unary, unary_backward};
 

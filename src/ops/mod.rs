@@ -2,8 +2,9 @@
 
 use crate::op::Family;
 
+pub mod matmul;
 pub mod norm;
 pub mod unary;
 
 /// Every op family; verification, gradient checks, benches, the support table and the docs are loops over it.
-pub static FAMILIES: &[&Family] = &[&norm::FAMILY, &unary::FAMILY];
+pub static FAMILIES: &[&Family] = &[&matmul::FAMILY, &norm::FAMILY, &unary::FAMILY];
