@@ -8,6 +8,8 @@ mod unary;
 
 pub(crate) use matmul::matmul;
 pub(crate) use norm::{add_layernorm, add_norm_backward, add_rmsnorm, layernorm, norm_backward, rmsnorm};
+mod quant;
+pub(crate) use quant::{dequantize, fake_quant, fake_quant_backward, observe, quantize};
 pub(crate) use unary::{cast, unary, unary_backward};
 
 use std::cell::Cell;

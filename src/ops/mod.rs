@@ -4,7 +4,15 @@ use crate::op::Family;
 
 pub mod matmul;
 pub mod norm;
+pub mod quant;
+mod quantize;
 pub mod unary;
 
 /// Every op family; verification, gradient checks, benches, the support table and the docs are loops over it.
-pub static FAMILIES: &[&Family] = &[&matmul::FAMILY, &norm::FAMILY, &unary::FAMILY];
+#[rustfmt::skip] // one line each
+pub static FAMILIES: &[&Family] = &[
+    &matmul::FAMILY,
+    &norm::FAMILY,
+    &quant::FAMILY,
+    &unary::FAMILY,
+];

@@ -1,0 +1,305 @@
+//! CPU kernels of `ops/quant.rs` and `ops/quantize.rs`.
+
+use super::simd::{self, multiversion, widened, write_row};
+use super::{Args, float_kernel, grain};
+use crate::dtype::Float;
+use crate::error::Result;
+
+/// Elements handled at once; bounds the stack buffer of 16-bit rows.
+const BLOCK: usize = 1024;
+/// Groups up to this long are ranged and mapped while they are in the cache.
+const SHORT: usize = 16_384;
+/// See `NARROWEST` and `WIDEST` in `ops/quant.rs`.
+const NARROWEST: f32 = 7.888_609e-31;
+const WIDEST: f32 = 1.329_228e36;
+
+/// Levels of a scheme, from the parameter block.
+#[derive(Clone, Copy)]
+pub(super) struct Scheme {
+    pub asymmetric: bool,
+    pub low: f32,
+    pub high: f32,
+    pub unit: f32,
+}
+
+impl Scheme {
+    /// Parameters 2..=5.
+    pub(super) fn of(args: &Args) -> Self {
+        Self { asymmetric: args.u(2) == 1, low: args.f(3), high: args.f(4), unit: args.f(5) }
+    }
+
+    /// The scale rule of every CPU kernel.
+    pub(super) fn grid(&self, [low, high]: [f32; 2]) -> Grid {
+        let grid = |scale, inverse, zero| Grid { scale, inverse, zero, low: self.low, high: self.high };
+        let bottom = if low < 0.0 { low } else { 0.0 };
+        let width = if self.asymmetric { high.max(0.0) - bottom } else { high.abs().max(low.abs()) };
+        let finite = width <= WIDEST && !low.is_nan() && !high.is_nan();
+        if !finite {
+            return grid(f32::NAN, f32::NAN, 0.0);
+        }
+        if width < NARROWEST {
+            return grid(1.0, 0.0, 0.0);
+        }
+        let scale = width * self.unit;
+        let inverse = 1.0 / scale;
+        let zero = if self.asymmetric { (-bottom * inverse).round_ties_even().clamp(self.low, self.high) } else { 0.0 };
+        grid(scale, inverse, zero)
+    }
+}
+
+/// Scale and levels of one group.
+#[derive(Clone, Copy)]
+pub(super) struct Grid {
+    pub scale: f32,
+    pub inverse: f32,
+    pub zero: f32,
+    low: f32,
+    high: f32,
+}
+
+impl Grid {
+    /// The level before clamping.
+    #[inline(always)]
+    fn raw(&self, x: f32) -> f32 {
+        (x * self.inverse).round_ties_even() + self.zero
+    }
+
+    /// The rounding rule of every CPU kernel. NaN stays NaN.
+    #[inline(always)]
+    pub(super) fn level(&self, x: f32) -> f32 {
+        let raw = self.raw(x);
+        let raw = if raw < self.low { self.low } else { raw };
+        if raw > self.high { self.high } else { raw }
+    }
+}
+
+multiversion! {
+    /// Minimum and maximum; NaN where an element is.
+    fn extent(x: &[f32]) -> [f32; 2] {
+        let pick = |a: f32, b: f32| if b < a { b } else { a };
+        let mut low = [f32::INFINITY; simd::LANES];
+        let mut high = [f32::INFINITY; simd::LANES];
+        let mut nan = [0u32; simd::LANES];
+        let (blocks, tail) = x.as_chunks::<{ simd::LANES }>();
+        for x in blocks {
+            for l in 0..simd::LANES {
+                low[l] = pick(low[l], x[l]);
+                high[l] = pick(high[l], -x[l]);
+                nan[l] |= u32::from((x[l].to_bits() & 0x7fff_ffff) > 0x7f80_0000);
+            }
+        }
+        for (l, x) in tail.iter().enumerate() {
+            low[l] = pick(low[l], *x);
+            high[l] = pick(high[l], -*x);
+            nan[l] |= u32::from(x.is_nan());
+        }
+        if nan.iter().any(|&n| n != 0) {
+            return [f32::NAN; 2];
+        }
+        [simd::fold_lanes(low, pick), -simd::fold_lanes(high, pick)]
+    }
+
+    fn fake_row(x: &[f32], y: &mut [f32], grid: &Grid) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = (grid.level(*x) - grid.zero) * grid.scale;
+        }
+    }
+
+    fn mask_row(x: &[f32], dy: &[f32], dx: &mut [f32], grid: &Grid) {
+        for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
+            let raw = grid.raw(*x);
+            *dx = if raw >= grid.low && raw <= grid.high { *dy } else { 0.0 };
+        }
+    }
+
+    fn store_row(x: &[f32], q: &mut [i8], grid: &Grid, shift: f32) {
+        for (q, x) in q.iter_mut().zip(x) {
+            *q = (grid.level(*x) - shift) as i32 as i8;
+        }
+    }
+
+    fn load_row(q: &[i8], y: &mut [f32], scale: f32, zero: f32) {
+        for (y, q) in y.iter_mut().zip(q) {
+            *y = (f32::from(*q) - zero) * scale;
+        }
+    }
+}
+
+/// Minimum and maximum of a row of any float storage.
+pub(super) fn extent_of<T: Float>(row: &[T]) -> [f32; 2] {
+    let mut buffer = [0.0; BLOCK];
+    let mut range = [f32::INFINITY, f32::NEG_INFINITY];
+    for part in row.chunks(BLOCK) {
+        range = join(range, extent(widened(part, &mut buffer)));
+    }
+    range
+}
+
+/// Union of two ranges; NaN wins.
+fn join(a: [f32; 2], b: [f32; 2]) -> [f32; 2] {
+    if a[0].is_nan() || b[0].is_nan() {
+        return [f32::NAN; 2];
+    }
+    [a[0].min(b[0]), a[1].max(b[1])]
+}
+
+/// The range of every group. Minimum and maximum do not depend on the order of folding.
+fn ranges<T: Float>(args: &Args, x: &[T], length: usize, out: &mut [[f32; 2]]) {
+    if length <= SHORT {
+        return args.rows(out, 1, grain(length), |first, chunk| {
+            for (range, row) in chunk.iter_mut().zip(x[first * length..].chunks(length)) {
+                *range = extent_of(row);
+            }
+        });
+    }
+    let parts_of = length.div_ceil(SHORT);
+    let mut parts = vec![[0.0; 2]; out.len() * parts_of];
+    args.rows(&mut parts, 1, 1, |first, chunk| {
+        for (id, part) in chunk.iter_mut().enumerate().map(|(i, part)| (first + i, part)) {
+            let row = &x[id / parts_of * length..][..length];
+            let start = id % parts_of * SHORT;
+            *part = extent_of(&row[start..length.min(start + SHORT)]);
+        }
+    });
+    for (range, parts) in out.iter_mut().zip(parts.chunks(parts_of)) {
+        *range = parts.iter().copied().reduce(join).unwrap_or([0.0; 2]);
+    }
+}
+
+/// Parameters: count, group length, whether to store (-amax, amax).
+pub(crate) fn observe(args: &Args) -> Result<()> {
+    float_kernel!(args, observe_of)
+}
+
+fn observe_of<T: Float>(args: &Args) -> Result<()> {
+    let (x, out) = (args.read::<T>(0), args.write::<f32>(1));
+    let out: &mut [[f32; 2]] = bytemuck::cast_slice_mut(out);
+    ranges(args, x, args.u(1), out);
+    if args.u(2) == 1 {
+        for range in out.iter_mut().filter(|r| !r[0].is_nan()) {
+            let amax = range[0].abs().max(range[1].abs());
+            *range = [-amax, amax];
+        }
+    }
+    Ok(())
+}
+
+/// Calls `work(group, start, part of out)` for parts of at most [`BLOCK`] elements that lie in one group.
+fn blocks<U: Send>(args: &Args, out: &mut [U], length: usize, work: impl Fn(usize, usize, &mut [U]) + Sync + Send) {
+    args.rows(out, 1, grain(1), |first, mut chunk| {
+        let mut at = first;
+        while !chunk.is_empty() {
+            let group = at / length;
+            let size = ((group + 1) * length - at).min(BLOCK).min(chunk.len());
+            let (block, rest) = chunk.split_at_mut(size);
+            work(group, at, block);
+            (at, chunk) = (at + size, rest);
+        }
+    });
+}
+
+/// Parameters: count, group length, scheme words, dynamic.
+pub(crate) fn fake_quant(args: &Args) -> Result<()> {
+    float_kernel!(args, fake_quant_of)
+}
+
+fn fake_quant_of<T: Float>(args: &Args) -> Result<()> {
+    let (length, scheme, dynamic) = (args.u(1), Scheme::of(args), args.u(6) == 1);
+    let (x, y) = (args.read::<T>(0), args.write::<T>(if dynamic { 1 } else { 2 }));
+    let map = |start: usize, y: &mut [T], grid: &Grid| {
+        let (mut wide, mut made) = ([0.0; BLOCK], [0.0; BLOCK]);
+        let x = widened(&x[start..start + y.len()], &mut wide);
+        write_row(y, &mut made, |y| fake_row(x, y, grid));
+    };
+    if dynamic && length <= SHORT {
+        args.rows(y, length, grain(length), |first, chunk| {
+            for (row, y) in (first..).zip(chunk.chunks_mut(length)) {
+                let grid = scheme.grid(extent_of(&x[row * length..][..length]));
+                for (part, y) in y.chunks_mut(BLOCK).enumerate() {
+                    map(row * length + part * BLOCK, y, &grid);
+                }
+            }
+        });
+        return Ok(());
+    }
+    let mut own = Vec::new();
+    let given: &[[f32; 2]] = if dynamic {
+        own.resize(x.len() / length, [0.0; 2]);
+        ranges(args, x, length, &mut own);
+        &own
+    } else {
+        bytemuck::cast_slice(args.read::<f32>(1))
+    };
+    blocks(args, y, length, |group, start, y| map(start, y, &scheme.grid(given[group])));
+    Ok(())
+}
+
+pub(crate) fn fake_quant_backward(args: &Args) -> Result<()> {
+    float_kernel!(args, fake_quant_backward_of)
+}
+
+fn fake_quant_backward_of<T: Float>(args: &Args) -> Result<()> {
+    let (length, scheme) = (args.u(1), Scheme::of(args));
+    let (x, dy, dx) = (args.read::<T>(0), args.read::<T>(2), args.write::<T>(3));
+    let given: &[[f32; 2]] = bytemuck::cast_slice(args.read::<f32>(1));
+    blocks(args, dx, length, |group, start, dx| {
+        let (mut wide_x, mut wide_dy, mut made) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);
+        let x = widened(&x[start..start + dx.len()], &mut wide_x);
+        let dy = widened(&dy[start..start + dx.len()], &mut wide_dy);
+        write_row(dx, &mut made, |dx| mask_row(x, dy, dx, &scheme.grid(given[group])));
+    });
+    Ok(())
+}
+
+/// Parameters: count, group length, scheme words, shift of stored levels.
+pub(crate) fn quantize(args: &Args) -> Result<()> {
+    float_kernel!(args, quantize_of)
+}
+
+fn quantize_of<T: Float>(args: &Args) -> Result<()> {
+    let (length, scheme, shift) = (args.u(1), Scheme::of(args), args.f(6));
+    let (x, q) = (args.read::<T>(0), args.write::<i8>(1));
+    let (scales, zeros) = (args.write::<f32>(2), args.write::<f32>(3));
+    let store = |start: usize, q: &mut [i8], grid: &Grid| {
+        let mut wide = [0.0; BLOCK];
+        store_row(widened(&x[start..start + q.len()], &mut wide), q, grid, shift);
+    };
+    if length <= SHORT {
+        // Rows of q and their scales go to the same thread while x is in its cache.
+        args.rows2((q, scales), (length, 1), grain(length), |first, q, scales| {
+            for ((row, q), scale) in (first..).zip(q.chunks_mut(length)).zip(scales) {
+                let grid = scheme.grid(extent_of(&x[row * length..][..length]));
+                *scale = grid.scale;
+                for (part, q) in q.chunks_mut(BLOCK).enumerate() {
+                    store(row * length + part * BLOCK, q, &grid);
+                }
+            }
+        });
+        if !scheme.asymmetric {
+            zeros.fill(0.0);
+            return Ok(());
+        }
+        args.rows(zeros, 1, grain(length), |first, zeros| {
+            for (row, zero) in (first..).zip(zeros) {
+                *zero = scheme.grid(extent_of(&x[row * length..][..length])).zero - shift;
+            }
+        });
+        return Ok(());
+    }
+    let mut given = vec![[0.0; 2]; x.len() / length];
+    ranges(args, x, length, &mut given);
+    for ((range, scale), zero) in given.iter().zip(scales).zip(zeros) {
+        let grid = scheme.grid(*range);
+        (*scale, *zero) = (grid.scale, grid.zero - shift);
+    }
+    blocks(args, q, length, |group, start, q| store(start, q, &scheme.grid(given[group])));
+    Ok(())
+}
+
+pub(crate) fn dequantize(args: &Args) -> Result<()> {
+    let (q, scales, zeros) = (args.read::<i8>(0), args.read::<f32>(1), args.read::<f32>(2));
+    blocks(args, args.write::<f32>(3), args.u(1), |group, start, y| {
+        load_row(&q[start..start + y.len()], y, scales[group], zeros[group]);
+    });
+    Ok(())
+}

@@ -1,0 +1,648 @@
+//! Quantization: ranges, scales, simulated (fake) quantization with its straight-through gradient.
+//!
+//! One rounding and one scale rule serve the simulated and the stored form on every device, so the two agree to the
+//! bit: the scale is `width * (1 / levels)` with the constant rounded to f32, elements are multiplied by the correctly
+//! rounded f32 reciprocal of the scale, and rounding is to nearest even. Division by the scale would differ between
+//! devices by an ulp and flip roundings. The references below therefore compute in f32 on purpose: they define bits.
+
+use std::any::Any;
+
+use crate::cpu;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always};
+use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
+use crate::shape::{self, Meta};
+use crate::tensor::Tensor;
+
+pub use super::quantize::{Dequantize, Quantize};
+
+pub static FAMILY: Family = Family { name: "quant", cases, shader: Some(SHADER) };
+
+pub(super) const SHADER: &str = include_str!("../../shaders/quant.wgsl");
+pub(super) const BLOCK: u32 = 64;
+/// Elements that one invocation maps.
+const PER_INVOCATION: usize = 8;
+
+/// Which integers stand for which reals. `b` bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scheme {
+    /// s = amax / (2^(b-1) - 1), levels -(2^(b-1) - 1) ..= 2^(b-1) - 1: no level without its negative.
+    SymmetricNarrow,
+    /// s = 2 amax / 2^b, levels -2^(b-1) ..= 2^(b-1) - 1.
+    SymmetricFull,
+    /// s = (max - min) / (2^b - 1), zero point clamp(rne(-min / s)), levels 0 ..= 2^b - 1; the range is widened to hold 0.
+    Asymmetric,
+}
+
+/// Which elements share a scale. Every granularity is a run of neighbours in a row-major tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Granularity {
+    Tensor,
+    /// One per row of a weight `[n, k]`: its output channel.
+    Channel,
+    /// One per row of activations `[tokens, k]`.
+    Token,
+    /// One per this many neighbours along the last axis.
+    Group(usize),
+}
+
+/// What an observer keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Statistic {
+    /// (min, max).
+    MinMax,
+    /// (-amax, amax).
+    AbsMax,
+}
+
+impl Granularity {
+    /// (number of groups, elements per group) of a tensor.
+    pub fn groups(self, op: &'static str, x: &Meta) -> Result<(usize, usize)> {
+        let refuse = |rule| Err(Error::Shape { op, rule, got: x.to_string() });
+        if x.count() == 0 {
+            return refuse("at least one element");
+        }
+        match self {
+            Granularity::Tensor => Ok((1, x.count())),
+            Granularity::Channel | Granularity::Token => Ok((x.shape.rows(), x.shape.last())),
+            Granularity::Group(size) if size > 0 && x.shape.last().is_multiple_of(size) => Ok((x.count() / size, size)),
+            Granularity::Group(_) => refuse("last extent a multiple of the group"),
+        }
+    }
+}
+
+/// Levels of a scheme: what the kernels take as parameters.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Levels {
+    pub low: f32,
+    pub high: f32,
+    /// Scale per unit of width.
+    pub unit: f32,
+}
+
+/// Groups narrower than this count as all zero (scale 1), wider ones than [`WIDEST`] as not finite (scale NaN): inside,
+/// scale and reciprocal are normal numbers on every device.
+pub(super) const NARROWEST: f32 = 7.888_609e-31;
+pub(super) const WIDEST: f32 = 1.329_228e36;
+
+impl Scheme {
+    pub(super) const ALL: [Scheme; 3] = [Scheme::SymmetricNarrow, Scheme::SymmetricFull, Scheme::Asymmetric];
+
+    pub(crate) fn levels(self, bits: u32) -> Levels {
+        let half = (1u32 << (bits - 1)) as f32;
+        match self {
+            Scheme::SymmetricNarrow => Levels { low: 1.0 - half, high: half - 1.0, unit: 1.0 / (half - 1.0) },
+            Scheme::SymmetricFull => Levels { low: -half, high: half - 1.0, unit: 1.0 / half },
+            Scheme::Asymmetric => Levels { low: 0.0, high: 2.0 * half - 1.0, unit: 1.0 / (2.0 * half - 1.0) },
+        }
+    }
+
+    pub(crate) fn asymmetric(self) -> bool {
+        self == Scheme::Asymmetric
+    }
+
+    /// What is subtracted from a level so that it fits i8: half the levels where they start at 0.
+    pub fn shift(self, bits: u32) -> i32 {
+        if self.asymmetric() { 1 << (bits - 1) } else { 0 }
+    }
+}
+
+/// The scale rule written for the references: f32 at every step.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Grid {
+    pub scale: f32,
+    pub inverse: f32,
+    pub zero: f32,
+    levels: Levels,
+}
+
+impl Grid {
+    pub(super) fn new(scheme: Scheme, bits: u32, low: f64, high: f64) -> Self {
+        let levels = scheme.levels(bits);
+        let (low, high) = (low as f32, high as f32);
+        let width = match scheme {
+            Scheme::Asymmetric => high.max(0.0) - low.min(0.0),
+            _ => high.abs().max(low.abs()),
+        };
+        if !(width <= WIDEST) || low.is_nan() || high.is_nan() {
+            return Self { scale: f32::NAN, inverse: f32::NAN, zero: 0.0, levels };
+        }
+        if width < NARROWEST {
+            return Self { scale: 1.0, inverse: 0.0, zero: 0.0, levels };
+        }
+        let scale = width * levels.unit;
+        let inverse = 1.0 / scale;
+        let zero = match scheme {
+            Scheme::Asymmetric => (-low.min(0.0) * inverse).round_ties_even().clamp(levels.low, levels.high),
+            _ => 0.0,
+        };
+        Self { scale, inverse, zero, levels }
+    }
+
+    /// The level before clamping; NaN stays NaN.
+    fn raw(&self, x: f64) -> f32 {
+        (x as f32 * self.inverse).round_ties_even() + self.zero
+    }
+
+    pub(super) fn level(&self, x: f64) -> f32 {
+        self.raw(x).clamp(self.levels.low, self.levels.high)
+    }
+
+    fn inside(&self, x: f64) -> bool {
+        (self.levels.low..=self.levels.high).contains(&self.raw(x))
+    }
+
+    pub(super) fn value(&self, x: f64) -> f32 {
+        (self.level(x) - self.zero) * self.scale
+    }
+}
+
+/// Minimum and maximum of each group; NaN where a group holds one.
+pub(super) fn ranges(x: &[f64], length: usize) -> Vec<[f64; 2]> {
+    let range = |group: &[f64]| {
+        if group.iter().any(|v| v.is_nan()) {
+            return [f64::NAN; 2];
+        }
+        [group.iter().copied().fold(f64::INFINITY, f64::min), group.iter().copied().fold(f64::NEG_INFINITY, f64::max)]
+    };
+    x.chunks(length).map(range).collect()
+}
+
+pub(super) fn group_length(granularity: Granularity, x: &Array) -> usize {
+    match granularity {
+        Granularity::Tensor => x.data.len().max(1),
+        Granularity::Channel | Granularity::Token => x.shape.last().max(1),
+        Granularity::Group(size) => size.max(1),
+    }
+}
+
+pub(super) fn check_bits(op: &'static str, bits: u32) -> Result<()> {
+    if (2..=8).contains(&bits) {
+        return Ok(());
+    }
+    Err(Error::Parameter { op, parameter: "bits", value: bits.to_string(), allowed: "2..=8" })
+}
+
+pub(super) fn float_input(op: &'static str, x: &Meta, all: &[Meta]) -> Result<()> {
+    if x.dtype.is_float() {
+        return Ok(());
+    }
+    Err(Error::Dtype { op, expected: "a float type for x", got: shape::list(all) })
+}
+
+/// Range of each group: `x[..]` to `range f32 [groups, 2]`. A group that holds a NaN has the range (NaN, NaN).
+#[derive(Clone, Copy, Debug)]
+pub struct Observe {
+    pub granularity: Granularity,
+    pub statistic: Statistic,
+}
+
+/// y = (clamp(rne(x / s) + z) - z) s: x as the quantized model sees it, in its own type. Inputs x and, unless
+/// `dynamic`, `range [groups, 2]`; dynamic takes each group's own range. NaN stays NaN.
+///
+/// Gradient: straight through where the rounded level was not clamped, 0 elsewhere. The mask looks at the level after
+/// rounding, as PyTorch's does, so that the largest element, whose quotient may be an ulp above the last level, learns.
+#[derive(Clone, Copy, Debug)]
+pub struct FakeQuant {
+    pub bits: u32,
+    pub scheme: Scheme,
+    pub granularity: Granularity,
+    pub dynamic: bool,
+}
+
+/// dx = dy [qmin <= rne(x / s) + z <= qmax]; inputs x, `range [groups, 2]`, dy.
+#[derive(Clone, Copy, Debug)]
+pub struct FakeQuantBackward {
+    pub bits: u32,
+    pub scheme: Scheme,
+    pub granularity: Granularity,
+}
+
+impl Op for Observe {
+    fn name(&self) -> &'static str {
+        "observe"
+    }
+
+    fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
+        let [x] = inputs else {
+            return Err(Error::Shape { op: self.name(), rule: "one input", got: shape::list(inputs) });
+        };
+        float_input(self.name(), x, inputs)?;
+        let (groups, _) = self.granularity.groups(self.name(), x)?;
+        Ok(vec![Meta::new(&[groups, 2], DType::F32)?])
+    }
+
+    fn reference(&self, inputs: &[Array]) -> Vec<Vec<f64>> {
+        let ranges = ranges(&inputs[0].data, group_length(self.granularity, &inputs[0]));
+        let keep = |[low, high]: [f64; 2]| match self.statistic {
+            Statistic::MinMax => [low, high],
+            Statistic::AbsMax if low.is_nan() => [low, high],
+            Statistic::AbsMax => [-low.abs().max(high.abs()), low.abs().max(high.abs())],
+        };
+        vec![ranges.into_iter().flat_map(keep).collect()]
+    }
+
+    fn kernels(&self) -> &'static [Kernel] {
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("observe_fwd", DType::FLOATS, cpu::observe),
+            wgsl("observe_fwd", "observe_fwd", DType::FLOATS, plan_observe),
+        ];
+        KERNELS
+    }
+
+    fn params(&self, inputs: &[Meta], outputs: &[Meta]) -> Params {
+        let groups = outputs[0].dims()[0];
+        Params::new().u(inputs[0].count()).u(inputs[0].count() / groups).flag(self.statistic == Statistic::AbsMax)
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl Op for FakeQuant {
+    fn name(&self) -> &'static str {
+        "fake_quant"
+    }
+
+    fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
+        check_bits(self.name(), self.bits)?;
+        let (x, range) = match (inputs, self.dynamic) {
+            ([x], true) => (x, None),
+            ([x, range], false) => (x, Some(range)),
+            _ => {
+                let rule = "x, and a range unless dynamic";
+                return Err(Error::Shape { op: self.name(), rule, got: shape::list(inputs) });
+            }
+        };
+        float_input(self.name(), x, inputs)?;
+        let (groups, _) = self.granularity.groups(self.name(), x)?;
+        check_range(self.name(), groups, range, inputs)?;
+        Ok(vec![*x])
+    }
+
+    fn reference(&self, inputs: &[Array]) -> Vec<Vec<f64>> {
+        let x = &inputs[0];
+        let length = group_length(self.granularity, x);
+        let ranges = match inputs.get(1) {
+            Some(range) => range.data.chunks(2).map(|r| [r[0], r[1]]).collect(),
+            None => ranges(&x.data, length),
+        };
+        let row = |(group, [low, high]): (&[f64], [f64; 2])| {
+            let grid = Grid::new(self.scheme, self.bits, low, high);
+            group.iter().map(|&v| f64::from(grid.value(v))).collect::<Vec<_>>()
+        };
+        vec![x.data.chunks(length).zip(ranges).flat_map(row).collect()]
+    }
+
+    fn kernels(&self) -> &'static [Kernel] {
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("fake_quant_fwd", DType::FLOATS, cpu::fake_quant),
+            wgsl("fake_quant_fwd", "fake_quant_fwd", DType::FLOATS, plan_fake),
+        ];
+        KERNELS
+    }
+
+    fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
+        map_params(self.scheme, self.bits, self.granularity, &inputs[0]).flag(self.dynamic)
+    }
+
+    fn saves(&self) -> Saves {
+        Saves { inputs: &[0, 1], outputs: &[] }
+    }
+
+    fn gradient(&self, g: &Gradient) -> Result<Vec<Option<Tensor>>> {
+        let backward = FakeQuantBackward { bits: self.bits, scheme: self.scheme, granularity: self.granularity };
+        if !self.dynamic {
+            let dx = g.one(&backward, &[g.input(0)?, g.input(1)?, g.grad(0)?])?;
+            return Ok(vec![Some(dx), None]);
+        }
+        // A narrow grid around a group's own amax clamps nothing: its straight-through gradient is dy itself.
+        if self.scheme == Scheme::SymmetricNarrow {
+            return Ok(vec![Some(g.grad(0)?.clone())]);
+        }
+        let observe = Observe { granularity: self.granularity, statistic: Statistic::MinMax };
+        let range = g.one(&observe, &[g.input(0)?])?;
+        Ok(vec![Some(g.one(&backward, &[g.input(0)?, &range, g.grad(0)?])?)])
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl Op for FakeQuantBackward {
+    fn name(&self) -> &'static str {
+        "fake_quant_bwd"
+    }
+
+    fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
+        check_bits(self.name(), self.bits)?;
+        match inputs {
+            [x, range, dy] if x == dy => {
+                float_input(self.name(), x, inputs)?;
+                let (groups, _) = self.granularity.groups(self.name(), x)?;
+                check_range(self.name(), groups, Some(range), inputs)?;
+                Ok(vec![*x])
+            }
+            _ => {
+                let rule = "x, range and dy with the shape of x";
+                Err(Error::Shape { op: self.name(), rule, got: shape::list(inputs) })
+            }
+        }
+    }
+
+    fn reference(&self, inputs: &[Array]) -> Vec<Vec<f64>> {
+        let length = group_length(self.granularity, &inputs[0]);
+        let mut dx = Vec::with_capacity(inputs[0].data.len());
+        for (i, (&x, &dy)) in inputs[0].data.iter().zip(&inputs[2].data).enumerate() {
+            let range = &inputs[1].data[i / length * 2..];
+            let grid = Grid::new(self.scheme, self.bits, range[0], range[1]);
+            dx.push(if grid.inside(x) { dy } else { 0.0 });
+        }
+        vec![dx]
+    }
+
+    fn kernels(&self) -> &'static [Kernel] {
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("fake_quant_bwd", DType::FLOATS, cpu::fake_quant_backward),
+            wgsl("fake_quant_bwd", "fake_quant_bwd", DType::FLOATS, plan_map),
+        ];
+        KERNELS
+    }
+
+    fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
+        map_params(self.scheme, self.bits, self.granularity, &inputs[0])
+    }
+
+    fn cost(&self, inputs: &[Meta], outputs: &[Meta]) -> Cost {
+        let bytes = inputs.iter().chain(outputs).map(Meta::bytes).sum::<usize>() as f64;
+        Cost { flops: 3.0 * outputs[0].count() as f64, bytes }
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+fn check_range(op: &'static str, groups: usize, range: Option<&Meta>, all: &[Meta]) -> Result<()> {
+    match range {
+        Some(r) if r.dims() != [groups, 2] || r.dtype != DType::F32 => Err(Error::Shape {
+            op,
+            rule: "range f32 [groups, 2]",
+            got: format!("{}, {groups} groups", shape::list(all)),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// count, group length, asymmetric, lowest level, highest level, scale per unit of width.
+pub(super) fn map_params(scheme: Scheme, bits: u32, granularity: Granularity, x: &Meta) -> Params {
+    let length = match granularity {
+        Granularity::Tensor => x.count(),
+        Granularity::Channel | Granularity::Token => x.shape.last(),
+        Granularity::Group(size) => size,
+    };
+    let levels = scheme.levels(bits);
+    Params::new().u(x.count()).u(length).flag(scheme.asymmetric()).f(levels.low).f(levels.high).f(levels.unit)
+}
+
+pub(super) const fn wgsl(
+    name: &'static str,
+    entry: &'static str,
+    dtypes: &'static [DType],
+    plan: fn(&Problem) -> Plan,
+) -> Kernel {
+    Kernel {
+        name,
+        code: Code::Wgsl { file: "quant.wgsl", text: SHADER, entry, constants: &[] },
+        dtypes,
+        fits: always,
+        plan,
+    }
+}
+
+/// Launches that write the range of every group of argument 0 to argument `target`, by way of argument `parts` where
+/// groups are long; and the bytes `parts` needs.
+pub(super) fn range_launches(
+    count: usize,
+    length: usize,
+    absolute: bool,
+    target: usize,
+    parts: usize,
+) -> (Vec<Launch>, usize) {
+    const PART: usize = 1024;
+    const MAX_PARTS: usize = 50_000;
+    let groups = count / length;
+    let part = if length <= 4 * PART { length } else { PART.max(length.div_ceil(MAX_PARTS)) };
+    let each = length.div_ceil(part);
+    let words =
+        |part: usize, each: usize, absolute: bool| Params::new().u(count).u(length).flag(absolute).u(part).u(each);
+    let first = |target: usize, absolute: bool| {
+        Launch::linear(groups * each, BLOCK, words(part, each, absolute))
+            .entry("observe_fwd")
+            .slots(&[0, target])
+            .trips(part)
+    };
+    if each == 1 {
+        return (vec![first(target, absolute)], 4);
+    }
+    let fold = Launch::linear(groups, BLOCK, words(part, each, absolute)).entry("observe_fold");
+    (vec![first(parts, false), fold.slots(&[parts, target]).trips(each)], groups * each * 8)
+}
+
+fn plan_observe(p: &Problem) -> Plan {
+    let words = p.params();
+    let [count, length, absolute] = [0, 1, 2].map(|i| words.words()[i] as usize);
+    let (launches, bytes) = range_launches(count, length, absolute == 1, 1, 2);
+    Plan::sequence(launches).scratch(bytes)
+}
+
+fn plan_map(p: &Problem) -> Plan {
+    let items = p.outputs[0].count().div_ceil(PER_INVOCATION);
+    Plan::of(Launch::linear(items, BLOCK, p.params()).trips(PER_INVOCATION))
+}
+
+fn plan_fake(p: &Problem) -> Plan {
+    if p.inputs.len() == 2 {
+        return plan_map(p);
+    }
+    // Arguments: x, y, then scratch: ranges, parts of ranges.
+    let (count, length) = (p.inputs[0].count(), p.params().words()[1] as usize);
+    let (mut launches, bytes) = range_launches(count, length, false, 2, 3);
+    let map = Launch::linear(count.div_ceil(PER_INVOCATION), BLOCK, p.params()).trips(PER_INVOCATION);
+    launches.push(map.slots(&[0, 2, 1]));
+    Plan::sequence(launches).scratch(count / length * 8).scratch(bytes)
+}
+
+/// Ranges that leave some elements outside.
+pub(super) fn tight_ranges(seed: u64, shape: &crate::shape::Shape) -> Vec<f64> {
+    let mut stream = crate::rng::Stream::new(seed, 0x9a9e);
+    (0..shape.count()).map(|i| (0.5 + stream.uniform()) * if i % 2 == 0 { -1.0 } else { 1.0 }).collect()
+}
+
+/// Draws with groups of zeros, of tiny and of huge magnitude among ordinary ones.
+fn spread(seed: u64, shape: &crate::shape::Shape) -> Vec<f64> {
+    let mut stream = crate::rng::Stream::new(seed, 0x59ad);
+    let magnitude = |row: usize| [1.0, 0.0, 1e-25, 1e-36, 3e4, 1e30, 1e37][row % 7];
+    (0..shape.count()).map(|i| stream.normal() * magnitude(i / shape.last().max(1))).collect()
+}
+
+/// A NaN in the third row.
+fn poisoned(seed: u64, shape: &crate::shape::Shape) -> Vec<f64> {
+    let mut stream = crate::rng::Stream::new(seed, 0x0a0);
+    (0..shape.count()).map(|i| if i == 2 * shape.last() + 1 { f64::NAN } else { stream.normal() }).collect()
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let granularities = |k: usize| [Granularity::Tensor, Granularity::Channel, Granularity::Group(k)];
+    for (dims, group) in [(&[1usize, 1][..], 1), (&[3, 7], 7), (&[5, 96], 32), (&[65, 64], 64), (&[2, 3, 128], 64)] {
+        for granularity in granularities(group) {
+            let exact = |op| Case { tolerance: Tolerance::Exact, ..op };
+            for statistic in [Statistic::MinMax, Statistic::AbsMax] {
+                cases.push(exact(
+                    Case::new(Observe { granularity, statistic }, Tolerance::Exact).normal(dims, DType::F32),
+                ));
+            }
+            for (scheme, bits) in Scheme::ALL.into_iter().zip([8, 4, 8]).chain([(Scheme::SymmetricNarrow, 2)]) {
+                let op = FakeQuant { bits, scheme, granularity, dynamic: true };
+                cases.push(Case::new(op, Tolerance::Exact).normal(dims, DType::F32));
+                let groups =
+                    granularity.groups("case", &Case::new(op, Tolerance::Exact).normal(dims, DType::F32).metas()[0]);
+                let range = [groups.map_or(1, |(groups, _)| groups), 2];
+                let fixed = FakeQuant { dynamic: false, ..op };
+                let tight = Fill::Custom(tight_ranges);
+                cases.push(Case::new(fixed, Tolerance::Exact).normal(dims, DType::F32).input(
+                    &range,
+                    DType::F32,
+                    tight.clone(),
+                ));
+                let backward = FakeQuantBackward { bits, scheme, granularity };
+                cases.push(
+                    Case::new(backward, Tolerance::Exact)
+                        .normal(dims, DType::F32)
+                        .input(&range, DType::F32, tight)
+                        .normal(dims, DType::F32),
+                );
+            }
+        }
+    }
+    // Every width of every scheme, and 16-bit storage.
+    for scheme in Scheme::ALL {
+        for bits in 2..=8 {
+            let op = FakeQuant { bits, scheme, granularity: Granularity::Token, dynamic: true };
+            let dtype = DType::FLOATS[bits as usize % 3];
+            cases.push(Case::new(op, Tolerance::Exact).normal(&[7, 33], dtype));
+            cases.push(Case::new(op, Tolerance::Exact).input(&[14, 65], DType::F32, Fill::Custom(spread)));
+        }
+        let op = FakeQuant { bits: 8, scheme, granularity: Granularity::Token, dynamic: true };
+        cases.push(Case::new(op, Tolerance::Exact).input(&[4, 9], DType::F32, Fill::Custom(poisoned)));
+        // Longer than one part: ranges are folded in two steps.
+        let tensor = FakeQuant { granularity: Granularity::Tensor, ..op };
+        cases.push(Case::new(tensor, Tolerance::Exact).normal(&[67, 1001], DType::F32));
+        for dtype in [DType::F16, DType::Bf16] {
+            let backward = FakeQuantBackward { bits: 4, scheme, granularity: Granularity::Group(16) };
+            let tight = Fill::Custom(tight_ranges);
+            let case = Case::new(backward, Tolerance::Exact).normal(&[9, 48], dtype).input(&[27, 2], DType::F32, tight);
+            cases.push(case.normal(&[9, 48], dtype));
+        }
+    }
+    for dtype in [DType::F16, DType::Bf16] {
+        let op = Observe { granularity: Granularity::Tensor, statistic: Statistic::MinMax };
+        cases.push(Case::new(op, Tolerance::Exact).normal(&[70, 997], dtype));
+    }
+    // GPT-2 small's first FFN weight per channel, and activations of 1,024 tokens.
+    for (granularity, dims) in [(Granularity::Channel, [3072, 768]), (Granularity::Token, [1024, 768])] {
+        let op = FakeQuant { bits: 8, scheme: Scheme::SymmetricNarrow, granularity, dynamic: true };
+        cases.push(Case::new(op, Tolerance::Exact).normal(&dims, DType::F32).bench());
+    }
+    cases.extend(super::quantize::cases());
+    cases
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn levels(x: &[f64], scheme: Scheme, bits: u32) -> Vec<f32> {
+        let [low, high] = ranges(x, x.len())[0];
+        let grid = Grid::new(scheme, bits, low, high);
+        x.iter().map(|&v| grid.level(v)).collect()
+    }
+
+    #[test]
+    fn int8_oracle() {
+        // 63.5 rounds to even, 25.4 down.
+        assert_eq!(levels(&[-1.0, 0.5, 0.2], Scheme::SymmetricNarrow, 8), [-127.0, 64.0, 25.0]);
+        assert_eq!(levels(&[-1.0, 0.5, 0.2], Scheme::SymmetricFull, 8), [-128.0, 64.0, 26.0]);
+        // s = 1.5 / 255, zero point 170: -1 is level 0, 0 is level 170, 0.5 is level 255.
+        assert_eq!(levels(&[-1.0, 0.0, 0.5], Scheme::Asymmetric, 8), [0.0, 170.0, 255.0]);
+        assert_eq!(levels(&[0.0; 3], Scheme::SymmetricNarrow, 8), [0.0; 3]);
+    }
+
+    #[test]
+    fn largest_element_is_never_masked_by_a_narrow_grid() {
+        let mut stream = crate::rng::Stream::new(3, 0);
+        for bits in 2..=8 {
+            for _ in 0..2000 {
+                let amax = stream.normal().abs() as f32;
+                let grid = Grid::new(Scheme::SymmetricNarrow, bits, f64::from(-amax), f64::from(amax));
+                assert!(grid.inside(f64::from(amax)) && grid.inside(f64::from(-amax)), "{bits} bits, amax {amax}");
+            }
+        }
+    }
+
+    /// What `reciprocal` of quant.wgsl computes, in integers only.
+    fn long_division(s: f32) -> f32 {
+        let bits = s.to_bits();
+        let (exponent, mantissa) = (bits >> 23, (bits & 0x7f_ffff) | 0x80_0000);
+        if mantissa == 0x80_0000 {
+            return f32::from_bits((254 - exponent) << 23);
+        }
+        let (mut quotient, mut rest) = (0u32, 0x80_0000u32);
+        for _ in 0..3 {
+            let shifted = rest << 8;
+            let digit = shifted / mantissa;
+            rest = shifted - digit * mantissa;
+            quotient = (quotient << 8) | digit;
+        }
+        quotient += u32::from(2 * rest > mantissa);
+        f32::from_bits(((253 - exponent) << 23) + (quotient - 0x80_0000))
+    }
+
+    #[test]
+    fn the_shader_reciprocal_is_correctly_rounded_for_every_mantissa() {
+        for mantissa in 0..1u32 << 23 {
+            let s = f32::from_bits(0x3c00_0000 | mantissa);
+            assert_eq!(long_division(s).to_bits(), (1.0 / s).to_bits(), "{s:e}");
+        }
+        for exponent in [20u32, 126, 127, 128, 246] {
+            let s = f32::from_bits((exponent << 23) | 0x12_3456);
+            assert_eq!(long_division(s).to_bits(), (1.0 / s).to_bits(), "{s:e}");
+        }
+    }
+
+    #[test]
+    fn straight_through_gradient_is_the_clip_mask() {
+        let device = crate::device::open("cpu").unwrap();
+        let x = Tensor::from_slice(&device, &[1, 5], &[-2.0f32, -1.0, 0.3, 1.0, 1.2]).unwrap();
+        let range = Tensor::from_slice(&device, &[1, 2], &[-1.0f32, 1.0]).unwrap();
+        let dy = Tensor::from_slice(&device, &[1, 5], &[1.0f32, 2.0, 3.0, 4.0, 5.0]).unwrap();
+        let op = FakeQuantBackward { bits: 8, scheme: Scheme::SymmetricNarrow, granularity: Granularity::Tensor };
+        let dx = crate::dispatch::run_one(&op, &[&x, &range, &dy]).unwrap();
+        assert_eq!(dx.to_vec::<f32>().unwrap(), [0.0, 2.0, 3.0, 4.0, 0.0]);
+    }
+
+    #[test]
+    fn bad_requests_are_typed_errors() {
+        let meta = |dims: &[usize]| Meta::new(dims, DType::F32).unwrap();
+        let op = FakeQuant { bits: 9, scheme: Scheme::Asymmetric, granularity: Granularity::Tensor, dynamic: true };
+        assert_eq!(op.infer(&[meta(&[4])]).unwrap_err().code(), "E-PARAMETER");
+        let op = FakeQuant { bits: 8, granularity: Granularity::Group(3), ..op };
+        assert_eq!(op.infer(&[meta(&[4])]).unwrap_err().code(), "E-SHAPE");
+        let op = FakeQuant { granularity: Granularity::Channel, dynamic: false, ..op };
+        assert_eq!(op.infer(&[meta(&[4, 8]), meta(&[3, 2])]).unwrap_err().code(), "E-SHAPE");
+    }
+}
