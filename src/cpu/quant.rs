@@ -198,13 +198,13 @@ fn blocks<U: Send>(args: &Args, out: &mut [U], length: usize, work: impl Fn(usiz
     });
 }
 
-/// Parameters: count, group length, scheme words, dynamic.
+/// Parameters: count, group length, scheme words, shift of stored levels, dynamic.
 pub(crate) fn fake_quant(args: &Args) -> Result<()> {
     float_kernel!(args, fake_quant_of)
 }
 
 fn fake_quant_of<T: Float>(args: &Args) -> Result<()> {
-    let (length, scheme, dynamic) = (args.u(1), Scheme::of(args), args.u(6) == 1);
+    let (length, scheme, dynamic) = (args.u(1), Scheme::of(args), args.u(7) == 1);
     let (x, y) = (args.read::<T>(0), args.write::<T>(if dynamic { 1 } else { 2 }));
     let map = |start: usize, y: &mut [T], grid: &Grid| {
         let (mut wide, mut made) = ([0.0; BLOCK], [0.0; BLOCK]);

@@ -125,7 +125,8 @@ impl Grid {
             Scheme::Asymmetric => high.max(0.0) - low.min(0.0),
             _ => high.abs().max(low.abs()),
         };
-        if !(width <= WIDEST) || low.is_nan() || high.is_nan() {
+        let finite = width <= WIDEST && !low.is_nan() && !high.is_nan();
+        if !finite {
             return Self { scale: f32::NAN, inverse: f32::NAN, zero: 0.0, levels };
         }
         if width < NARROWEST {
@@ -397,7 +398,7 @@ fn check_range(op: &'static str, groups: usize, range: Option<&Meta>, all: &[Met
     }
 }
 
-/// count, group length, asymmetric, lowest level, highest level, scale per unit of width.
+/// count, group length, asymmetric, lowest level, highest level, scale per unit of width, shift of stored levels.
 pub(super) fn map_params(scheme: Scheme, bits: u32, granularity: Granularity, x: &Meta) -> Params {
     let length = match granularity {
         Granularity::Tensor => x.count(),
@@ -405,7 +406,14 @@ pub(super) fn map_params(scheme: Scheme, bits: u32, granularity: Granularity, x:
         Granularity::Group(size) => size,
     };
     let levels = scheme.levels(bits);
-    Params::new().u(x.count()).u(length).flag(scheme.asymmetric()).f(levels.low).f(levels.high).f(levels.unit)
+    Params::new()
+        .u(x.count())
+        .u(length)
+        .flag(scheme.asymmetric())
+        .f(levels.low)
+        .f(levels.high)
+        .f(levels.unit)
+        .f(scheme.shift(bits) as f32)
 }
 
 pub(super) const fn wgsl(

@@ -74,8 +74,7 @@ impl Op for Quantize {
     }
 
     fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
-        let shift = self.scheme.shift(self.bits) as f32;
-        map_params(self.scheme, self.bits, self.granularity, &inputs[0]).f(shift)
+        map_params(self.scheme, self.bits, self.granularity, &inputs[0])
     }
 
     fn differentiable(&self) -> usize {
