@@ -105,12 +105,14 @@ impl<'a, A: Float, B: Float> Product<'a, A, B> {
     }
 }
 
-/// Longest block along k: a panel of B of 32 columns is then 32 KB.
-const KC: usize = 256;
-/// Most columns packed at a time: a block of B is then 2 MB, in the last-level cache.
+/// Longest block along k: a panel of A of 14 rows is then 28 KB and stays in the first-level cache.
+const KC: usize = 512;
+/// Most columns packed at a time: a block of B is then 4 MB, in the last-level cache.
 const NC: usize = 2048;
-/// Most rows of a packed block of A: 336 x 256 values are 344 KB, in the second-level cache.
-const MC: usize = 336;
+/// Columns that one panel of A meets before the next: 512 x 256 values are 512 KB, half of the second-level cache.
+const SLICE: usize = 256;
+/// Most rows of a packed block of A.
+const MC: usize = 252;
 /// Rows whose f32 sums are held at a time when C is stored in 16 bits.
 const SUMS: usize = 512;
 /// Work below which threads cost more than they bring: 2 M multiply-adds are about 15 us on one AVX-512 core.
@@ -271,24 +273,28 @@ fn block<A: Float, B: Float>(
 ) {
     let columns = tiles.columns();
     let mut packed = A_BUFFER.take();
+    packed.resize((at.m * k).max(packed.len()), 0.0);
     pack::pack_a(p.a, (at.i0, at.m), (k0, k), rows, &mut packed);
     let add = p.accumulate || !first;
-    for j in (0..at.n).step_by(columns) {
-        let n = columns.min(at.n - j);
-        let b = &b[j * k..(j + columns) * k];
+    let finishes = last && (p.bias.is_some() || p.activation != Activation::None);
+    for s in (0..at.n).step_by(SLICE) {
+        let slice = SLICE.min(at.n - s);
         for i in (0..at.m).step_by(rows) {
             let m = rows.min(at.m - i);
-            let (tile, tail) = tiles.pick(m, n);
             let a = &packed[i * k..(i + m) * k];
-            // SAFETY: `run` checked that C holds m x n elements at this stride; panels hold k groups; this task alone
-            // writes these rows and columns; `tiles` fits the processor.
-            unsafe { tile(k, a.as_ptr(), b.as_ptr(), c.base.add((at.i0 + i) * c.row + at.j0 + j), c.row, add, tail) };
-        }
-        if last && (p.bias.is_some() || p.activation != Activation::None) {
-            for i in 0..at.m {
+            // SAFETY: `run` checked that C holds m x n elements at this stride.
+            let corner = unsafe { c.base.add((at.i0 + i) * c.row + at.j0 + s) };
+            for j in (0..slice).step_by(columns) {
+                let (tile, tail) = tiles.pick(m, columns.min(slice - j));
+                let b = &b[(s + j) * k..(s + j + columns) * k];
+                // SAFETY: as above; panels hold k groups; this task alone writes these rows and columns; `tiles` fits
+                // the processor.
+                unsafe { tile(k, a.as_ptr(), b.as_ptr(), corner.add(j), c.row, add, tail) };
+            }
+            for row in 0..if finishes { m } else { 0 } {
                 // SAFETY: as above; these elements are finished and still in the first-level cache.
-                let row = unsafe { std::slice::from_raw_parts_mut(c.base.add((at.i0 + i) * c.row + at.j0 + j), n) };
-                finish(row, p.bias.map(|bias| &bias[at.j0 + j..]), p.activation);
+                let row = unsafe { std::slice::from_raw_parts_mut(corner.add(row * c.row), slice) };
+                finish(row, p.bias.map(|bias| &bias[at.j0 + s..]), p.activation);
             }
         }
     }

@@ -2,49 +2,45 @@
 //! transposes and 16-bit storage end.
 
 use super::View;
+use crate::cpu::simd::{self, Level};
 use crate::dtype::Float;
 
-/// Lines of a panel along k that are transposed at a time when the other axis is strided: keeps the written part in L1.
-const DEPTH: usize = 16;
-
-/// Packs `depth` x `width` values (k from `k0`, the other axis from `x0`) as k groups of `padded` values, zeros behind
-/// `width`. `x` and `k` are the steps of `view` along the two axes.
-fn panel<T: Float>(
-    data: &[T],
+/// `depth` groups of `width` values to be packed: value (x, p) is `data[first + x * across + p * along]`.
+#[derive(Clone, Copy)]
+struct Panel<'a, T> {
+    data: &'a [T],
     first: usize,
     width: usize,
-    padded: usize,
     depth: usize,
-    x: usize,
-    k: usize,
-    out: &mut [f32],
-) {
-    if x == 1 {
-        for (p, group) in out.chunks_exact_mut(padded).take(depth).enumerate() {
-            let row = &data[first + p * k..first + p * k + width];
-            for (o, v) in group.iter_mut().zip(row) {
-                *o = v.load();
-            }
-            group[width..].fill(0.0);
+    across: usize,
+    along: usize,
+}
+
+impl<T: Float> Panel<'_, T> {
+    /// Groups of `padded` values, zeros behind `width`.
+    fn pack(self, padded: usize, out: &mut [f32]) {
+        let Self { data, first, width, depth, across, along } = self;
+        if width == 0 || depth == 0 {
+            return;
         }
-        return;
-    }
-    for p0 in (0..depth).step_by(DEPTH) {
-        let groups = &mut out[p0 * padded..(p0 + DEPTH).min(depth) * padded];
-        for i in 0..width {
-            let at = first + i * x + p0 * k;
-            if k == 1 {
-                let row = &data[at..at + groups.len() / padded];
-                for (group, v) in groups.chunks_exact_mut(padded).zip(row) {
-                    group[i] = v.load();
-                }
-            } else {
-                for (p, group) in groups.chunks_exact_mut(padded).enumerate() {
-                    group[i] = data[at + p * k].load();
+        // The one bounds check that the vector code needs.
+        let data = &data[first..first + (width - 1) * across + (depth - 1) * along + 1];
+        let out = &mut out[..depth * padded];
+        #[cfg(target_arch = "x86_64")]
+        if simd::level() == Level::Avx512 && (across == 1 || along == 1) {
+            // SAFETY: the processor has AVX-512; both slices were cut to what the panel reaches.
+            unsafe {
+                match across {
+                    1 => avx512::copy(data, width, depth, along, padded, out),
+                    _ => avx512::transpose(data, width, depth, across, padded, out),
                 }
             }
+            return;
         }
-        for group in groups.chunks_exact_mut(padded) {
+        for (p, group) in out.chunks_exact_mut(padded).enumerate() {
+            for (x, o) in group[..width].iter_mut().enumerate() {
+                *o = data[x * across + p * along].load();
+            }
             group[width..].fill(0.0);
         }
     }
@@ -56,12 +52,12 @@ pub(super) fn pack_a<T: Float>(
     (i0, m): (usize, usize),
     (k0, k): (usize, usize),
     rows: usize,
-    out: &mut Vec<f32>,
+    out: &mut [f32],
 ) {
-    out.resize((m * k).max(out.len()), 0.0);
     for (start, part) in (0..m).step_by(rows).zip(out[..m * k].chunks_mut((rows * k).max(1))) {
         let width = rows.min(m - start);
-        panel(a.data, (i0 + start) * a.row + k0 * a.column, width, width, k, a.row, a.column, part);
+        let first = (i0 + start) * a.row + k0 * a.column;
+        Panel { data: a.data, first, width, depth: k, across: a.row, along: a.column }.pack(width, part);
     }
 }
 
@@ -75,6 +71,126 @@ pub(super) fn pack_b<T: Float>(
 ) {
     for (start, part) in (0..n).step_by(columns).zip(out.chunks_mut((columns * k).max(1))) {
         let width = columns.min(n - start);
-        panel(b.data, (j0 + start) * b.column + k0 * b.row, width, columns, k, b.column, b.row, part);
+        let first = (j0 + start) * b.column + k0 * b.row;
+        Panel { data: b.data, first, width, depth: k, across: b.column, along: b.row }.pack(columns, part);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::*;
+
+    use crate::dtype::{DType, Float};
+
+    /// The first `mask` of 16 elements as f32.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load<T: Float>(at: *const T, mask: __mmask16) -> __m512 {
+        // SAFETY: the caller promises the unmasked elements.
+        unsafe {
+            match T::DTYPE {
+                DType::F32 => _mm512_maskz_loadu_ps(mask, at.cast()),
+                DType::F16 => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, at.cast())),
+                _ => {
+                    let words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at.cast()));
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+                }
+            }
+        }
+    }
+
+    fn mask(count: usize) -> __mmask16 {
+        ((1u32 << count.min(16)) - 1) as u16
+    }
+
+    /// Groups lie together in memory, `along` elements apart.
+    ///
+    /// # Safety
+    /// `data` holds (depth - 1) * along + width elements, `out` depth * padded.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub(super) unsafe fn copy<T: Float>(
+        data: &[T],
+        width: usize,
+        depth: usize,
+        along: usize,
+        padded: usize,
+        out: &mut [f32],
+    ) {
+        for x in (0..padded).step_by(16) {
+            let (from, to) = (mask(width.saturating_sub(x)), mask(padded - x));
+            for p in 0..depth {
+                // SAFETY: masked to the panel on both sides; x <= width where anything is loaded.
+                unsafe {
+                    let values = load(data.as_ptr().wrapping_add(p * along + x), from);
+                    _mm512_mask_storeu_ps(out.as_mut_ptr().add(p * padded + x), to, values);
+                }
+            }
+        }
+    }
+
+    /// Groups lie across rows that are `across` elements apart: blocks of 16 x 16 are turned in registers.
+    ///
+    /// # Safety
+    /// `data` holds (width - 1) * across + depth elements, `out` depth * padded.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub(super) unsafe fn transpose<T: Float>(
+        data: &[T],
+        width: usize,
+        depth: usize,
+        across: usize,
+        padded: usize,
+        out: &mut [f32],
+    ) {
+        for x in (0..padded).step_by(16) {
+            let rows = width.saturating_sub(x).min(16);
+            let to = mask(padded - x);
+            for p in (0..depth).step_by(16) {
+                let from = mask(depth - p);
+                let mut block = [_mm512_setzero_ps(); 16];
+                for (i, row) in block.iter_mut().enumerate() {
+                    if i < rows {
+                        // SAFETY: row x + i < width, masked to the depth.
+                        *row = unsafe { load(data.as_ptr().wrapping_add((x + i) * across + p), from) };
+                    }
+                }
+                let turned = turn(block);
+                for (i, &group) in turned.iter().enumerate() {
+                    if p + i < depth {
+                        // SAFETY: group p + i < depth, masked to the panel's width.
+                        unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr().add((p + i) * padded + x), to, group) };
+                    }
+                }
+            }
+        }
+    }
+
+    /// The transpose of 16 x 16 values: pairs within 128-bit lanes, then the lanes.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn turn(r: [__m512; 16]) -> [__m512; 16] {
+        let mut t = r;
+        for i in (0..16).step_by(4) {
+            let low = _mm512_unpacklo_ps(r[i], r[i + 1]);
+            let high = _mm512_unpackhi_ps(r[i], r[i + 1]);
+            let low2 = _mm512_unpacklo_ps(r[i + 2], r[i + 3]);
+            let high2 = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
+            t[i] = _mm512_shuffle_ps::<0x44>(low, low2);
+            t[i + 1] = _mm512_shuffle_ps::<0xee>(low, low2);
+            t[i + 2] = _mm512_shuffle_ps::<0x44>(high, high2);
+            t[i + 3] = _mm512_shuffle_ps::<0xee>(high, high2);
+        }
+        // Now lane l of t[4 q + c] holds column 4 l + c of rows 4 q..4 q + 4: gather lane l of the four q.
+        let mut out = t;
+        for c in 0..4 {
+            let a = _mm512_shuffle_f32x4::<0x88>(t[c], t[4 + c]);
+            let b = _mm512_shuffle_f32x4::<0x88>(t[8 + c], t[12 + c]);
+            let d = _mm512_shuffle_f32x4::<0xdd>(t[c], t[4 + c]);
+            let e = _mm512_shuffle_f32x4::<0xdd>(t[8 + c], t[12 + c]);
+            out[c] = _mm512_shuffle_f32x4::<0x88>(a, b);
+            out[8 + c] = _mm512_shuffle_f32x4::<0xdd>(a, b);
+            out[4 + c] = _mm512_shuffle_f32x4::<0x88>(d, e);
+            out[12 + c] = _mm512_shuffle_f32x4::<0xdd>(d, e);
+        }
+        out
     }
 }
