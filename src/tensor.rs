@@ -183,6 +183,11 @@ impl Tensor {
         &self.buffer
     }
 
+    /// Byte offset into [`Tensor::buffer`].
+    pub(crate) fn offset(&self) -> usize {
+        self.offset
+    }
+
     /// This tensor as a kernel argument.
     pub(crate) fn binding(&self, write: bool) -> Binding<'_> {
         Binding { buffer: &self.buffer, offset: self.offset, bytes: self.meta.bytes(), write }

@@ -273,10 +273,12 @@ impl Batches {
         self.examples.len().div_ceil(self.options.rows) as u64
     }
 
-    /// The batch of a step, counted from 0 over all epochs. The same step gives the same batch, in any order of calls.
-    pub fn batch(&mut self, step: u64) -> Batch {
+    /// Which examples a step takes, by their position in the stream (of two, the first one's come first). The same step gives the
+    /// same examples, in any order of calls.
+    pub fn indices(&mut self, step: u64) -> Vec<u32> {
         let (examples, mixture, options) = (&self.examples, self.mixture, &self.options);
-        let chosen = self.cache.at(step, examples.len().div_ceil(options.rows) as u64, |epoch| {
+        let per_epoch = examples.len().div_ceil(options.rows) as u64;
+        let chosen = self.cache.at(step, per_epoch, |epoch| {
             let seed = order::hash(options.seed, epoch);
             let draws = match mixture {
                 None => (0..examples.len() as u32).collect(),
@@ -284,8 +286,14 @@ impl Batches {
             };
             bucket::epoch(seed, draws, options.rows, |e| examples[e as usize].length())
         });
-        let chosen: Vec<&Example> = chosen.iter().filter_map(|&e| examples.get(e as usize)).collect();
-        Batch::assemble(&chosen, self.special, options.gmask)
+        chosen.to_vec()
+    }
+
+    /// The batch of a step, counted from 0 over all epochs.
+    pub fn batch(&mut self, step: u64) -> Batch {
+        let chosen = self.indices(step);
+        let chosen: Vec<&Example> = chosen.iter().filter_map(|&e| self.examples.get(e as usize)).collect();
+        Batch::assemble(&chosen, self.special, self.options.gmask)
     }
 }
 

@@ -186,6 +186,10 @@ impl Device for CpuDevice {
         self.pool.stats(self.launches.load(Relaxed))
     }
 
+    fn reset_peak(&self) {
+        self.pool.reset_peak();
+    }
+
     fn set_memory_cap(&self, bytes: Option<u64>) {
         self.pool.set_cap(bytes);
     }

@@ -224,6 +224,9 @@ pub trait Device: Send + Sync {
 
     fn stats(&self) -> Stats;
 
+    /// Starts the high-water mark of live bytes anew.
+    fn reset_peak(&self) {}
+
     /// Caps live bytes; `None` lifts the cap. Allocations above it fail with `Error::OutOfMemory`.
     fn set_memory_cap(&self, bytes: Option<u64>);
 }

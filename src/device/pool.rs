@@ -81,6 +81,10 @@ impl<T> Pool<T> {
         self.cap.store(bytes.unwrap_or(u64::MAX), Relaxed);
     }
 
+    pub fn reset_peak(&self) {
+        self.peak.store(self.live.load(Relaxed), Relaxed);
+    }
+
     pub fn stats(&self, launches: u64) -> Stats {
         Stats {
             bytes_live: self.live.load(Relaxed),

@@ -1,0 +1,140 @@
+//! Distillation as a loss hook: last-hidden-state MSE through the kept-channel map or a learned projection, soft labels
+//! on the source-language stream, hard labels on the target-language stream (LightChatGLM Eq 10 and Algorithm 2).
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::nn::{Model, Pass};
+use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::distill::{Direction, HiddenMse, LinearKl, Reduction};
+use crate::ops::matmul::Matmul;
+use crate::ops::unary::{Function, Unary};
+use crate::tape::Var;
+use crate::tensor::Tensor;
+use crate::train::lifecycle::{Method, Micro};
+use crate::train::trainer::{LOSS_CHUNK, sum, weighted_cross_entropy};
+
+/// Name of the learned projection among the student's tensors while it trains.
+pub const PROJECTION: &str = "distil.projection.weight";
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Weights {
+    /// Hidden-state MSE.
+    pub hidden: f32,
+    /// KL against the teacher's distribution on the source-language stream.
+    pub soft: f32,
+    /// Cross-entropy against the teacher's arg-max on the target-language stream.
+    pub hard: f32,
+}
+
+/// How the student's hidden width meets the teacher's.
+pub enum Projection {
+    /// The teacher's channels that the student kept, as a `[d_student, d_teacher]` selection by row.
+    Kept(Tensor),
+    /// Student -> teacher, learned ([`PROJECTION`], `[d_teacher, d_student]`).
+    Learned,
+    /// Equal widths.
+    None,
+}
+
+pub struct Distillation {
+    pub weights: Weights,
+    pub temperature: f32,
+    /// Multiply the KL by T^2, so that its gradient keeps its scale (Hinton et al. 2015).
+    pub squared: bool,
+    /// `HalfSum`: Eq 10 to the letter; `Mean`: independent of batch and width.
+    pub reduction: Reduction,
+    pub normalised: bool,
+    pub projection: Projection,
+    /// The teacher's head `[V, d_teacher]`.
+    pub teacher_head: Tensor,
+}
+
+impl Distillation {
+    fn hidden_loss(&self, pass: &mut Pass, rows: &Var, teacher: &Tensor, weights: &Tensor) -> Result<Var> {
+        let teacher = Var::constant(teacher.clone());
+        let op = HiddenMse { reduction: self.reduction, normalised: self.normalised };
+        let weights = Var::constant(weights.clone());
+        match &self.projection {
+            Projection::Kept(selection) => {
+                // Selecting columns is a product with a 0/1 matrix; the teacher is a constant, so nothing is recorded.
+                let kept = pass.tape.first(Matmul::linear(), &[&teacher, &Var::constant(selection.clone())])?;
+                pass.tape.first(op, &[rows, &kept, &weights])
+            }
+            Projection::Learned => {
+                let projection = pass.parameter(PROJECTION)?;
+                let projected = pass.tape.first(Matmul::linear(), &[rows, &projection])?;
+                pass.tape.first(op, &[&projected, &teacher, &weights])
+            }
+            Projection::None => pass.tape.first(op, &[rows, &teacher, &weights]),
+        }
+    }
+}
+
+/// A 0/1 matrix `[kept, width]` that selects channels.
+pub fn selection(model: &Model, kept: &[usize], width: usize) -> Result<Tensor> {
+    let mut values = vec![0.0f32; kept.len() * width];
+    for (row, &column) in kept.iter().enumerate() {
+        if let Some(v) = values.get_mut(row * width + column) {
+            *v = 1.0;
+        }
+    }
+    Tensor::from_slice(model.device(), &[kept.len(), width], &values)
+}
+
+fn scaled(pass: &mut Pass, x: &Var, factor: f32) -> Result<Var> {
+    pass.tape.first(Unary(Function::Scale(factor)), &[x])
+}
+
+impl Method for Distillation {
+    fn name(&self) -> &'static str {
+        "distillation"
+    }
+
+    /// Terms in the unit of the rows' weights: a mean is multiplied by the micro-batch's rows, so that dividing by the
+    /// step's weight gives the mean again however the step was split.
+    fn on_loss(&self, pass: &mut Pass, hidden: &Var, micro: &Micro) -> Result<Option<Var>> {
+        let Some(teacher) = &micro.teacher else {
+            return Ok(None);
+        };
+        let shape = hidden.tensor.shape();
+        let rows = hidden.reshape(&[shape.rows(), shape.last()])?;
+        let mut terms = Vec::new();
+        if self.weights.hidden > 0.0 {
+            let loss = self.hidden_loss(pass, &rows, &teacher.hidden, &teacher.hidden_weights)?;
+            let unit = if self.reduction == Reduction::Mean { micro.tokens as f32 } else { 1.0 };
+            terms.push(scaled(pass, &loss, self.weights.hidden * unit)?);
+        }
+        if self.weights.soft > 0.0 {
+            let op = LinearKl {
+                direction: Direction::Forward,
+                temperature: self.temperature,
+                squared: self.squared,
+                chunk: LOSS_CHUNK,
+            };
+            let head = pass.head_weight()?;
+            let constants = [&teacher.hidden, &self.teacher_head, &teacher.soft_weights].map(|t| Var::constant(t.clone()));
+            let losses = pass.tape.first(op, &[&rows, &head, &constants[0], &constants[1], &constants[2]])?;
+            let total = sum(pass, &losses)?;
+            terms.push(scaled(pass, &total, self.weights.soft)?);
+        }
+        if self.weights.hard > 0.0 {
+            let total = weighted_cross_entropy(pass, hidden, &teacher.hard_targets, &teacher.hard_weights)?;
+            terms.push(scaled(pass, &total, self.weights.hard)?);
+        }
+        let mut total: Option<Var> = None;
+        for term in terms {
+            total = Some(match total {
+                None => term,
+                Some(sum) => pass.tape.first(Binary(BinaryFunction::Add), &[&sum, &term])?,
+            });
+        }
+        Ok(total)
+    }
+
+    fn on_finish(&mut self, model: &mut Model) -> Result<()> {
+        model.tensors.remove(PROJECTION);
+        Ok(())
+    }
+}

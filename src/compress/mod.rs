@@ -1,0 +1,11 @@
+//! Compression methods: hooks on the training life-cycle, and functions model -> model with what they promise.
+
+pub mod distil;
+pub mod experts;
+pub mod freeze;
+pub mod hybrid;
+pub mod importance;
+pub mod quantize;
+pub mod sparsify;
+pub mod structure;
+pub mod teacher;

@@ -1,0 +1,227 @@
+//! A transformer described by data. Every block carries its own shapes, so a pruned model is an ordinary model.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Positions {
+    /// A learned vector per position, added to the token embedding.
+    Learned,
+    /// One-dimensional rotary, rotate-half.
+    Rotary,
+    /// GLM's: half of each head rotates by position, half by block position.
+    Rotary2d,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AttentionKind {
+    Bidirectional,
+    Causal,
+    /// Bidirectional over each row's context, causal after it.
+    Prefix,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Residual {
+    /// Pre-norm: h = x + f(norm(x)).
+    Sum,
+    /// h = norm(x) * scale + f(norm(x)): GLM with scale sqrt(2 L), post-norm BERT with scale 1.
+    Normalised { scale: f32 },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormKind {
+    Layer,
+    Rms,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    Relu,
+    Gelu,
+    /// Gated: gelu(x W_gate) * (x W_value); the in-projection has 2 x ffn_width rows.
+    Geglu,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Head {
+    /// Next-token logits; tied: with the token embedding.
+    Language { tied: bool },
+    /// One label per token.
+    Tagging { labels: Vec<String> },
+}
+
+/// Sparse execution of a block's FFN: `count` experts of equal size, `selected` of them per token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experts {
+    pub count: usize,
+    pub selected: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Block {
+    pub heads: usize,
+    pub head_size: usize,
+    /// Factor on attention scores; kept explicit because a pruned head keeps its teacher's.
+    pub attention_scale: f32,
+    pub ffn_width: usize,
+    pub activation: Activation,
+    /// One per rotary pair of a head (head_size / 2); for `Rotary2d` the first half belongs to the position half.
+    pub inverse_frequencies: Vec<f32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<Experts>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub vocabulary: usize,
+    pub width: usize,
+    pub max_positions: usize,
+    pub positions: Positions,
+    pub attention: AttentionKind,
+    pub residual: Residual,
+    pub norm: NormKind,
+    pub norm_epsilon: f32,
+    pub head: Head,
+    pub blocks: Vec<Block>,
+}
+
+/// Rotary base of GLM, GPT-NeoX and LLaMA.
+const ROTARY_BASE: f64 = 10_000.0;
+
+/// base^(-2 j / n) for the n/2 pairs of an n-wide rotation.
+fn frequencies(n: usize) -> impl Iterator<Item = f32> {
+    (0..n / 2).map(move |j| ROTARY_BASE.powf(-2.0 * j as f64 / n as f64) as f32)
+}
+
+/// Sizes that a preset is built from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Size {
+    pub layers: usize,
+    pub heads: usize,
+    pub head_size: usize,
+    pub ffn_width: usize,
+    pub max_positions: usize,
+}
+
+impl Config {
+    /// The GLM prefix language model (ChatGLM-6B's block: scaled residual on the normalised input, 2-D rotary, prefix
+    /// mask), with a ReLU FFN so that it can be split into experts.
+    pub fn glm(size: Size, vocabulary: usize) -> Self {
+        // Each half of a head has its own full set of frequencies.
+        let half: Vec<f32> = frequencies(size.head_size / 2).collect();
+        let inverse_frequencies = [half.clone(), half].concat();
+        Self {
+            vocabulary,
+            width: size.heads * size.head_size,
+            max_positions: size.max_positions,
+            positions: Positions::Rotary2d,
+            attention: AttentionKind::Prefix,
+            residual: Residual::Normalised { scale: (2.0 * size.layers as f32).sqrt() },
+            norm: NormKind::Layer,
+            norm_epsilon: 1e-5,
+            head: Head::Language { tied: false },
+            blocks: vec![block(size, Activation::Relu, inverse_frequencies); size.layers],
+        }
+    }
+
+    /// A BERT-like encoder with a token-tagging head: learned positions, post-norm, GELU, bidirectional.
+    pub fn bert_tagger(size: Size, vocabulary: usize, labels: Vec<String>) -> Self {
+        Self {
+            vocabulary,
+            width: size.heads * size.head_size,
+            max_positions: size.max_positions,
+            positions: Positions::Learned,
+            attention: AttentionKind::Bidirectional,
+            residual: Residual::Normalised { scale: 1.0 },
+            norm: NormKind::Layer,
+            norm_epsilon: 1e-12,
+            head: Head::Tagging { labels },
+            blocks: vec![block(size, Activation::Gelu, Vec::new()); size.layers],
+        }
+    }
+
+    /// A GPT-like decoder: 1-D rotary, pre-norm, causal.
+    pub fn gpt(size: Size, vocabulary: usize) -> Self {
+        Self {
+            positions: Positions::Rotary,
+            attention: AttentionKind::Causal,
+            residual: Residual::Sum,
+            head: Head::Language { tied: true },
+            blocks: vec![block(size, Activation::Gelu, frequencies(size.head_size).collect()); size.layers],
+            ..Self::glm(size, vocabulary)
+        }
+    }
+
+    /// Cross-checks all sizes before anything is allocated; `path` is where the config came from.
+    pub fn check(&self, path: &std::path::Path) -> Result<()> {
+        let rule = |key: String, rule: &str| Err(Error::file(path, key, rule));
+        for (key, n, most) in [
+            ("vocabulary", self.vocabulary, 4_000_000),
+            ("width", self.width, 65_536),
+            ("max_positions", self.max_positions, 1_000_000),
+            ("blocks", self.blocks.len(), 4_096),
+        ] {
+            if n == 0 || n > most {
+                return rule(key.into(), &format!("{n} must be from 1 to {most}"));
+            }
+        }
+        if !(self.norm_epsilon.is_finite() && self.norm_epsilon > 0.0) {
+            return rule("norm_epsilon".into(), "must be finite and above 0");
+        }
+        for (i, b) in self.blocks.iter().enumerate() {
+            let sizes = [b.heads, b.head_size, b.ffn_width];
+            if sizes.iter().any(|&n| n == 0 || n > 1_000_000) {
+                return rule(format!("blocks[{i}]"), "heads, head_size and ffn_width must be from 1 to 1000000");
+            }
+            let pairs = if self.positions == Positions::Learned { 0 } else { b.head_size / 2 };
+            if b.inverse_frequencies.len() != pairs {
+                let got = b.inverse_frequencies.len();
+                return rule(format!("blocks[{i}].inverse_frequencies"), &format!("{got} values where {pairs} are needed"));
+            }
+            if self.positions == Positions::Rotary2d && b.head_size % 4 != 0 {
+                return rule(format!("blocks[{i}].head_size"), "2-D rotary needs a multiple of 4");
+            }
+            if let Some(e) = b.experts
+                && (e.count == 0 || e.selected == 0 || e.selected > e.count || b.ffn_width % e.count != 0)
+            {
+                return rule(format!("blocks[{i}].experts"), "1 <= selected <= count, and count divides ffn_width");
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows of the FFN's in-projection.
+    pub fn ffn_rows(block: &Block) -> usize {
+        if block.activation == Activation::Geglu { 2 * block.ffn_width } else { block.ffn_width }
+    }
+
+    /// Names of the linear layers of block `i`, in execution order.
+    pub fn linears(i: usize) -> [String; 6] {
+        ["attention.query", "attention.key", "attention.value", "attention.output", "ffn.in", "ffn.out"]
+            .map(|part| format!("blocks.{i}.{part}"))
+    }
+}
+
+fn block(size: Size, activation: Activation, inverse_frequencies: Vec<f32>) -> Block {
+    Block {
+        heads: size.heads,
+        head_size: size.head_size,
+        attention_scale: 1.0 / (size.head_size as f32).sqrt(),
+        ffn_width: size.ffn_width,
+        activation,
+        inverse_frequencies,
+        experts: None,
+    }
+}

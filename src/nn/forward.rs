@@ -1,0 +1,362 @@
+//! One pass through a model: on a recording tape for training, on a plain one for inference.
+
+use std::collections::BTreeMap;
+
+use super::config::{Activation, AttentionKind, Head, NormKind, Positions, Residual};
+use super::model::{Model, missing};
+use crate::error::{Error, Result};
+use crate::ops::attention::{Attention, Mask};
+use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::embed::Embed;
+use crate::ops::ffn::{Ffn, FfnActivation};
+use crate::ops::layout::Slice;
+use crate::ops::moe::{GroupedMatmul, GroupedMatmulInt8, MoeCombine, MoeDispatch, MoeGate};
+use crate::ops::norm::{AddNorm, LayerNorm, RmsNorm};
+use crate::ops::random::Dropout;
+use crate::ops::rope::{Rope, RopeKind};
+use crate::ops::unary::{Function, Unary};
+use crate::rng::Site;
+use crate::tape::{Tape, Var};
+use crate::tensor::Tensor;
+
+/// Token ids and what positions and masks need. All u32.
+#[derive(Clone)]
+pub struct Batch {
+    /// `[B, T]`
+    pub tokens: Tensor,
+    /// `[B, T]`
+    pub positions: Tensor,
+    /// `[B, T]`, for 2-D rotary.
+    pub block_positions: Option<Tensor>,
+    /// `[B]` leading tokens that everyone sees, for the prefix mask.
+    pub context: Option<Tensor>,
+    /// `[B]` valid tokens.
+    pub lengths: Option<Tensor>,
+}
+
+/// The life-cycle's first hook: changes how a dense weight (and its input) enters an output. Quantization-aware
+/// training is one.
+pub trait OutputHook {
+    /// `x` is `[.., k]`, `weight` `[n, k]` (experts: `[E, n, k]`).
+    fn on_output(&self, tape: &mut Tape, linear: &str, x: Var, weight: Var) -> Result<(Var, Var)>;
+}
+
+/// Keys and values of one block so far: `[B, S, H, D]`.
+#[derive(Clone)]
+pub struct KeyValue {
+    pub key: Tensor,
+    pub value: Tensor,
+}
+
+/// How a pass attends to a cache.
+pub(super) enum Cache<'c> {
+    None,
+    /// Keep this pass's keys and values.
+    Collect(&'c mut Vec<KeyValue>),
+    /// Attend to caches that the callback has just extended with this pass's keys and values; `[B]` valid lengths.
+    Extend(&'c mut dyn FnMut(usize, &Tensor, &Tensor) -> Result<KeyValue>, Tensor),
+}
+
+pub struct Pass<'m> {
+    pub tape: Tape,
+    pub model: &'m Model,
+    leaves: BTreeMap<String, Var>,
+    hooks: Vec<&'m dyn OutputHook>,
+    dropout: Option<(f32, Site)>,
+    /// When set, the FFN inputs `[rows, d]` of every block are kept here.
+    pub ffn_inputs: Option<Vec<Tensor>>,
+}
+
+impl<'m> Pass<'m> {
+    /// A pass that records gradients of every f32 parameter.
+    pub fn training(model: &'m Model) -> Self {
+        Self::on(model, Tape::new())
+    }
+
+    pub fn inference(model: &'m Model) -> Self {
+        Self::on(model, Tape::inference())
+    }
+
+    fn on(model: &'m Model, tape: Tape) -> Self {
+        Self { tape, model, leaves: BTreeMap::new(), hooks: Vec::new(), dropout: None, ffn_inputs: None }
+    }
+
+    #[must_use]
+    pub fn hooks(mut self, hooks: impl IntoIterator<Item = &'m dyn OutputHook>) -> Self {
+        self.hooks.extend(hooks);
+        self
+    }
+
+    /// Dropout after the embedding, each attention and each FFN; `site.step` is the training step.
+    #[must_use]
+    pub fn dropout(mut self, probability: f32, site: Site) -> Self {
+        self.dropout = (probability > 0.0).then_some((probability, site));
+        self
+    }
+
+    /// A parameter as a variable: the same one however often it is used.
+    pub fn parameter(&mut self, name: &str) -> Result<Var> {
+        self.optional(name).ok_or_else(|| missing(name))
+    }
+
+    pub(super) fn optional(&mut self, name: &str) -> Option<Var> {
+        if let Some(var) = self.leaves.get(name) {
+            return Some(var.clone());
+        }
+        let tensor = self.model.tensors.get(name)?;
+        // Routers are trained on their own, by regression on expert scores.
+        let trained = tensor.dtype().is_float() && !name.contains(".router.");
+        let var = if trained { self.tape.leaf(tensor) } else { Var::constant(tensor.clone()) };
+        self.leaves.insert(name.to_string(), var.clone());
+        Some(var)
+    }
+
+    /// Parameters used so far.
+    pub fn into_leaves(self) -> (Tape, BTreeMap<String, Var>) {
+        (self.tape, self.leaves)
+    }
+
+    pub(super) fn hooked(&mut self, name: &str, mut x: Var, mut weight: Var) -> Result<(Var, Var)> {
+        for hook in self.hooks.clone() {
+            (x, weight) = hook.on_output(&mut self.tape, name, x, weight)?;
+        }
+        Ok((x, weight))
+    }
+
+    fn dropped(&mut self, x: Var) -> Result<Var> {
+        let Some((probability, site)) = &mut self.dropout else {
+            return Ok(x);
+        };
+        site.site += 1;
+        self.tape.first(Dropout { probability: *probability, site: *site }, &[&x])
+    }
+
+    /// Final hidden states `[B, T, d]`.
+    pub fn hidden(&mut self, batch: &Batch) -> Result<Var> {
+        self.run(batch, Cache::None)
+    }
+
+    pub(super) fn run(&mut self, batch: &Batch, mut cache: Cache) -> Result<Var> {
+        let table = self.parameter("embedding.tokens")?;
+        let mut x = self.tape.first(Embed, &[&table, &Var::constant(batch.tokens.clone())])?;
+        if self.model.config.positions == Positions::Learned {
+            let table = self.parameter("embedding.positions")?;
+            let positions = self.tape.first(Embed, &[&table, &Var::constant(batch.positions.clone())])?;
+            x = self.tape.first(Binary(BinaryFunction::Add), &[&x, &positions])?;
+        }
+        x = self.dropped(x)?;
+        // `normed` enters the next sublayer, `residual` is what its output is added to.
+        let layers = self.model.config.blocks.len();
+        let (mut normed, mut residual) = self.first_norm(&x)?;
+        for i in 0..layers {
+            let attended = self.attention(i, &normed, batch, &mut cache)?;
+            let attended = self.dropped(attended)?;
+            (normed, residual) = self.add_norm(&format!("blocks.{i}.norm_ffn"), &attended, &residual)?;
+            let fed = self.ffn(i, &normed)?;
+            let fed = self.dropped(fed)?;
+            let next = if i + 1 < layers { format!("blocks.{}.norm_attention", i + 1) } else { "norm_final".into() };
+            (normed, residual) = self.add_norm(&next, &fed, &residual)?;
+        }
+        drop(residual);
+        Ok(normed)
+    }
+
+    fn first_norm(&mut self, x: &Var) -> Result<(Var, Var)> {
+        let epsilon = self.model.config.norm_epsilon;
+        let weight = self.parameter("blocks.0.norm_attention.weight")?;
+        let y = match self.model.config.norm {
+            NormKind::Layer => {
+                let bias = self.parameter("blocks.0.norm_attention.bias")?;
+                self.tape.first(LayerNorm { epsilon }, &[x, &weight, &bias])?
+            }
+            NormKind::Rms => self.tape.first(RmsNorm { epsilon }, &[x, &weight])?,
+        };
+        let residual = if self.model.config.residual == Residual::Sum { x.clone() } else { y.clone() };
+        Ok((y, residual))
+    }
+
+    /// h = x + scale * residual; y = norm(h). Returns y and what the next sublayer adds to.
+    fn add_norm(&mut self, name: &str, x: &Var, residual: &Var) -> Result<(Var, Var)> {
+        let config = &self.model.config;
+        let scale = if let Residual::Normalised { scale } = config.residual { scale } else { 1.0 };
+        let op = AddNorm { epsilon: config.norm_epsilon, scale, rms: config.norm == NormKind::Rms };
+        let weight = self.parameter(&format!("{name}.weight"))?;
+        let outputs = if op.rms {
+            self.tape.run(op, &[x, residual, &weight])?
+        } else {
+            let bias = self.parameter(&format!("{name}.bias"))?;
+            self.tape.run(op, &[x, residual, &weight, &bias])?
+        };
+        let next = if self.model.config.residual == Residual::Sum { &outputs[1] } else { &outputs[0] };
+        Ok((outputs[0].clone(), next.clone()))
+    }
+
+    fn attention(&mut self, i: usize, x: &Var, batch: &Batch, cache: &mut Cache) -> Result<Var> {
+        let model = self.model;
+        let block = &model.config.blocks[i];
+        let (b, t) = (x.dims()[0], x.dims()[1]);
+        let heads = [b, t, block.heads, block.head_size];
+        let mut project = |part: &str| self.linear(&format!("blocks.{i}.attention.{part}"), x)?.reshape(&heads);
+        let (query, key, value) = (project("query")?, project("key")?, project("value")?);
+        let (query, key) = (self.rotated(i, &query, batch)?, self.rotated(i, &key, batch)?);
+        let mut op = Attention {
+            mask: match model.config.attention {
+                AttentionKind::Bidirectional => Mask::None,
+                AttentionKind::Causal => Mask::Causal,
+                AttentionKind::Prefix => Mask::Prefix,
+            },
+            lengths: batch.lengths.is_some(),
+            bias: false,
+            scale: block.attention_scale,
+            query_offset: 0,
+        };
+        let constant = |t: &Option<Tensor>| t.iter().cloned().map(Var::constant).collect::<Vec<_>>();
+        let (key, value, extra) = match cache {
+            Cache::Extend(extend, lengths) => {
+                // The newest token sees everything cached: no mask but the valid lengths.
+                let all = extend(i, &key.tensor, &value.tensor)?;
+                op = Attention { mask: Mask::None, lengths: true, ..op };
+                (Var::constant(all.key), Var::constant(all.value), vec![Var::constant(lengths.clone())])
+            }
+            _ => {
+                if let Cache::Collect(caches) = cache {
+                    caches.push(KeyValue { key: key.tensor.clone(), value: value.tensor.clone() });
+                }
+                let context = if op.mask == Mask::Prefix { constant(&batch.context) } else { Vec::new() };
+                if op.mask == Mask::Prefix && context.is_empty() {
+                    return Err(Error::Shape { op: "attention", rule: "a prefix model needs context lengths", got: "none".into() });
+                }
+                (key, value, [context, constant(&batch.lengths)].concat())
+            }
+        };
+        let inputs: Vec<&Var> = [&query, &key, &value].into_iter().chain(&extra).collect();
+        let y = self.tape.first(op, &inputs)?;
+        let y = y.reshape(&[b, t, block.heads * block.head_size])?;
+        self.linear(&format!("blocks.{i}.attention.output"), &y)
+    }
+
+    fn rotated(&mut self, i: usize, x: &Var, batch: &Batch) -> Result<Var> {
+        let Some(tables) = self.model.rotary(i) else {
+            return Ok(x.clone());
+        };
+        let tables = [Var::constant(tables.cos.clone()), Var::constant(tables.sin.clone())];
+        let positions = Var::constant(batch.positions.clone());
+        if self.model.config.positions == Positions::Rotary {
+            let op = Rope { kind: RopeKind::Half, inverse: false };
+            return self.tape.first(op, &[x, &tables[0], &tables[1], &positions]);
+        }
+        let Some(blocks) = &batch.block_positions else {
+            return Err(Error::Shape { op: "rope", rule: "2-D rotary needs block positions", got: "none".into() });
+        };
+        let op = Rope { kind: RopeKind::Glm2d, inverse: false };
+        self.tape.first(op, &[x, &tables[0], &tables[1], &positions, &Var::constant(blocks.clone())])
+    }
+
+    fn ffn(&mut self, i: usize, x: &Var) -> Result<Var> {
+        let block = &self.model.config.blocks[i];
+        if self.ffn_inputs.is_some() {
+            let rows = self.rows(x)?.tensor;
+            self.ffn_inputs.iter_mut().for_each(|list| list.push(rows.clone()));
+        }
+        if block.experts.is_some() {
+            return self.experts(i, x);
+        }
+        let (inner, outer) = (format!("blocks.{i}.ffn.in"), format!("blocks.{i}.ffn.out"));
+        let dense = self.model.tensors.contains_key(&format!("{inner}.weight"));
+        if dense && self.model.tensors.contains_key(&format!("{outer}.weight")) && self.hooks.is_empty() {
+            let activation = match block.activation {
+                Activation::Relu => FfnActivation::Relu,
+                Activation::Gelu => FfnActivation::Gelu,
+                Activation::Geglu => FfnActivation::Geglu,
+            };
+            let names = [format!("{inner}.weight"), format!("{inner}.bias"), format!("{outer}.weight"), format!("{outer}.bias")];
+            let [w1, b1, w2, b2] = names.map(|n| self.parameter(&n));
+            return self.tape.first(Ffn { activation }, &[x, &w1?, &b1?, &w2?, &b2?]);
+        }
+        let h = self.linear(&inner, x)?;
+        let h = match block.activation {
+            Activation::Relu => self.tape.first(Unary(Function::Relu), &[&h])?,
+            Activation::Gelu => self.tape.first(Unary(Function::GeluTanh), &[&h])?,
+            Activation::Geglu => {
+                let axis = h.dims().len() - 1;
+                let gate = self.tape.first(Slice { axis, start: 0, length: block.ffn_width }, &[&h])?;
+                let value = self.tape.first(Slice { axis, start: block.ffn_width, length: block.ffn_width }, &[&h])?;
+                let gate = self.tape.first(Unary(Function::GeluTanh), &[&gate])?;
+                self.tape.first(Binary(BinaryFunction::Mul), &[&gate, &value])?
+            }
+        };
+        self.linear(&outer, &h)
+    }
+
+    /// Scores of the experts of block `i` for rows x `[rows, d]`: a two-layer router (MoEfication), `[rows, E]`.
+    pub fn router(&mut self, i: usize, x: &Var) -> Result<Var> {
+        let h = self.linear(&format!("blocks.{i}.ffn.router.in"), x)?;
+        let h = self.tape.first(Unary(Function::Tanh), &[&h])?;
+        self.linear(&format!("blocks.{i}.ffn.router.out"), &h)
+    }
+
+    /// y = sum over the k selected experts of relu(x W_in,e + b) W_out,e, plus the output bias; no gate factor, so that
+    /// k = E is the dense FFN (MoEfication).
+    fn experts(&mut self, i: usize, x: &Var) -> Result<Var> {
+        let block = &self.model.config.blocks[i];
+        let Some(experts) = block.experts else {
+            return Err(missing(&format!("blocks.{i}.experts")));
+        };
+        let k = experts.selected;
+        let rows = self.rows(x)?;
+        let scores = self.router(i, &rows.detach())?;
+        let gated = self.tape.run(MoeGate { k }, &[&scores])?;
+        let dispatch = self.tape.run(MoeDispatch { experts: experts.count }, &[&gated[0]])?;
+        let (order, offsets) = (&dispatch[0], &dispatch[1]);
+        let h = self.grouped(&format!("blocks.{i}.ffn.experts.in"), &rows, k, (true, true), order, offsets)?;
+        let y = self.grouped(&format!("blocks.{i}.ffn.experts.out"), &h, k, (false, false), order, offsets)?;
+        let y = self.tape.first(MoeCombine { k, weighted: false }, &[&y, order])?;
+        let bias = self.parameter(&format!("blocks.{i}.ffn.out.bias"))?;
+        let y = self.tape.first(Binary(BinaryFunction::Add), &[&y, &bias])?;
+        y.reshape(x.dims())
+    }
+
+    /// Grouped linear over experts, dense or int8; `first`: reads token rows and applies bias and ReLU.
+    fn grouped(
+        &mut self,
+        name: &str,
+        x: &Var,
+        k: usize,
+        (first, relu): (bool, bool),
+        order: &Var,
+        offsets: &Var,
+    ) -> Result<Var> {
+        let bias = self.optional(&format!("{name}.bias"));
+        if let Some(weight) = self.optional(&format!("{name}.weight")) {
+            let (x, weight) = self.hooked(name, x.clone(), weight)?;
+            let experts = weight.dims()[0];
+            let op = GroupedMatmul { k, relu, bias: bias.is_some(), gather: first, experts };
+            let inputs: Vec<&Var> = [&x, &weight].into_iter().chain(&bias).chain([order, offsets]).collect();
+            return self.tape.first(op, &inputs);
+        }
+        let (weight, scale) = (self.parameter(&format!("{name}.int8"))?, self.parameter(&format!("{name}.scale"))?);
+        let experts = weight.dims()[0];
+        let q = self.tape.run(super::linear::ACTIVATION, &[x])?;
+        let op = GroupedMatmulInt8 { k, relu, bias: bias.is_some(), gather: first, experts };
+        let inputs: Vec<&Var> =
+            [&q[0], &q[1], &weight, &scale].into_iter().chain(&bias).chain([order, offsets]).collect();
+        self.tape.first(op, &inputs)
+    }
+
+    /// The head's weight: `[V, d]` (the embedding when tied) or `[labels, d]`.
+    pub fn head_weight(&mut self) -> Result<Var> {
+        match self.model.config.head {
+            Head::Language { tied: true } => self.parameter("embedding.tokens"),
+            _ => self.parameter("head.weight"),
+        }
+    }
+
+    /// Logits `[.., V]` (or labels) of hidden states.
+    pub fn logits(&mut self, hidden: &Var) -> Result<Var> {
+        if matches!(self.model.config.head, Head::Language { tied: true }) {
+            let weight = self.head_weight()?;
+            return self.tape.first(crate::ops::matmul::Matmul::linear(), &[hidden, &weight]);
+        }
+        self.linear("head", hidden)
+    }
+}

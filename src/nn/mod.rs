@@ -1,0 +1,11 @@
+//! The model as data: a config with per-layer shapes, and named tensors in one of several representations.
+
+pub mod config;
+mod forward;
+pub mod generate;
+mod linear;
+pub mod model;
+
+pub use config::{Activation, AttentionKind, Block, Config, Experts, Head, NormKind, Positions, Residual};
+pub use forward::{Batch, OutputHook, Pass};
+pub use model::Model;

@@ -1,0 +1,227 @@
+//! The text of a run: pairs from a recipe's corpus as token examples of two streams, split, with a tokenizer.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::schema::{self, Recipe};
+use crate::data::Pair;
+use crate::data::batch::{Batch, BatchOptions, Direction, Example, GmaskPosition, OverLength, Stream};
+use crate::data::collect::{CollectOptions, Roots, collect};
+use crate::data::order;
+use crate::data::split::{Fractions, Split};
+use crate::data::table::{self, TableOptions};
+use crate::data::terms::TermSet;
+use crate::data::tokenizer::{SpecialIds, Tokenizer};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::nn;
+use crate::tensor::Tensor;
+
+/// A held-out sentence: its example and the text that a translation is held against.
+#[derive(Clone, Debug)]
+pub struct Sentence {
+    pub example: Example,
+    pub reference: String,
+}
+
+/// One language direction of the held-out text.
+#[derive(Clone, Debug)]
+pub struct HeldOut {
+    /// "en-zh"
+    pub name: String,
+    pub target_language: String,
+    pub validation: Vec<Example>,
+    pub test: Vec<Sentence>,
+}
+
+pub struct Corpus {
+    pub tokenizer: Tokenizer,
+    /// D_s: source language -> target language, every training pair.
+    pub source: Stream,
+    /// D_d: target language -> source language, a share of the training pairs.
+    pub target: Stream,
+    pub held_out: Vec<HeldOut>,
+    /// What a reader of the report must know of the text.
+    pub notes: Vec<String>,
+}
+
+struct Parts {
+    train: Vec<Pair>,
+    validation: Vec<Pair>,
+    test: Vec<Pair>,
+    notes: Vec<String>,
+}
+
+impl Corpus {
+    /// Reads the text, trains the tokenizer, encodes both streams.
+    pub fn prepare(recipe: &Recipe, folder: &Path) -> Result<Self> {
+        let data = &recipe.data;
+        let mut parts = read(recipe, folder)?;
+        if data.limit > 0 {
+            parts.train.truncate(data.limit);
+        }
+        if parts.train.is_empty() || parts.test.is_empty() || parts.validation.is_empty() {
+            let counts = format!("{} / {} / {}", parts.train.len(), parts.validation.len(), parts.test.len());
+            return Err(Error::file(folder, "corpus", format!("{counts} pairs for training, validation, test: each needs some")));
+        }
+        let texts = parts.train.iter().flat_map(|p| [p.source.as_str(), p.target.as_str()]);
+        let languages = (data.source.as_str(), data.target.as_str());
+        let tokenizer = Tokenizer::train(texts, data.vocabulary, &[languages.0, languages.1])?;
+        let options = options(recipe);
+        let encode = |name: &str, pairs: &[Pair], direction| {
+            Stream::translation(name, &tokenizer, pairs, languages, direction, &options)
+        };
+        let labelled = labelled(&parts.train, data.target_share, recipe.seed);
+        let source = encode("source language", &parts.train, Direction::Forward)?;
+        let target = encode("target language", &labelled, Direction::Backward)?;
+        let mut notes = std::mem::take(&mut parts.notes);
+        notes.push(format!(
+            "{} examples {}-{}, {} examples {}-{} for training; {} left out as longer than {} tokens",
+            source.examples.len(), languages.0, languages.1, target.examples.len(), languages.1, languages.0,
+            source.dropped + target.dropped, data.max_length,
+        ));
+        let mut corpus = Self { tokenizer, source, target, held_out: Vec::new(), notes };
+        corpus.held_out = corpus.hold_out(&parts.validation, &parts.test, languages, &options)?;
+        Ok(corpus)
+    }
+
+    /// Held-out text for a model that is already trained; without `pairs`, the test part of the embedded terms.
+    pub fn for_evaluation(tokenizer: Tokenizer, pairs: Option<Vec<Pair>>, languages: (&str, &str), max_length: usize) -> Result<Self> {
+        let (test, notes) = match pairs {
+            Some(pairs) => (pairs, Vec::new()),
+            None => {
+                let parts = terms(1, crate::data::terms::DEFAULT_COUNT)?;
+                (parts.test, parts.notes)
+            }
+        };
+        let options = BatchOptions { max_length, ..BatchOptions::default() };
+        let (source, target) = (Stream::default(), Stream::default());
+        let mut corpus = Self { tokenizer, source, target, held_out: Vec::new(), notes };
+        corpus.held_out = corpus.hold_out(&[], &test, languages, &options)?;
+        Ok(corpus)
+    }
+
+    /// Both directions of held-out pairs.
+    fn hold_out(&self, validation: &[Pair], test: &[Pair], languages: (&str, &str), options: &BatchOptions) -> Result<Vec<HeldOut>> {
+        let encode = |name: &str, pairs: &[Pair], direction| -> Result<Vec<Example>> {
+            Ok(Stream::translation(name, &self.tokenizer, pairs, languages, direction, options)?.examples)
+        };
+        let mut held_out = Vec::new();
+        for (direction, (from, to)) in [(Direction::Forward, languages), (Direction::Backward, (languages.1, languages.0))] {
+            let mut sentences = Vec::new();
+            for pair in test {
+                let reference = if direction == Direction::Forward { &pair.target } else { &pair.source };
+                let examples = encode("test", std::slice::from_ref(pair), direction)?;
+                sentences.extend(examples.into_iter().map(|example| Sentence { example, reference: reference.clone() }));
+            }
+            held_out.push(HeldOut {
+                name: format!("{from}-{to}"),
+                target_language: to.into(),
+                validation: encode("validation", validation, direction)?,
+                test: sentences,
+            });
+        }
+        Ok(held_out)
+    }
+
+    pub fn special(&self) -> SpecialIds {
+        self.tokenizer.special()
+    }
+
+    /// Training example by its index over both streams, the source stream first.
+    pub fn example(&self, index: usize) -> Option<&Example> {
+        let boundary = self.source.examples.len();
+        if index < boundary { self.source.examples.get(index) } else { self.target.examples.get(index - boundary) }
+    }
+
+    pub fn examples(&self) -> usize {
+        self.source.examples.len() + self.target.examples.len()
+    }
+
+    pub fn is_source(&self, index: usize) -> bool {
+        index < self.source.examples.len()
+    }
+}
+
+pub fn options(recipe: &Recipe) -> BatchOptions {
+    BatchOptions {
+        rows: recipe.teacher.batch,
+        max_length: recipe.data.max_length,
+        gmask: GmaskPosition::MaskIndex,
+        over_length: OverLength::Drop,
+        seed: recipe.seed,
+    }
+}
+
+/// A fixed share of the pairs, chosen by hash so that a larger share contains a smaller one.
+fn labelled(pairs: &[Pair], share: f64, seed: u64) -> Vec<Pair> {
+    let chosen = |(i, _): &(usize, &Pair)| order::unit(seed, *i as u64) < share;
+    pairs.iter().enumerate().filter(chosen).map(|(_, p)| p.clone()).collect()
+}
+
+fn read(recipe: &Recipe, folder: &Path) -> Result<Parts> {
+    match &recipe.data.corpus {
+        schema::Corpus::Terms { pairs } => terms(recipe.seed, *pairs),
+        schema::Corpus::Folder { path } => tables(Path::new(path)),
+        schema::Corpus::Catalogs { root } => catalogs(recipe, root, folder),
+    }
+}
+
+fn terms(seed: u64, count: usize) -> Result<Parts> {
+    let mut parts = Parts { train: Vec::new(), validation: Vec::new(), test: Vec::new(), notes: Vec::new() };
+    for sentence in TermSet::embedded()?.expand(seed, count, Fractions::default())? {
+        match sentence.split {
+            Split::Train => parts.train.push(sentence.pair),
+            Split::Validation => parts.validation.push(sentence.pair),
+            Split::Test => parts.test.push(sentence.pair),
+        }
+    }
+    parts.notes.push(format!(
+        "text: the embedded English-Chinese computer terms, {count} generated pairs ({} / {} / {} train / validation / test); term combinations do not cross the split",
+        parts.train.len(), parts.validation.len(), parts.test.len()
+    ));
+    Ok(parts)
+}
+
+fn tables(folder: &Path) -> Result<Parts> {
+    let part = |name: &str| -> Result<Vec<Pair>> {
+        Ok(table::read(&folder.join(name), &TableOptions::default())?.pairs)
+    };
+    let (train, validation, test) = (part("train.tsv")?, part("validation.tsv")?, part("test.tsv")?);
+    Ok(Parts { train, validation, test, notes: vec![format!("text: {}", folder.display())] })
+}
+
+/// Locale folder of a language code.
+fn locale(language: &str) -> &str {
+    if language == "zh" { "zh_CN" } else { language }
+}
+
+fn catalogs(recipe: &Recipe, root: &str, folder: &Path) -> Result<Parts> {
+    let roots = Roots { locale: PathBuf::from(root), ..Roots::default() };
+    let options = CollectOptions { seed: recipe.seed, ..CollectOptions::new(locale(&recipe.data.target)) };
+    let collection = collect(&roots, &options)?;
+    collection.write(&folder.join("data"))?;
+    let card = &collection.card;
+    let part = |split: Split| -> Vec<Pair> {
+        let pairs = collection.parts.get(&split).map_or(&[][..], Vec::as_slice);
+        pairs.iter().map(|p| Pair { source: p.source.clone(), target: p.target.clone() }).collect()
+    };
+    let (train, validation, test) = (part(Split::Train), part(Split::Validation), part(Split::Test));
+    let note = format!(
+        "text: {} installed gettext catalogs ({} translations read, {} / {} / {} pairs train / validation / test), split by package; it stays on this machine",
+        card.catalogs.len(), card.unique_pairs, train.len(), validation.len(), test.len()
+    );
+    Ok(Parts { train, validation, test, notes: vec![note] })
+}
+
+/// A batch on a device, as a model takes it.
+pub fn upload(device: &Arc<dyn Device>, batch: &Batch) -> Result<nn::Batch> {
+    let (b, t) = (batch.rows, batch.columns);
+    Ok(nn::Batch {
+        tokens: Tensor::from_slice(device, &[b, t], &batch.tokens)?,
+        positions: Tensor::from_slice(device, &[b, t], &batch.positions)?,
+        block_positions: Some(Tensor::from_slice(device, &[b, t], &batch.blocks)?),
+        context: Some(Tensor::from_slice(device, &[b], &batch.context_lengths)?),
+        lengths: Some(Tensor::from_slice(device, &[b], &batch.lengths)?),
+    })
+}

@@ -1,0 +1,215 @@
+//! What a model is worth: held-out quality in both directions, sizes, measured latency and memory.
+
+use std::time::Instant;
+
+use super::corpus::{Corpus, HeldOut, upload};
+use super::schema::Evaluate;
+use crate::compress::teacher::predictions;
+use crate::data::batch::{Batch, Example, GmaskPosition, IGNORE};
+use crate::dispatch;
+use crate::error::Result;
+use crate::metrics::{Bleu, BleuTokenizer, Chrf, ExactMatch, SequenceProbability, TokenAccuracy};
+use crate::nn::generate::{Decoding, generate};
+use crate::nn::{Model, Pass};
+use crate::ops::layout::GatherRows;
+use crate::ops::softmax::CrossEntropy;
+use crate::report::model::{DirectionScores, Latency, Score, StageRow};
+use crate::rng::Stream;
+use crate::tape::Var;
+use crate::tensor::Tensor;
+use crate::train::lifecycle::Method;
+
+/// Examples of one teacher-forced pass.
+const BATCH: usize = 32;
+
+/// Labels, predictions and log-probabilities of one example.
+pub struct Forced {
+    pub predicted: Vec<u32>,
+    pub log_probabilities: Vec<f32>,
+}
+
+/// Runs examples under teacher forcing, with the methods' output hooks where the model is still in training form.
+pub fn teacher_forced(model: &Model, corpus: &Corpus, examples: &[&Example], methods: &[Box<dyn Method>]) -> Result<Vec<Forced>> {
+    // Equal lengths share a batch; results go back to their own places.
+    let mut order: Vec<usize> = (0..examples.len()).collect();
+    order.sort_by_key(|&i| (examples[i].length(), i));
+    let mut forced: Vec<Option<Forced>> = (0..examples.len()).map(|_| None).collect();
+    for chunk in order.chunks(BATCH) {
+        let rows: Vec<&Example> = chunk.iter().map(|&i| examples[i]).collect();
+        let batch = Batch::assemble(&rows, corpus.special(), GmaskPosition::MaskIndex);
+        for (&i, f) in chunk.iter().zip(force_batch(model, &batch, methods)?) {
+            forced[i] = Some(f);
+        }
+    }
+    Ok(forced.into_iter().flatten().collect())
+}
+
+fn force_batch(model: &Model, batch: &Batch, methods: &[Box<dyn Method>]) -> Result<Vec<Forced>> {
+    let device = model.device();
+    let mut pass = Pass::inference(model).hooks(methods.iter().filter_map(|m| m.on_output()));
+    let hidden = pass.hidden(&upload(device, batch)?)?;
+    let labelled: Vec<u32> = (0..batch.targets.len() as u32).filter(|&i| batch.targets[i as usize] != IGNORE).collect();
+    let targets: Vec<u32> = labelled.iter().map(|&i| batch.targets[i as usize]).collect();
+    let ids = Tensor::from_slice(device, &[labelled.len()], &labelled)?;
+    let shape = hidden.tensor.shape();
+    let flat = hidden.tensor.reshape(&[shape.rows(), shape.last()])?;
+    let rows = Var::constant(dispatch::run_one(&GatherRows, &[&flat, &ids])?);
+    let predicted = predictions(&mut pass, &rows)?;
+    let logits = pass.logits(&rows)?;
+    let targets = Tensor::from_slice(device, &[targets.len()], &targets)?;
+    let losses = dispatch::run(&CrossEntropy { smoothing: 0.0 }, &[&logits.tensor, &targets])?[0].to_f64()?;
+    let mut forced: Vec<Forced> =
+        (0..batch.rows).map(|_| Forced { predicted: Vec::new(), log_probabilities: Vec::new() }).collect();
+    for ((&i, &p), &loss) in labelled.iter().zip(&predicted).zip(&losses) {
+        let row = &mut forced[i as usize / batch.columns];
+        row.predicted.push(p);
+        row.log_probabilities.push(-loss as f32);
+    }
+    Ok(forced)
+}
+
+/// Mean loss in nats per token over the held-out validation examples, at most `limit` of each direction; NaN without any.
+pub fn validation_loss(model: &Model, corpus: &Corpus, limit: usize, methods: &[Box<dyn Method>]) -> Result<f64> {
+    let (mut sum, mut tokens) = (0.0, 0usize);
+    for held_out in &corpus.held_out {
+        let examples: Vec<&Example> = held_out.validation.iter().take(limit).collect();
+        for f in teacher_forced(model, corpus, &examples, methods)? {
+            sum -= f.log_probabilities.iter().map(|&p| f64::from(p)).sum::<f64>();
+            tokens += f.log_probabilities.len();
+        }
+    }
+    Ok(if tokens > 0 { sum / tokens as f64 } else { f64::NAN })
+}
+
+/// Fills a report row's quality, sizes, latency and memory for `model` as it would be deployed.
+pub fn evaluate(model: &Model, corpus: &Corpus, settings: &Evaluate, name: &str) -> Result<StageRow> {
+    let device = model.device().clone();
+    device.reset_peak();
+    let mut all = TokenAccuracy::default();
+    let mut exact = ExactMatch::default();
+    let mut directions = Vec::new();
+    for held_out in &corpus.held_out {
+        directions.push(direction(model, corpus, settings, held_out, (&mut all, &mut exact))?);
+    }
+    let latency = settings.latency_batches.iter().map(|&b| latency(model, b, settings.latency_length)).collect::<Result<_>>()?;
+    Ok(StageRow {
+        name: name.to_string(),
+        parameters: model.parameter_count() as u64,
+        activated_bytes: model.activated_bytes() as u64,
+        total_bytes: model.total_bytes() as u64,
+        token_accuracy: all.value(),
+        exact_match: exact.value(),
+        validation_loss: Some(validation_loss(model, corpus, settings.sentences.max(1), &[])?).filter(|l| l.is_finite()),
+        directions,
+        latency,
+        peak_memory_bytes: Some(device.stats().bytes_peak),
+        ..StageRow::default()
+    })
+}
+
+fn direction(
+    model: &Model,
+    corpus: &Corpus,
+    settings: &Evaluate,
+    held_out: &HeldOut,
+    (all, all_exact): (&mut TokenAccuracy, &mut ExactMatch),
+) -> Result<DirectionScores> {
+    let limit = if settings.sentences == 0 { held_out.test.len() } else { settings.sentences };
+    let sentences: Vec<_> = held_out.test.iter().take(limit).collect();
+    let examples: Vec<&Example> = sentences.iter().map(|s| &s.example).collect();
+    let mut accuracy = TokenAccuracy::default();
+    let mut probability = SequenceProbability::default();
+    for (example, f) in examples.iter().zip(teacher_forced(model, corpus, &examples, &[])?) {
+        accuracy.add(&f.predicted, &example.labels, None)?;
+        all.add(&f.predicted, &example.labels, None)?;
+        probability.add(&f.log_probabilities)?;
+    }
+    let decoded = &sentences[..settings.decoded.min(sentences.len())];
+    let hypotheses = decode(model, corpus, decoded.iter().map(|s| &s.example), settings.beams)?;
+    let references: Vec<String> = decoded.iter().map(|s| s.reference.clone()).collect();
+    let mut exact = ExactMatch::default();
+    for (hypothesis, reference) in hypotheses.iter().zip(&references) {
+        exact.add_text(hypothesis, reference);
+        all_exact.add_text(hypothesis, reference);
+    }
+    let tokenizer = BleuTokenizer::for_language(&held_out.target_language);
+    let (bleu, chrf) = if hypotheses.is_empty() {
+        (None, None)
+    } else {
+        let bleu: Bleu = crate::metrics::bleu(&hypotheses, &references, tokenizer)?;
+        let chrf: Chrf = crate::metrics::chrf(&hypotheses, &references, 0)?;
+        (
+            Some(Score { value: bleu.score, signature: bleu.signature }),
+            Some(Score { value: chrf.score, signature: chrf.signature }),
+        )
+    };
+    Ok(DirectionScores {
+        direction: held_out.name.clone(),
+        sentences: sentences.len() as u64,
+        token_accuracy: accuracy.value(),
+        exact_match: exact.value(),
+        bleu,
+        chrf,
+        sequence_probability: probability.mean(),
+        probability_per_token: probability.geometric_mean_per_token(),
+        perplexity: probability.perplexity(),
+    })
+}
+
+/// Translations of examples' contexts.
+pub fn decode<'e>(model: &Model, corpus: &Corpus, examples: impl Iterator<Item = &'e Example>, beams: usize) -> Result<Vec<String>> {
+    let contexts: Vec<&[u32]> = examples.map(|e| &e.context[..]).collect();
+    translate(model, &corpus.tokenizer, &contexts, beams)
+}
+
+/// Continues contexts with the model and decodes what comes out.
+pub fn translate(model: &Model, tokenizer: &crate::data::tokenizer::Tokenizer, contexts: &[&[u32]], beams: usize) -> Result<Vec<String>> {
+    let special = tokenizer.special();
+    let mut texts = Vec::with_capacity(contexts.len());
+    for chunk in contexts.chunks(BATCH) {
+        let longest = chunk.iter().map(|c| c.len()).max().unwrap_or(0);
+        let max_tokens = model.config.max_positions.saturating_sub(longest).min(2 * longest + 16).max(1);
+        let decoding = Decoding { begin: special.bos, end: special.eos, max_tokens, beams, length_penalty: 1.0 };
+        for generation in generate(model, chunk, &decoding)? {
+            texts.push(tokenizer.decode(&generation.tokens)?);
+        }
+    }
+    Ok(texts)
+}
+
+const WARM_UP: usize = 3;
+const SAMPLES: usize = 20;
+
+/// Time of one forward pass over random tokens `[batch, length]`, read back to the host.
+pub fn latency(model: &Model, batch: usize, length: usize) -> Result<Latency> {
+    let length = length.min(model.config.max_positions);
+    let mut stream = Stream::new(1, batch as u32);
+    let rows: Vec<Example> = (0..batch)
+        .map(|_| Example {
+            context: (0..length / 2).map(|_| stream.below(model.config.vocabulary) as u32).collect(),
+            labels: (0..length - length / 2).map(|_| stream.below(model.config.vocabulary) as u32).collect(),
+        })
+        .collect();
+    let special = crate::data::tokenizer::SpecialIds { pad: 0, unk: 0, bos: 0, eos: 0, gmask: 0 };
+    let plain = Batch::assemble(&rows.iter().collect::<Vec<_>>(), special, GmaskPosition::MaskIndex);
+    let inputs = upload(model.device(), &plain)?;
+    let mut times = Vec::with_capacity(SAMPLES);
+    for sample in 0..WARM_UP + SAMPLES {
+        let start = Instant::now();
+        Pass::inference(model).hidden(&inputs)?;
+        model.device().sync()?;
+        if sample >= WARM_UP {
+            times.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    let at = |share: f64| times[((times.len() - 1) as f64 * share).round() as usize];
+    Ok(Latency {
+        batch: batch as u32,
+        length: plain.columns as u32,
+        samples: times.len() as u32,
+        p5_ms: at(0.05),
+        p50_ms: at(0.5),
+        p95_ms: at(0.95),
+    })
+}

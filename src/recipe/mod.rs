@@ -1,0 +1,13 @@
+//! The flow: a recipe of stages from text to a compressed, measured model.
+
+pub mod corpus;
+pub mod evaluate;
+pub mod flow;
+pub mod plan;
+pub mod run_folder;
+pub mod schema;
+mod source;
+mod stages;
+
+pub use flow::{Options, run};
+pub use schema::Recipe;

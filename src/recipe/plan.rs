@@ -1,0 +1,151 @@
+//! What a run will do (`--dry-run`) and what a report says of the machine.
+
+use std::sync::Arc;
+
+use super::corpus::Corpus;
+use super::schema::{Recipe, Training};
+use crate::compress::structure::scaled_ffn;
+use crate::device::Device;
+use crate::nn::Config;
+use crate::nn::config::Size;
+use crate::report::model::{Machine, RunReport};
+
+/// One line of a plan.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct PlannedStage {
+    pub stage: String,
+    pub shape: String,
+    pub steps: u64,
+    pub parameters: usize,
+    /// Weights as stored while training, f32.
+    pub bytes: usize,
+    /// Weights, gradients, two moments, and activations of one micro-batch.
+    pub estimated_memory: usize,
+}
+
+/// The stages of a recipe with their shapes; nothing is read or written.
+pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
+    let mut stages = vec![planned("teacher", recipe.model, recipe, Some(&recipe.teacher))];
+    let mut size = recipe.model;
+    if let Some(s) = &recipe.structure {
+        size = Size {
+            layers: s.layers,
+            head_size: s.head_size,
+            ffn_width: scaled_ffn(recipe.model.ffn_width, recipe.model.head_size, s.head_size),
+            ..size
+        };
+        if s.compare_random {
+            stages.push(planned("random (baseline)", size, recipe, Some(&s.training)));
+        }
+        stages.push(planned("structure", size, recipe, Some(&s.training)));
+    }
+    if let Some(s) = &recipe.sparsify {
+        stages.push(planned("sparsify", size, recipe, Some(&s.training)));
+    }
+    if let Some(q) = &recipe.quantize {
+        stages.push(planned("quantize", size, recipe, Some(&q.training)));
+    }
+    if let Some(e) = &recipe.experts {
+        let mut stage = planned("experts", size, recipe, None);
+        stage.shape = format!("{}, experts of {}, {:.0} % per token", stage.shape, e.expert_size, 100.0 * e.share);
+        stages.push(stage);
+    }
+    if let Some(h) = &recipe.hybrid {
+        stages.push(planned("hybrid teacher", recipe.model, recipe, Some(&h.teacher)));
+        stages.push(planned("hybrid", size, recipe, Some(&h.student)));
+    }
+    stages
+}
+
+fn planned(name: &str, size: Size, recipe: &Recipe, training: Option<&Training>) -> PlannedStage {
+    let config = Config::glm(size, recipe.data.vocabulary);
+    let parameters: usize = config.parameters().iter().map(|(_, dims)| dims.iter().product::<usize>()).sum();
+    let tokens = training.map_or(0, |t| t.batch * recipe.data.max_length);
+    // Per block and token: norms, residuals, q, k, v, context and projections (about 10 d) and the FFN's hidden layer;
+    // backward holds as much again at its peak.
+    let per_token = size.layers * (10 * config.width + 2 * size.ffn_width) + 4 * config.width;
+    let training_state = if training.is_some() { 3 * parameters } else { 0 };
+    PlannedStage {
+        stage: name.into(),
+        shape: format!("{} layers, {} heads x {}, ffn {}", size.layers, size.heads, size.head_size, size.ffn_width),
+        steps: training.map_or(0, |t| t.steps),
+        parameters,
+        bytes: 4 * parameters,
+        estimated_memory: 4 * (parameters + training_state + 2 * tokens * per_token),
+    }
+}
+
+/// The machine block of a report.
+pub fn machine(device: &Arc<dyn Device>, corpus: &Corpus) -> Machine {
+    let info = device.info();
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let field = |text: &str, key: &str| {
+        let line = text.lines().find(|l| l.starts_with(key)).and_then(|l| l.split_once(':'));
+        line.map(|(_, value)| value.trim().to_string())
+    };
+    let memory = field(&read("/proc/meminfo"), "MemTotal").and_then(|m| m.split(' ').next()?.parse::<u64>().ok());
+    Machine {
+        device: format!("{}: {}", info.id, info.name),
+        driver: info.driver.clone(),
+        software: info.software,
+        processor: field(&read("/proc/cpuinfo"), "model name").unwrap_or_else(|| std::env::consts::ARCH.into()),
+        cores: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
+        memory_bytes: memory.unwrap_or(0) * 1024,
+        system: field(&read("/etc/os-release").replace('=', ":"), "PRETTY_NAME")
+            .map_or_else(|| std::env::consts::OS.into(), |n| n.trim_matches('"').to_string()),
+        versions: vec![("espalier".into(), env!("CARGO_PKG_VERSION").into())],
+        hashes: vec![("tokenizer".into(), corpus.tokenizer.hash().into())],
+    }
+}
+
+/// One sentence: what was kept and what was won.
+pub fn summary(report: &RunReport) -> String {
+    let Some((teacher, Some(student))) = report.ends() else {
+        return "A teacher was trained; nothing was compressed.".into();
+    };
+    let ratio = teacher.activated_bytes as f64 / student.activated_bytes.max(1) as f64;
+    let retained = student.retained.map_or("unknown".into(), |r| format!("{:.1} %", 100.0 * r));
+    let speed = teacher.latency.first().zip(student.latency.first()).map_or(String::new(), |(t, s)| {
+        format!(" and its forward pass takes {:.2}x the teacher's time at batch {}", s.p50_ms / t.p50_ms, s.batch)
+    });
+    format!("The compressed model keeps {retained} of the teacher's token accuracy with {ratio:.1}x fewer activated bytes{speed}.")
+}
+
+/// Now as RFC 3339 text in UTC.
+pub fn now() -> String {
+    let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    rfc3339(seconds)
+}
+
+/// Days to a civil date (Hinnant's algorithm).
+fn rfc3339(seconds: u64) -> String {
+    let (days, rest) = ((seconds / 86_400) as i64 + 719_468, seconds % 86_400);
+    let (era, day_of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        assert_eq!(rfc3339(0), "1970-01-01T00:00:00Z");
+        assert_eq!(rfc3339(951_827_696), "2000-02-29T12:34:56Z");
+        assert_eq!(rfc3339(1_795_132_800), "2026-11-20T00:00:00Z");
+    }
+
+    #[test]
+    fn the_quick_plan_shrinks() {
+        let recipe = Recipe::load(None, &[]).unwrap();
+        let stages = plan(&recipe);
+        let find = |name: &str| stages.iter().find(|s| s.stage == name).unwrap();
+        assert!(find("structure").parameters < find("teacher").parameters);
+    }
+}

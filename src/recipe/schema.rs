@@ -1,0 +1,551 @@
+//! The recipe: one TOML file that says the whole flow. Unknown keys are refused with their line and the allowed ones.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::compress::distil::Weights;
+use crate::compress::hybrid::StudentLoss;
+use crate::error::{Error, Result};
+use crate::nn::config::Size;
+use crate::train::optimizer::{Rule, Settings};
+use crate::train::schedule::{Schedule, Shape};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Names the run folder.
+    pub name: String,
+    #[serde(default = "default_seed")]
+    pub seed: u64,
+    pub data: Data,
+    pub model: Size,
+    pub teacher: Training,
+    #[serde(default)]
+    pub structure: Option<Structure>,
+    #[serde(default)]
+    pub sparsify: Option<Sparsify>,
+    #[serde(default)]
+    pub quantize: Option<Quantize>,
+    #[serde(default)]
+    pub experts: Option<Experts>,
+    #[serde(default)]
+    pub hybrid: Option<Hybrid>,
+    #[serde(default)]
+    pub evaluate: Evaluate,
+}
+
+fn default_seed() -> u64 {
+    1
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Corpus {
+    /// The embedded English-Chinese computer terms, expanded to this many pairs.
+    Terms { pairs: usize },
+    /// gettext catalogs installed on this machine (collected into the run folder).
+    Catalogs {
+        #[serde(default = "default_locale_root")]
+        root: String,
+    },
+    /// A folder with train.tsv, validation.tsv and test.tsv, as `espalier data collect` writes it.
+    Folder { path: String },
+}
+
+fn default_locale_root() -> String {
+    "/usr/share/locale".into()
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    pub corpus: Corpus,
+    /// Language codes of the pairs' sides.
+    #[serde(default = "english")]
+    pub source: String,
+    #[serde(default = "chinese")]
+    pub target: String,
+    /// Byte-level BPE entries.
+    pub vocabulary: usize,
+    /// Longest example in tokens; longer ones are left out and counted.
+    pub max_length: usize,
+    /// Share of the training pairs whose reverse direction (target language to source) is labelled too: the small
+    /// target-language stream D_d. The forward direction of all pairs is the source-language stream D_s.
+    #[serde(default = "half")]
+    pub target_share: f64,
+    /// Pairs read at most, 0 for all.
+    #[serde(default)]
+    pub limit: usize,
+}
+
+fn english() -> String {
+    "en".into()
+}
+
+fn chinese() -> String {
+    "zh".into()
+}
+
+fn half() -> f64 {
+    0.5
+}
+
+/// Steps and settings of one training.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Training {
+    pub steps: u64,
+    /// Sentence pairs per micro-batch.
+    pub batch: usize,
+    /// Micro-batches per step.
+    #[serde(default = "one")]
+    pub accumulate: usize,
+    pub learning_rate: f64,
+    /// Share of the steps spent on warm-up.
+    #[serde(default = "tenth")]
+    pub warmup: f64,
+    #[serde(default)]
+    pub schedule: Shape,
+    #[serde(default)]
+    pub rule: Rule,
+    #[serde(default = "default_decay")]
+    pub weight_decay: f32,
+    #[serde(default = "default_clip")]
+    pub clip: f32,
+    #[serde(default)]
+    pub dropout: f32,
+    #[serde(default)]
+    pub validate_every: u64,
+    #[serde(default)]
+    pub checkpoint_every: u64,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn tenth() -> f64 {
+    0.1
+}
+
+fn default_decay() -> f32 {
+    0.05
+}
+
+fn default_clip() -> f32 {
+    1.0
+}
+
+impl Training {
+    pub fn settings(&self) -> Settings {
+        let warmup = (self.steps as f64 * self.warmup).round() as u64;
+        Settings {
+            schedule: Schedule { peak: self.learning_rate, warmup, shape: self.schedule },
+            rule: self.rule,
+            weight_decay: self.weight_decay,
+            clip: self.clip,
+        }
+    }
+
+    fn check(&self, key: &str) -> Result<()> {
+        let rule = |field: &str, value: String, allowed: &str| {
+            Err(Error::Recipe { key: format!("{key}.{field}"), value, allowed: allowed.into() })
+        };
+        if self.steps == 0 || self.steps > 100_000_000 {
+            return rule("steps", self.steps.to_string(), "1 to 100000000");
+        }
+        if self.batch == 0 || self.batch > 65_536 || self.accumulate == 0 {
+            return rule("batch", format!("{} x {}", self.batch, self.accumulate), "1 to 65536, accumulate from 1");
+        }
+        if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
+            return rule("learning_rate", self.learning_rate.to_string(), "a finite rate above 0");
+        }
+        if !(0.0..=1.0).contains(&self.warmup) {
+            return rule("warmup", self.warmup.to_string(), "0 to 1, a share of the steps");
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return rule("dropout", self.dropout.to_string(), "0 to below 1");
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Selection {
+    #[default]
+    Importance,
+    /// The baseline: same shapes, random structures, no distillation.
+    Random,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HiddenProjection {
+    /// The teacher's channels that the student kept.
+    #[default]
+    Kept,
+    /// A learned student -> teacher projection.
+    Learned,
+}
+
+/// How a student listens to the teacher.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Distil {
+    #[serde(default = "default_distil_weights")]
+    pub weights: Weights,
+    /// Factor of the gold labels' cross-entropy.
+    #[serde(default = "default_gold")]
+    pub gold: f32,
+    #[serde(default = "default_temperature")]
+    pub temperature: f32,
+    #[serde(default = "yes")]
+    pub squared: bool,
+    /// Eq 10 to the letter (half the sum of squares) instead of the mean.
+    #[serde(default)]
+    pub literal_sum: bool,
+    #[serde(default)]
+    pub normalised: bool,
+    #[serde(default)]
+    pub projection: HiddenProjection,
+}
+
+fn default_distil_weights() -> Weights {
+    Weights { hidden: 0.9, soft: 0.5, hard: 0.5 }
+}
+
+fn default_gold() -> f32 {
+    0.5
+}
+
+fn default_temperature() -> f32 {
+    2.0
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Default for Distil {
+    fn default() -> Self {
+        Self {
+            weights: default_distil_weights(),
+            gold: default_gold(),
+            temperature: default_temperature(),
+            squared: true,
+            literal_sum: false,
+            normalised: false,
+            projection: HiddenProjection::Kept,
+        }
+    }
+}
+
+/// Structured pruning, then recovery by distillation.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Structure {
+    pub layers: usize,
+    pub head_size: usize,
+    #[serde(default)]
+    pub selection: Selection,
+    /// Also train the random-pruning baseline with the same steps, for the report.
+    #[serde(default)]
+    pub compare_random: bool,
+    #[serde(default = "default_calibration")]
+    pub calibration_batches: usize,
+    #[serde(default)]
+    pub distil: Distil,
+    pub training: Training,
+}
+
+fn default_calibration() -> usize {
+    16
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mask {
+    #[default]
+    OneDimensional,
+    TwoDimensional,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sparsify {
+    #[serde(default)]
+    pub mask: Mask,
+    /// Parts of linear names that are pruned; empty: all linears of all blocks.
+    #[serde(default)]
+    pub linears: Vec<String>,
+    #[serde(default)]
+    pub distil: Distil,
+    pub training: Training,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Quantize {
+    #[serde(default)]
+    pub distil: Distil,
+    pub training: Training,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experts {
+    pub expert_size: usize,
+    /// Share of the experts executed per token.
+    pub share: f64,
+    #[serde(default = "default_router_steps")]
+    pub router_steps: usize,
+    #[serde(default = "default_router_rate")]
+    pub router_rate: f32,
+    #[serde(default = "default_calibration")]
+    pub calibration_batches: usize,
+}
+
+fn default_router_steps() -> usize {
+    300
+}
+
+fn default_router_rate() -> f32 {
+    0.01
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hybrid {
+    /// Task weights (w_s, w_d) of Eq 11; alpha follows from them and the streams' sizes.
+    #[serde(default = "equal_weights")]
+    pub stream_weights: (f64, f64),
+    /// Overrides Eq 11.
+    #[serde(default)]
+    pub alpha: Option<f64>,
+    #[serde(default = "default_lambda")]
+    pub lambda: f64,
+    #[serde(default)]
+    pub student_loss: StudentLoss,
+    #[serde(default = "default_temperature_one")]
+    pub temperature: f32,
+    pub teacher: Training,
+    pub student: Training,
+}
+
+fn equal_weights() -> (f64, f64) {
+    (1.0, 1.0)
+}
+
+fn default_lambda() -> f64 {
+    0.65
+}
+
+fn default_temperature_one() -> f32 {
+    1.0
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Evaluate {
+    /// Sentences per direction for teacher-forced measures, 0 for all.
+    #[serde(default = "default_sentences")]
+    pub sentences: usize,
+    /// Sentences per direction that are decoded for BLEU, chrF and exact match.
+    #[serde(default = "default_decoded")]
+    pub decoded: usize,
+    #[serde(default = "one")]
+    pub beams: usize,
+    #[serde(default = "default_latency_batches")]
+    pub latency_batches: Vec<usize>,
+    #[serde(default = "default_latency_length")]
+    pub latency_length: usize,
+}
+
+fn default_sentences() -> usize {
+    400
+}
+
+fn default_decoded() -> usize {
+    100
+}
+
+fn default_latency_batches() -> Vec<usize> {
+    vec![1, 4, 8]
+}
+
+fn default_latency_length() -> usize {
+    64
+}
+
+impl Default for Evaluate {
+    fn default() -> Self {
+        Self {
+            sentences: default_sentences(),
+            decoded: default_decoded(),
+            beams: 1,
+            latency_batches: default_latency_batches(),
+            latency_length: default_latency_length(),
+        }
+    }
+}
+
+/// The recipe that `espalier run` takes without an argument.
+pub const QUICK: &str = include_str!("../../recipes/quick.toml");
+
+const MAX_BYTES: u64 = 16 << 20;
+
+impl Recipe {
+    /// Reads `path`, or the embedded quick recipe, and applies `--set key=value` overrides.
+    pub fn load(path: Option<&Path>, overrides: &[String]) -> Result<Self> {
+        match path {
+            None => Self::parse(Path::new("quick.toml"), QUICK, overrides),
+            Some(path) => {
+                let bytes = crate::data::persist::read_capped(path, MAX_BYTES)?;
+                let text = String::from_utf8(bytes).map_err(|e| Error::file(path, format!("byte {}", e.utf8_error().valid_up_to()), "is not UTF-8"))?;
+                Self::parse(path, &text, overrides)
+            }
+        }
+    }
+
+    pub fn parse(path: &Path, text: &str, overrides: &[String]) -> Result<Self> {
+        let recipe: Recipe = if overrides.is_empty() {
+            toml::from_str(text).map_err(|e| refused(path, text, &e))?
+        } else {
+            // Parsed once as it stands, so that its own mistakes are reported with their lines.
+            toml::from_str::<Recipe>(text).map_err(|e| refused(path, text, &e))?;
+            let mut table: toml::Table = toml::from_str(text).map_err(|e| refused(path, text, &e))?;
+            for set in overrides {
+                apply(&mut table, set)?;
+            }
+            let text = toml::to_string(&table).map_err(|e| Error::file(path, "--set", e))?;
+            toml::from_str(&text).map_err(|e| refused(Path::new("--set"), &text, &e))?
+        };
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    /// The resolved recipe as TOML.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string_pretty(self).map_err(|e| Error::file("recipe", "serialisation", e))
+    }
+
+    fn check(&self) -> Result<()> {
+        let rule = |key: &str, value: String, allowed: &str| {
+            Err(Error::Recipe { key: key.into(), value, allowed: allowed.into() })
+        };
+        let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        if self.name.is_empty() || self.name.len() > 128 || self.name.starts_with('.') || !self.name.chars().all(plain) {
+            return rule("name", format!("{:?}", self.name), "1 to 128 letters, digits, '.', '_', '-', no leading dot");
+        }
+        if !(300..=1_000_000).contains(&self.data.vocabulary) {
+            return rule("data.vocabulary", self.data.vocabulary.to_string(), "300 to 1000000 (256 bytes and special tokens come first)");
+        }
+        if !(8..=8192).contains(&self.data.max_length) || self.data.max_length > self.model.max_positions {
+            return rule("data.max_length", self.data.max_length.to_string(), "8 to 8192, at most model.max_positions");
+        }
+        if !(0.0..=1.0).contains(&self.data.target_share) {
+            return rule("data.target_share", self.data.target_share.to_string(), "0 to 1");
+        }
+        let m = self.model;
+        if [m.layers, m.heads, m.head_size, m.ffn_width].contains(&0) || m.head_size % 4 != 0 {
+            return rule("model", format!("{m:?}"), "sizes from 1; head_size a multiple of 4 (2-D rotary)");
+        }
+        self.teacher.check("teacher")?;
+        if let Some(s) = &self.structure {
+            s.training.check("structure.training")?;
+            if s.layers == 0 || s.layers > m.layers || s.head_size == 0 || s.head_size > m.head_size || s.head_size % 4 != 0 {
+                let allowed = format!("layers 1 to {}, head_size a multiple of 4 up to {}", m.layers, m.head_size);
+                return rule("structure", format!("layers {}, head_size {}", s.layers, s.head_size), &allowed);
+            }
+        }
+        if let Some(s) = &self.sparsify {
+            s.training.check("sparsify.training")?;
+        }
+        if let Some(q) = &self.quantize {
+            q.training.check("quantize.training")?;
+        }
+        if let Some(e) = &self.experts
+            && !(e.share > 0.0 && e.share <= 1.0)
+        {
+            return rule("experts.share", e.share.to_string(), "above 0 to 1");
+        }
+        if let Some(h) = &self.hybrid {
+            h.teacher.check("hybrid.teacher")?;
+            h.student.check("hybrid.student")?;
+            if !(0.0..=1.0).contains(&h.lambda) || h.alpha.is_some_and(|a| !(0.0..=1.0).contains(&a)) {
+                return rule("hybrid.lambda", format!("{} (alpha {:?})", h.lambda, h.alpha), "0 to 1");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A TOML error with key, line and, for an unknown key, the allowed ones.
+fn refused(path: &Path, text: &str, error: &toml::de::Error) -> Error {
+    let line = error.span().map(|s| text[..s.start.min(text.len())].matches('\n').count() + 1);
+    let place = line.map_or_else(|| path.display().to_string(), |n| format!("{}, line {n}", path.display()));
+    let message = error.message();
+    let unknown = message.strip_prefix("unknown field `").or(message.strip_prefix("unknown variant `"));
+    if let Some((key, rest)) = unknown.and_then(|m| m.split_once('`')) {
+        let allowed = rest.trim_start_matches(", expected one of ").trim_start_matches(", expected ");
+        return Error::Recipe { key: place, value: key.to_string(), allowed: allowed.to_string() };
+    }
+    Error::Recipe { key: place, value: "this value".into(), allowed: message.to_string() }
+}
+
+/// Sets `a.b.c=value`; the value is TOML, or a string where it does not parse as such.
+fn apply(table: &mut toml::Table, set: &str) -> Result<()> {
+    let usage = |rule: &str| Error::Usage { argument: "--set", value: set.to_string(), rule: rule.to_string() };
+    let (key, value) = set.split_once('=').ok_or_else(|| usage("key=value, for example teacher.steps=100"))?;
+    let parsed = toml::from_str::<toml::Table>(&format!("value = {value}")).ok().and_then(|mut t| t.remove("value"));
+    let value = parsed.unwrap_or_else(|| toml::Value::String(value.to_string()));
+    let mut place = table;
+    let parts: Vec<&str> = key.split('.').collect();
+    let Some((last, parents)) = parts.split_last() else {
+        return Err(usage("a key"));
+    };
+    for part in parents {
+        let next = place.entry(part.to_string()).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        place = next.as_table_mut().ok_or_else(|| usage(&format!("{part} holds no keys")))?;
+    }
+    // `--set experts=false` leaves a stage out.
+    if value.as_bool() == Some(false) && place.get(*last).is_some_and(toml::Value::is_table) {
+        place.remove(*last);
+    } else {
+        place.insert(last.to_string(), value);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_embedded_recipe_parses_and_survives_its_own_form() {
+        let recipe = Recipe::load(None, &[]).unwrap();
+        let again = Recipe::parse(Path::new("again"), &recipe.to_toml().unwrap(), &[]).unwrap();
+        assert_eq!(recipe, again);
+    }
+
+    #[test]
+    fn unknown_keys_name_line_and_allowed_keys() {
+        let text = QUICK.replace("[teacher]\n", "[teacher]\nstepz = 3\n");
+        let error = Recipe::parse(Path::new("r.toml"), &text, &[]).unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains("stepz") && message.contains("line ") && message.contains("`steps`"), "{message}");
+        assert_eq!(error.exit_code(), 2);
+    }
+
+    #[test]
+    fn overrides_reach_nested_keys_and_can_leave_a_stage_out() {
+        let sets = ["teacher.steps=7".to_string(), "experts=false".to_string(), "name=other".to_string()];
+        let recipe = Recipe::load(None, &sets).unwrap();
+        assert_eq!((recipe.teacher.steps, recipe.experts.is_none(), recipe.name.as_str()), (7, true, "other"));
+        assert!(Recipe::load(None, &["teacher.steps=0".into()]).is_err());
+        assert!(Recipe::load(None, &["teacher.stepz=1".into()]).is_err());
+        assert!(Recipe::load(None, &["nonsense".into()]).is_err());
+    }
+}

@@ -1,0 +1,266 @@
+//! The training loop: micro-batches, loss, gradients, update; logged, resumable to the bit, stoppable.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::events::EventWriter;
+use super::lifecycle::{Method, Micro};
+use super::metrics_log::{MetricEvent, MetricsLog};
+use super::optimizer::{Optimizer, Settings};
+use super::store;
+use crate::error::{Error, Result};
+use crate::nn::{Model, Pass};
+use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
+use crate::ops::softmax::LinearCrossEntropy;
+use crate::rng::Site;
+use crate::tape::Var;
+use crate::tensor::Tensor;
+
+/// Set by Ctrl-C: the loop saves a checkpoint and returns `Error::Interrupted`.
+pub static STOP: AtomicBool = AtomicBool::new(false);
+
+/// Rows of hidden states per tile of the fused linear losses.
+pub const LOSS_CHUNK: usize = 256;
+
+/// Where the micro-batches of each step come from: a pure function of the step, so that resuming needs only its number.
+pub trait Source {
+    fn micro_batches(&self, step: u64) -> Result<Vec<Micro>>;
+}
+
+/// One stage of training.
+pub struct Job<'a> {
+    pub stage: &'a str,
+    pub steps: u64,
+    pub settings: Settings,
+    pub dropout: f32,
+    pub seed: u64,
+    pub source: &'a dyn Source,
+    /// Validation loss in nats per token, measured every `validate_every` steps and at the end.
+    pub validate: &'a dyn Fn(&Model, &[Box<dyn Method>]) -> Result<f64>,
+    pub validate_every: u64,
+    /// 0: only when stopped.
+    pub checkpoint_every: u64,
+    pub keep_checkpoints: usize,
+    /// Holds metrics.jsonl, tb/ and checkpoints/ of this stage.
+    pub folder: &'a Path,
+    pub progress: bool,
+}
+
+/// What a stage of training did.
+#[derive(Clone, Debug, Default)]
+pub struct Summary {
+    pub steps: u64,
+    pub seconds: f64,
+    pub tokens: u64,
+    pub train_loss: f64,
+    pub validation_loss: f64,
+    pub curve: Vec<(u64, Option<f64>, Option<f64>)>,
+}
+
+/// Sums f32 rows to one value.
+pub fn sum(pass: &mut Pass, rows: &Var) -> Result<Var> {
+    pass.tape.first(Reduce { function: ReduceFunction::Sum, axis: Axis::All }, &[rows])
+}
+
+/// sum over rows of weight * cross-entropy, fused with the head: no `[N, V]` buffer.
+pub fn weighted_cross_entropy(pass: &mut Pass, hidden: &Var, targets: &Tensor, weights: &Tensor) -> Result<Var> {
+    let shape = hidden.tensor.shape();
+    let rows = hidden.reshape(&[shape.rows(), shape.last()])?;
+    let head = pass.head_weight()?;
+    let op = LinearCrossEntropy { smoothing: 0.0, chunk: LOSS_CHUNK };
+    let losses = pass.tape.first(op, &[&rows, &head, &Var::constant(targets.clone())])?;
+    let weighted = pass.tape.first(Binary(BinaryFunction::Mul), &[&losses, &Var::constant(weights.clone())])?;
+    sum(pass, &weighted)
+}
+
+/// Loss of one micro-batch with the terms of all methods: a scalar sum, to be divided by the step's weight.
+fn loss(pass: &mut Pass, micro: &Micro, methods: &[Box<dyn Method>]) -> Result<Var> {
+    let hidden = pass.hidden(&micro.batch)?;
+    let mut total = None;
+    if micro.gold {
+        total = Some(weighted_cross_entropy(pass, &hidden, &micro.targets, &micro.weights)?);
+    }
+    for method in methods {
+        if let Some(term) = method.on_loss(pass, &hidden, micro)? {
+            total = Some(match total {
+                None => term,
+                Some(sum) => pass.tape.first(Binary(BinaryFunction::Add), &[&sum, &term])?,
+            });
+        }
+    }
+    total.ok_or(Error::Shape { op: "loss", rule: "at least one loss term", got: "none".into() })
+}
+
+/// One step: gradients of all micro-batches, one update. Returns (loss per unit of weight, gradient norm).
+pub fn step(
+    model: &Model,
+    optimizer: &mut Optimizer,
+    micros: &[Micro],
+    methods: &[Box<dyn Method>],
+    (dropout, site, steps): (f32, Site, u64),
+) -> Result<(f64, f64)> {
+    let mut losses = 0.0;
+    let weight: f64 = micros.iter().map(|m| m.weight).sum();
+    for (index, micro) in micros.iter().enumerate() {
+        // Each micro-batch draws its own dropout: 1,024 sites a micro-batch are more than a model has sublayers.
+        let site = Site { site: site.site + 1024 * index as u32, ..site };
+        let hooks = methods.iter().filter_map(|m| m.on_output());
+        let mut pass = Pass::training(model).hooks(hooks).dropout(dropout, site);
+        let total = loss(&mut pass, micro, methods)?;
+        losses += total.tensor.to_f64()?.first().copied().unwrap_or(0.0);
+        let seed = Tensor::from_slice(model.device(), total.dims(), &[1.0f32])?;
+        let (tape, leaves) = pass.into_leaves();
+        let grads = tape.backward(&[(&total, &seed)])?;
+        optimizer.accumulate(&leaves, &grads)?;
+    }
+    if !losses.is_finite() {
+        let (layer, tensor) = ("loss".to_string(), "sum over the step".to_string());
+        return Err(Error::NonFinite { step: optimizer.steps() + 1, layer, tensor, count: 1, index: 0 });
+    }
+    let norm = optimizer.update(weight, steps)?;
+    Ok((losses / weight.max(f64::MIN_POSITIVE), norm))
+}
+
+/// Trains `model` as `job` says, resuming from the newest checkpoint of its folder.
+pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> Result<Summary> {
+    let checkpoints = job.folder.join("checkpoints");
+    std::fs::create_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
+    let resumed = restore(model, &checkpoints)?;
+    let mut optimizer = Optimizer::new(model, job.settings, |_| true)?;
+    let done = match resumed {
+        Some((step, state)) => {
+            optimizer.restore(&state, step)?;
+            step
+        }
+        None => 0,
+    };
+    for method in methods.iter_mut() {
+        method.on_update(done, model, &mut optimizer)?;
+    }
+    let mut log = Log::open(job, done)?;
+    let mut summary = Summary { steps: done, ..Summary::default() };
+    let started = Instant::now();
+    for step_index in done..job.steps {
+        let micros = job.source.micro_batches(step_index)?;
+        let rate = optimizer.learning_rate(job.steps);
+        let site = Site { seed: job.seed, site: 0, step: step_index as u32 };
+        let (loss, norm) = step(model, &mut optimizer, &micros, methods, (job.dropout, site, job.steps))?;
+        let now = step_index + 1;
+        for method in methods.iter_mut() {
+            method.on_update(now, model, &mut optimizer)?;
+        }
+        summary.tokens += micros.iter().map(|m| m.tokens as u64).sum::<u64>();
+        summary.train_loss = loss;
+        summary.steps = now;
+        let speed = summary.tokens as f64 / started.elapsed().as_secs_f64().max(1e-9);
+        log.step(now, loss, norm, rate, speed)?;
+        let due = |every: u64| every > 0 && now % every == 0;
+        let validated = (due(job.validate_every) || now == job.steps).then(|| (job.validate)(model, methods)).transpose()?;
+        if let Some(loss) = validated {
+            summary.validation_loss = loss;
+            log.write(now, "validation", "loss", loss, "nats/token")?;
+        }
+        if validated.is_some() || now % log.every == 0 {
+            summary.curve.push((now, Some(loss), validated));
+        }
+        let stop = STOP.load(Relaxed);
+        if (stop && now < job.steps) || (due(job.checkpoint_every) && now < job.steps) {
+            save(model, &optimizer, &checkpoints, now, job)?;
+        }
+        if stop && now < job.steps {
+            log.bar.abandon_with_message("stopped; saved");
+            return Err(Error::Interrupted { path: checkpoints });
+        }
+    }
+    log.bar.finish_and_clear();
+    for method in methods.iter_mut() {
+        method.on_finish(model)?;
+    }
+    summary.seconds = started.elapsed().as_secs_f64();
+    Ok(summary)
+}
+
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+fn save(model: &Model, optimizer: &Optimizer, checkpoints: &Path, step: u64, job: &Job) -> Result<()> {
+    let mut files = store::model_files(model)?;
+    files.push((OPTIMIZER, store::encode(&optimizer.state())?));
+    let summary = [
+        ("stage", job.stage.to_string()),
+        ("step", step.to_string()),
+        ("seed", job.seed.to_string()),
+        ("device", model.device().info().name.clone()),
+    ];
+    let summary: BTreeMap<String, String> = summary.map(|(k, v)| (k.to_string(), v)).into();
+    store::save(&checkpoints.join(format!("step-{step}")), &files, summary)?;
+    store::retain(checkpoints, job.keep_checkpoints.max(1))
+}
+
+/// Puts the newest checkpoint's parameters into `model`; returns its step and the optimizer's state.
+fn restore(model: &mut Model, checkpoints: &Path) -> Result<Option<(u64, BTreeMap<String, Tensor>)>> {
+    let Some((step, path)) = store::latest(checkpoints)? else {
+        return Ok(None);
+    };
+    let (_, files) = store::load(&path)?;
+    let saved = store::model_from(&path, &files, model.device())?;
+    if saved.config != model.config {
+        return Err(Error::file(&path, store::CONFIG, "another model than this stage trains; use --overwrite"));
+    }
+    let state = files.get(OPTIMIZER).ok_or_else(|| Error::file(&path, OPTIMIZER, "missing from the manifest"))?;
+    let state = store::decode(&path.join(OPTIMIZER), state, model.device())?;
+    model.tensors = saved.tensors;
+    Ok(Some((step, state)))
+}
+
+/// Seconds since the Unix epoch.
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
+}
+
+/// Metrics file, TensorBoard events and the bar a person watches.
+struct Log {
+    metrics: MetricsLog,
+    events: EventWriter,
+    bar: ProgressBar,
+    every: u64,
+}
+
+impl Log {
+    fn open(job: &Job, done: u64) -> Result<Self> {
+        let metrics = MetricsLog::open_after(job.folder.join("metrics.jsonl"), done)?;
+        let events = EventWriter::create(job.folder.join("tb"), job.stage, now())?;
+        let bar = if job.progress { ProgressBar::new(job.steps) } else { ProgressBar::hidden() };
+        let template = "{prefix:<12} [{bar:32}] {pos}/{len} {msg} ETA {eta}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        bar.set_prefix(job.stage.to_string());
+        bar.set_position(done);
+        bar.reset_eta();
+        Ok(Self { metrics, events, bar, every: (job.steps / 100).max(1) })
+    }
+
+    fn write(&mut self, step: u64, split: &str, name: &str, value: f64, unit: &str) -> Result<()> {
+        let wall_time = now();
+        self.events.scalar(&format!("{split}/{name}"), step, value as f32, wall_time)?;
+        let event = MetricEvent { step, split: split.into(), name: name.into(), value, unit: unit.into(), wall_time };
+        self.metrics.append(&event)
+    }
+
+    fn step(&mut self, step: u64, loss: f64, norm: f64, rate: f64, speed: f64) -> Result<()> {
+        self.bar.set_position(step);
+        self.bar.set_message(format!("loss {loss:.3}  {speed:.0} tokens/s "));
+        if step % self.every == 0 {
+            self.write(step, "train", "loss", loss, "nats/token")?;
+            self.write(step, "train", "gradient_norm", norm, "")?;
+            self.write(step, "train", "learning_rate", rate, "")?;
+            self.write(step, "train", "speed", speed, "tokens/s")?;
+        }
+        Ok(())
+    }
+}
