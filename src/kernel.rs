@@ -206,6 +206,15 @@ impl Plan {
     }
 }
 
+/// Ranges of `items` elements of `bytes` each that fit one storage binding of `limit` bytes and start where a binding
+/// may start (a multiple of 256 bytes): how plans cut arguments larger than a binding into windows.
+pub fn spans(items: usize, bytes: usize, limit: u64) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let align = 256 / bytes;
+    let most = usize::try_from(limit).unwrap_or(usize::MAX) / bytes;
+    let step = (most / align * align).max(align);
+    (0..items).step_by(step).map(move |start| start..items.min(start.saturating_add(step)))
+}
+
 /// Holds a launch against a device's limits, before anything runs.
 pub fn check_launch(kernel: &Kernel, launch: &Launch, info: &Info) -> Result<()> {
     let refuse = |what, got: u64, limit: u64| Error::Launch { kernel: kernel.name.into(), what, got, limit };

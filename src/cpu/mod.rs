@@ -10,6 +10,10 @@ pub(crate) use matmul::matmul;
 pub(crate) use norm::{add_layernorm, add_norm_backward, add_rmsnorm, layernorm, norm_backward, rmsnorm};
 mod quant;
 pub(crate) use quant::{dequantize, fake_quant, fake_quant_backward, observe, quantize};
+mod binary;
+mod reduce;
+pub(crate) use binary::{accumulate_scaled, binary};
+pub(crate) use reduce::{argmax, count_non_finite, reduce, reduce_backward};
 pub(crate) use unary::{cast, unary, unary_backward};
 
 use std::cell::Cell;

@@ -2,17 +2,21 @@
 
 use crate::op::Family;
 
+pub mod binary;
 pub mod matmul;
 pub mod norm;
 pub mod quant;
+pub mod reduce;
 mod quantize;
 pub mod unary;
 
 /// Every op family; verification, gradient checks, benches, the support table and the docs are loops over it.
 #[rustfmt::skip] // one line each
 pub static FAMILIES: &[&Family] = &[
+    &binary::FAMILY,
     &matmul::FAMILY,
     &norm::FAMILY,
     &quant::FAMILY,
+    &reduce::FAMILY,
     &unary::FAMILY,
 ];
