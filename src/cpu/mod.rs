@@ -4,6 +4,7 @@ pub(crate) mod gemm;
 mod matmul;
 mod norm;
 pub mod simd;
+mod softmax;
 mod unary;
 
 pub(crate) use matmul::matmul;
@@ -14,6 +15,7 @@ mod binary;
 mod reduce;
 pub(crate) use binary::{accumulate_scaled, binary};
 pub(crate) use reduce::{argmax, count_non_finite, reduce, reduce_backward};
+pub(crate) use softmax::{cross_entropy, cross_entropy_backward, softmax, softmax_backward};
 pub(crate) use unary::{cast, unary, unary_backward};
 
 use std::cell::Cell;

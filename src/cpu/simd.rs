@@ -146,6 +146,24 @@ pub fn sums3<const N: usize>(x: &[f32], y: &[f32], z: &[f32], f: impl Fn(f32, f3
     lanes.map(|l| fold_lanes(l, |a, b| a + b))
 }
 
+/// y = f(x) over one row; gives the sum of y.
+#[inline(always)]
+pub fn map_sum(x: &[f32], y: &mut [f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let ((xs, x_tail), (ys, y_tail)) = (x.as_chunks::<LANES>(), y.as_chunks_mut::<LANES>());
+    for (x, y) in xs.iter().zip(ys) {
+        for l in 0..LANES {
+            y[l] = f(x[l]);
+            lanes[l] += y[l];
+        }
+    }
+    for (l, (x, y)) in x_tail.iter().zip(y_tail).enumerate() {
+        *y = f(*x);
+        lanes[l] += *y;
+    }
+    fold_lanes(lanes, |a, b| a + b)
+}
+
 /// Largest element; the largest finite negative for an empty row. NaN is not seen: sums after it carry it on.
 #[inline(always)]
 pub fn largest(x: &[f32]) -> f32 {

@@ -8,6 +8,8 @@ pub mod norm;
 pub mod quant;
 pub mod reduce;
 mod quantize;
+mod rows;
+pub mod softmax;
 pub mod unary;
 
 /// Every op family; verification, gradient checks, benches, the support table and the docs are loops over it.
@@ -18,5 +20,6 @@ pub static FAMILIES: &[&Family] = &[
     &norm::FAMILY,
     &quant::FAMILY,
     &reduce::FAMILY,
+    &softmax::FAMILY,
     &unary::FAMILY,
 ];

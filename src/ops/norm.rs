@@ -6,11 +6,11 @@ mod cases;
 use std::any::Any;
 
 use crate::cpu;
-use crate::device::Class;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem};
+use crate::kernel::{Kernel, Params};
 use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
+use crate::ops::rows::{PLANS, Shader, rungs};
 use crate::ops::unary::{Function, Unary};
 use crate::shape::{self, Meta, Shape};
 use crate::tensor::Tensor;
@@ -18,13 +18,9 @@ use crate::tensor::Tensor;
 pub(crate) use backward::CHUNK;
 pub use backward::{AddNormBackward, NormBackward};
 
-pub static FAMILY: Family = Family { name: "norm", cases: cases::cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "norm", cases: cases::cases, shader: Some(SHADER.1) };
 
-const SHADER: &str = include_str!("../../shaders/norm.wgsl");
-/// Invocations per workgroup of the row-per-invocation rung.
-const BLOCK: u32 = 64;
-/// Loops over a row that one invocation of that rung makes.
-const PASSES: usize = 3;
+const SHADER: Shader = ("norm.wgsl", include_str!("../../shaders/norm.wgsl"));
 
 /// y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the last axis (Ba, Kiros and Hinton 2016).
 ///
@@ -133,7 +129,8 @@ impl Op for LayerNorm {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &rungs("layernorm_fwd", cpu::layernorm, ["layernorm_fwd", "layernorm_fwd_v2"]);
+        const KERNELS: &[Kernel] =
+            &rungs(SHADER, "layernorm_fwd", cpu::layernorm, ["layernorm_fwd", "layernorm_fwd_v2"], PLANS);
         KERNELS
     }
 
@@ -175,7 +172,8 @@ impl Op for RmsNorm {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &rungs("rmsnorm_fwd", cpu::rmsnorm, ["rmsnorm_fwd", "rmsnorm_fwd_v2"]);
+        const KERNELS: &[Kernel] =
+            &rungs(SHADER, "rmsnorm_fwd", cpu::rmsnorm, ["rmsnorm_fwd", "rmsnorm_fwd_v2"], PLANS);
         KERNELS
     }
 
@@ -224,9 +222,15 @@ impl Op for AddNorm {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const LAYER: &[Kernel] =
-            &rungs("add_layernorm_fwd", cpu::add_layernorm, ["add_layernorm_fwd", "add_layernorm_fwd_v2"]);
-        const RMS: &[Kernel] = &rungs("add_rmsnorm_fwd", cpu::add_rmsnorm, ["add_rmsnorm_fwd", "add_rmsnorm_fwd_v2"]);
+        const LAYER: &[Kernel] = &rungs(
+            SHADER,
+            "add_layernorm_fwd",
+            cpu::add_layernorm,
+            ["add_layernorm_fwd", "add_layernorm_fwd_v2"],
+            PLANS,
+        );
+        const RMS: &[Kernel] =
+            &rungs(SHADER, "add_rmsnorm_fwd", cpu::add_rmsnorm, ["add_rmsnorm_fwd", "add_rmsnorm_fwd_v2"], PLANS);
         if self.rms { RMS } else { LAYER }
     }
 
@@ -264,57 +268,4 @@ impl Op for AddNorm {
     fn as_any(&self) -> &dyn Any {
         self
     }
-}
-
-/// The records of one op: the CPU kernel, then a workgroup per row for GPUs, then a row per invocation for software
-/// rasterizers, then the workgroup again where those must not loop so long (and, to be tested there, for little work).
-const fn rungs(name: &'static str, run: fn(&cpu::Args) -> Result<()>, entries: [&'static str; 2]) -> [Kernel; 4] {
-    let [scalar, group] = entries;
-    [
-        Kernel::cpu(name, DType::FLOATS, run),
-        wgsl(group, on_gpu, group_plan),
-        wgsl(scalar, short_rows, row_plan),
-        wgsl(group, long_or_little, group_plan),
-    ]
-}
-
-const fn wgsl(entry: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) -> Plan) -> Kernel {
-    let code = Code::Wgsl { file: "norm.wgsl", text: SHADER, entry, constants: &[] };
-    Kernel { name: entry, code, dtypes: DType::FLOATS, fits, plan }
-}
-
-fn on_gpu(p: &Problem) -> bool {
-    p.info.class != Class::Cpu
-}
-
-fn short_rows(p: &Problem) -> bool {
-    let trips = row_trips(p.inputs[0].shape.last()) as u64;
-    p.info.limits.loop_budget.is_none_or(|budget| trips <= budget)
-}
-
-fn long_or_little(p: &Problem) -> bool {
-    !on_gpu(p) && (!short_rows(p) || p.inputs[0].count() <= 16_384)
-}
-
-fn row_plan(p: &Problem) -> Plan {
-    let x = p.inputs[0].shape;
-    Plan::of(Launch::linear(x.rows(), BLOCK, p.params()).trips(row_trips(x.last())))
-}
-
-/// Sums run over blocks of 32, whose own loop counts too.
-fn row_trips(d: usize) -> usize {
-    PASSES * (d + d.div_ceil(32))
-}
-
-/// Invocations of a workgroup that share one row; `GROUP` in the shader.
-const GROUP: usize = 128;
-
-fn group_trips(d: usize) -> usize {
-    // Each pass strides over the row and ends in a tree of log2(GROUP) steps.
-    PASSES * (2 * d.div_ceil(GROUP) + 8)
-}
-
-fn group_plan(p: &Problem) -> Plan {
-    let x = p.inputs[0].shape;
-    Plan::of(Launch::linear(x.rows(), 1, p.params()).trips(group_trips(x.last())))
 }

@@ -3,12 +3,13 @@
 
 use std::any::Any;
 
-use super::{BLOCK, group_trips, long_or_little, on_gpu, row_trips, short_rows, wgsl, words};
+use super::{SHADER, words};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Launch, Params, Plan, Problem};
 use crate::op::{Array, Cost, Op};
+use crate::ops::rows::{BLOCK, group_launch, row_launch, rungs};
 use crate::shape::{self, Meta};
 
 /// Rows per partial sum of dweight and dbias.
@@ -94,12 +95,7 @@ impl Op for NormBackward {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &[
-            Kernel::cpu("norm_bwd", DType::FLOATS, cpu::norm_backward),
-            wgsl("norm_bwd_v2", on_gpu, groups),
-            wgsl("norm_bwd", short_rows, rows),
-            wgsl("norm_bwd_v2", long_or_little, groups),
-        ];
+        const KERNELS: &[Kernel] = &rungs(SHADER, "norm_bwd", cpu::norm_backward, ["norm_bwd", "norm_bwd_v2"], PLANS);
         KERNELS
     }
 
@@ -138,12 +134,8 @@ impl Op for AddNormBackward {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &[
-            Kernel::cpu("add_norm_bwd", DType::FLOATS, cpu::add_norm_backward),
-            wgsl("add_norm_bwd_v2", on_gpu, groups),
-            wgsl("add_norm_bwd", short_rows, rows),
-            wgsl("add_norm_bwd_v2", long_or_little, groups),
-        ];
+        const KERNELS: &[Kernel] =
+            &rungs(SHADER, "add_norm_bwd", cpu::add_norm_backward, ["add_norm_bwd", "add_norm_bwd_v2"], PLANS);
         KERNELS
     }
 
@@ -160,15 +152,7 @@ impl Op for AddNormBackward {
     }
 }
 
-fn rows(p: &Problem) -> Plan {
-    let x = p.inputs[0].shape;
-    sums(p, Launch::linear(x.rows(), BLOCK, p.params()).trips(row_trips(x.last())))
-}
-
-fn groups(p: &Problem) -> Plan {
-    let x = p.inputs[0].shape;
-    sums(p, Launch::linear(x.rows(), 1, p.params()).trips(group_trips(x.last())))
-}
+const PLANS: [fn(&Problem) -> Plan; 2] = [|p| sums(p, row_launch(p)), |p| sums(p, group_launch(p))];
 
 /// `first` writes dx; then partial sums per column and chunk of rows, then one sum per column.
 fn sums(p: &Problem, first: Launch) -> Plan {

@@ -1,0 +1,83 @@
+//! Launch geometry that the row-wise families share: a row per invocation, or a row per workgroup.
+//!
+//! The rows are those of the op's first input. Both rungs make up to [`PASSES`] loops over a row.
+
+use crate::cpu;
+use crate::device::Class;
+use crate::dtype::DType;
+use crate::kernel::{Code, Kernel, Launch, Plan, Problem};
+
+/// Invocations per workgroup of the row-per-invocation rung.
+pub(super) const BLOCK: u32 = 64;
+/// Invocations of a workgroup that share one row; `GROUP` in the shaders.
+const GROUP: usize = 128;
+/// Elements whose sum is taken on its own; `BLOCK` in the shaders.
+const SUM_BLOCK: usize = 32;
+const PASSES: usize = 3;
+
+/// A family's shader file and text.
+pub(super) type Shader = (&'static str, &'static str);
+
+/// The records of one op: the CPU kernel, then a workgroup per row for GPUs, then a row per invocation for software
+/// rasterizers, then the workgroup again where those must not loop so long (and, to be tested there, for little work).
+pub(super) const fn rungs(
+    shader: Shader,
+    name: &'static str,
+    run: fn(&cpu::Args) -> crate::error::Result<()>,
+    [row, group]: [&'static str; 2],
+    [row_plan, group_plan]: [fn(&Problem) -> Plan; 2],
+) -> [Kernel; 4] {
+    [
+        Kernel::cpu(name, DType::FLOATS, run),
+        wgsl(shader, group, on_gpu, group_plan),
+        wgsl(shader, row, short_rows, row_plan),
+        wgsl(shader, group, long_or_little, group_plan),
+    ]
+}
+
+pub(super) const fn wgsl(
+    (file, text): Shader,
+    entry: &'static str,
+    fits: fn(&Problem) -> bool,
+    plan: fn(&Problem) -> Plan,
+) -> Kernel {
+    Kernel { name: entry, code: Code::Wgsl { file, text, entry, constants: &[] }, dtypes: DType::FLOATS, fits, plan }
+}
+
+fn on_gpu(p: &Problem) -> bool {
+    p.info.class != Class::Cpu
+}
+
+fn short_rows(p: &Problem) -> bool {
+    let trips = row_trips(p.inputs[0].shape.last()) as u64;
+    p.info.limits.loop_budget.is_none_or(|budget| trips <= budget)
+}
+
+fn long_or_little(p: &Problem) -> bool {
+    !on_gpu(p) && (!short_rows(p) || p.inputs[0].count() <= 16_384)
+}
+
+fn row_trips(d: usize) -> usize {
+    // Sums run over blocks, whose own loop counts too.
+    PASSES * (d + d.div_ceil(SUM_BLOCK))
+}
+
+fn group_trips(d: usize) -> usize {
+    // Each pass strides over the row and ends in a tree of log2(GROUP) steps.
+    PASSES * (2 * d.div_ceil(GROUP) + 8)
+}
+
+/// One launch, a row per invocation.
+pub(super) fn row_launch(p: &Problem) -> Launch {
+    let x = p.inputs[0].shape;
+    Launch::linear(x.rows(), BLOCK, p.params()).trips(row_trips(x.last()))
+}
+
+/// One launch, a row per workgroup.
+pub(super) fn group_launch(p: &Problem) -> Launch {
+    let x = p.inputs[0].shape;
+    Launch::linear(x.rows(), 1, p.params()).trips(group_trips(x.last()))
+}
+
+/// The plans of an op that is one launch in either rung.
+pub(super) const PLANS: [fn(&Problem) -> Plan; 2] = [|p| Plan::of(row_launch(p)), |p| Plan::of(group_launch(p))];
