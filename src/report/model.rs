@@ -136,9 +136,11 @@ pub struct LossCurve {
     pub stage: String,
     /// For example "nats/token".
     pub unit: String,
-    /// Step, training loss, validation loss.
-    pub points: Vec<(u64, Option<f64>, Option<f64>)>,
+    pub points: Vec<LossPoint>,
 }
+
+/// Step, training loss, validation loss.
+pub type LossPoint = (u64, Option<f64>, Option<f64>);
 
 impl RunReport {
     /// Fills `retained` of every stage from token accuracies and the first stage, the teacher.
