@@ -190,7 +190,7 @@ fn plan(p: &Problem) -> Plan {
         let (items, offset, bytes) = (span.len(), span.start * size, span.len() * size);
         let full = period == count;
         let (base, period) = if full { (0, items) } else { (span.start, period) };
-        let params = Params::new().u(items).u(kind).u(base).u(period);
+        let params = Params::new().u(items).u(kind).u(base).u(period).f(1.0);
         let launch = launch(items, params);
         if items == count {
             return launch;

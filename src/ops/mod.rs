@@ -23,6 +23,3 @@ pub static FAMILIES: &[&Family] = &[
     &softmax::FAMILY,
     &unary::FAMILY,
 ];
-pub mod binary;
-pub mod reduce;
-pub static FAMILIES: &[&Family] = &[&norm::FAMILY, &unary::FAMILY, &binary::FAMILY, &reduce::FAMILY];
