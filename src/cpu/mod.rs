@@ -3,6 +3,7 @@
 pub(crate) mod gemm;
 mod matmul;
 mod norm;
+mod optim;
 pub mod simd;
 mod softmax;
 mod unary;
@@ -16,6 +17,7 @@ mod reduce;
 pub(crate) use binary::{accumulate_scaled, binary};
 pub(crate) use reduce::{argmax, count_non_finite, reduce, reduce_backward};
 pub(crate) use softmax::{cross_entropy, cross_entropy_backward, softmax, softmax_backward};
+pub(crate) use optim::{adamw, clip_factor, sgd};
 pub(crate) use unary::{cast, unary, unary_backward};
 
 use std::cell::Cell;

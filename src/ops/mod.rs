@@ -5,6 +5,7 @@ use crate::op::Family;
 pub mod binary;
 pub mod matmul;
 pub mod norm;
+pub mod optim;
 pub mod quant;
 pub mod reduce;
 mod quantize;
@@ -18,6 +19,7 @@ pub static FAMILIES: &[&Family] = &[
     &binary::FAMILY,
     &matmul::FAMILY,
     &norm::FAMILY,
+    &optim::FAMILY,
     &quant::FAMILY,
     &reduce::FAMILY,
     &softmax::FAMILY,
