@@ -9,8 +9,8 @@ const MAX_LINE_BREAKS: usize = 3;
 /// Applies every rule in order; the first one that breaks names the reason.
 ///
 /// Kept text is folded to one line: line breaks and tabs with the blanks around them become one space, or nothing between
-/// two ideographs. The source must hold at least two Latin letters, the target must differ from it and be written in
-/// the script of `language` where that is not Latin.
+/// two ideographs; runs of spaces become one. The source must hold at least two Latin letters, the target must differ from
+/// it and be written in the script of `language` where that is not Latin.
 pub fn clean(language: &str, source: &str, target: &str) -> Result<(String, String), &'static str> {
     if target.trim().is_empty() {
         return Err("untranslated");
@@ -131,7 +131,8 @@ fn fold(text: &str) -> String {
         }
         folded.push_str(line);
     }
-    folded
+    // Columns of option help are laid out with runs of spaces.
+    folded.split(' ').filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 /// Ideographs, kana and full-width punctuation: no space belongs between two of them.
@@ -171,6 +172,7 @@ mod tests {
     fn kept_text_is_one_line() {
         let kept = |source, target| clean("zh_CN", source, target).unwrap();
         assert_eq!(kept("no such\n\tfile\n", "没有\n文件\n"), ("no such file".into(), "没有文件".into()));
+        assert_eq!(kept("-a FILE    read", "-a 文件    读"), ("-a FILE read".into(), "-a 文件 读".into()));
         assert_eq!(kept("  a b\r\nc", "甲\nb"), ("a b c".into(), "甲 b".into()));
     }
 

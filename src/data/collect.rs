@@ -176,7 +176,9 @@ impl Collection {
         let mut text = String::from("source\ttarget\tpackage\tversion\tlicence\n");
         for pair in self.parts.get(&part).into_iter().flatten() {
             // Cleaning left neither tabs nor line breaks in the text; the facts of a package are made to follow.
-            let CatalogCard { package, version, licence, .. } = &self.card.catalogs[pair.catalog];
+            let Some(CatalogCard { package, version, licence, .. }) = self.card.catalogs.get(pair.catalog) else {
+                continue;
+            };
             for (field, end) in
                 [(&pair.source, '\t'), (&pair.target, '\t'), (package, '\t'), (version, '\t'), (licence, '\n')]
             {

@@ -5,9 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use espalier::Error;
+use espalier::data::clean::{clean, is_han};
 use espalier::data::collect::{CARD_FILE, CollectOptions, CollectionCard, Roots, collect, languages};
 use espalier::data::split::{Fractions, Split, near_duplicate_form};
 use espalier::data::table::{self, TableOptions};
+
+use proptest::prelude::*;
 
 use super::mo;
 
@@ -230,4 +233,20 @@ fn catalogs_of_this_machine() {
         }
     }
     println!("{refused} catalogs refused");
+}
+
+proptest! {
+    #[test]
+    fn cleaning_keeps_its_promises_on_any_text(source in "[\\PC\n\t%a-z{}]{0,40}", target in "[\\PC\r\n%d文件]{0,40}", noise: String) {
+        for (source, target) in [(&source, &target), (&noise, &target), (&source, &noise)] {
+            near_duplicate_form(source);
+            if let Ok((source, target)) = clean("zh_CN", source, target) {
+                for side in [&source, &target] {
+                    prop_assert!(!side.is_empty() && side.trim() == side);
+                    prop_assert!(!side.contains(char::is_control), "{:?}", side);
+                }
+                prop_assert!(source != target && target.chars().any(is_han));
+            }
+        }
+    }
 }
