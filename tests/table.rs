@@ -1,1 +1,70 @@
-fn main(){}
+//! The table, case by case: each a named test per device. `cargo test --test table -- cpu/softmax` runs one op's cases
+//! on the CPU; `grad/` in a name marks the gradient checks.
+//!
+//! A device that is absent, or has no kernel for a case, shows as ignored, by name. Where `ESPALIER_REQUIRE` names the
+//! device, its absence is a failure.
+
+use std::sync::Arc;
+
+use espalier::device::{self, Device};
+use espalier::dispatch;
+use espalier::kernel::Problem;
+use espalier::op::Case;
+use espalier::ops::FAMILIES;
+use espalier::verify::{self, Verdict};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+const SEED: u64 = 1;
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let mut trials = Vec::new();
+    for name in ["cpu", "wgpu"] {
+        match device::open(name) {
+            Ok(device) => trials.extend(on(name, &device)),
+            Err(e) => {
+                let required = std::env::var("ESPALIER_REQUIRE").unwrap_or_default();
+                let required = required.split(',').any(|r| r == name);
+                let reason = e.to_string();
+                eprintln!("{}{name}: {reason}", if required { "" } else { "skipped " });
+                let trial = Trial::test(format!("{name}/present"), move || Err(Failed::from(reason)));
+                trials.push(trial.with_ignored_flag(!required));
+            }
+        }
+    }
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+fn on(name: &str, device: &Arc<dyn Device>) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for case in FAMILIES.iter().flat_map(|f| (f.cases)()) {
+        let (op, label) = (case.op.name(), case.label());
+        let absent = !supported(&case, device);
+        if case.grad {
+            let (case, device) = (case.clone(), device.clone());
+            let test = move || verdict(verify::gradient(&case, &device, SEED).verdict);
+            trials.push(Trial::test(format!("{name}/grad/{op}/{label}"), test).with_ignored_flag(absent));
+        }
+        let device = device.clone();
+        let test = move || verify::forward(&case, &device, SEED).into_iter().try_for_each(|o| verdict(o.verdict));
+        trials.push(Trial::test(format!("{name}/{op}/{label}"), test).with_ignored_flag(absent));
+    }
+    trials
+}
+
+fn supported(case: &Case, device: &Arc<dyn Device>) -> bool {
+    let inputs = case.metas();
+    // Shapes that the op refuses are a failure, not an absence: the test shows them.
+    let Ok(outputs) = case.op.infer(&inputs) else { return true };
+    let element = case.op.element(&inputs, &outputs);
+    let problem = Problem { op: case.op.as_ref(), inputs: &inputs, outputs: &outputs, element, info: device.info() };
+    !dispatch::candidates(&problem).is_empty()
+}
+
+fn verdict(verdict: Verdict) -> Result<(), Failed> {
+    match verdict {
+        Verdict::Passed => Ok(()),
+        Verdict::Failed(reason) => Err(reason.into()),
+        Verdict::Skipped(reason) => Err(format!("skipped at run time: {reason}").into()),
+    }
+}

@@ -13,8 +13,10 @@ pub(crate) use norm::{add_layernorm, add_norm_backward, add_rmsnorm, layernorm, 
 mod quant;
 pub(crate) use quant::{dequantize, fake_quant, fake_quant_backward, observe, quantize};
 mod binary;
+mod ceiling;
 mod reduce;
 pub(crate) use binary::{accumulate_scaled, binary};
+pub(crate) use ceiling::multiply_add_chain;
 pub(crate) use reduce::{argmax, count_non_finite, reduce, reduce_backward};
 pub(crate) use softmax::{cross_entropy, cross_entropy_backward, softmax, softmax_backward};
 pub(crate) use optim::{adamw, clip_factor, sgd};

@@ -3,6 +3,7 @@
 use crate::op::Family;
 
 pub mod binary;
+pub mod ceiling;
 pub mod matmul;
 pub mod norm;
 pub mod optim;
@@ -17,6 +18,7 @@ pub mod unary;
 #[rustfmt::skip] // one line each
 pub static FAMILIES: &[&Family] = &[
     &binary::FAMILY,
+    &ceiling::FAMILY,
     &matmul::FAMILY,
     &norm::FAMILY,
     &optim::FAMILY,
