@@ -126,7 +126,12 @@ pub fn eval(global: &Global, args: Eval) -> Result<()> {
     };
     let languages = (args.source.as_str(), args.target.as_str());
     let corpus = Corpus::for_evaluation(tokenizer, pairs, languages, model.config.max_positions)?;
-    let settings = schema::Evaluate { sentences: args.sentences, decoded: args.sentences, beams: args.beams, ..Default::default() };
+    let settings = schema::Evaluate {
+        sentences: args.sentences,
+        decoded: args.sentences,
+        beams: args.beams,
+        ..Default::default()
+    };
     let row = evaluate::evaluate(&model, &corpus, &settings, "model")?;
     if global.json() {
         say_json(&row);
@@ -182,7 +187,8 @@ pub struct Info {
 pub fn info(global: &Global, args: Info) -> Result<()> {
     let folder = model_folder(&args.path);
     let (manifest, files) = store::load(&folder)?;
-    let device: std::sync::Arc<dyn crate::device::Device> = std::sync::Arc::new(crate::device::CpuDevice::new(Some(1))?);
+    let device: std::sync::Arc<dyn crate::device::Device> =
+        std::sync::Arc::new(crate::device::CpuDevice::new(Some(1))?);
     let model = store::model_from(&folder, &files, &device)?;
     let c = &model.config;
     if global.json() {
@@ -193,11 +199,24 @@ pub fn info(global: &Global, args: Info) -> Result<()> {
         return Ok(());
     }
     let kib = |bytes: usize| format!("{:.1} KiB", bytes as f64 / 1024.0);
-    say(format!("{}: {} ({})", folder.display(), manifest.tool, manifest.summary.get("stage").map_or("model", String::as_str)));
-    say(format!("width {}  vocabulary {}  positions {}  blocks {}", c.width, c.vocabulary, c.max_positions, c.blocks.len()));
+    say(format!(
+        "{}: {} ({})",
+        folder.display(),
+        manifest.tool,
+        manifest.summary.get("stage").map_or("model", String::as_str)
+    ));
+    say(format!(
+        "width {}  vocabulary {}  positions {}  blocks {}",
+        c.width,
+        c.vocabulary,
+        c.max_positions,
+        c.blocks.len()
+    ));
     say(format!(
         "{} parameters, {} in all, {} activated per token",
-        model.parameter_count(), kib(model.total_bytes()), kib(model.activated_bytes())
+        model.parameter_count(),
+        kib(model.total_bytes()),
+        kib(model.activated_bytes())
     ));
     let mut table = comfy_table::Table::new();
     table.load_preset(comfy_table::presets::NOTHING);

@@ -45,7 +45,7 @@ pub struct Global {
 pub enum Format {
     Text,
     Json,
-    /// For `kernels list`
+    /// For `kernels list` and `kernels compare`
     Markdown,
 }
 
@@ -94,7 +94,8 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<()> {
-    if cli.global.format == Format::Markdown && !matches!(cli.command, Command::Kernels(kernels::Kernels::List(_))) {
+    let speaks_markdown = matches!(&cli.command, Command::Kernels(command) if command.speaks_markdown());
+    if cli.global.format == Format::Markdown && !speaks_markdown {
         let rule = "text or json for this command".into();
         return Err(Error::Usage { argument: "--format", value: "markdown".into(), rule });
     }

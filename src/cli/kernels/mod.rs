@@ -1,6 +1,9 @@
 //! `espalier kernels`: the kernel engineer's side, all of it loops over the one table of cases.
 
+mod bench;
+mod compare;
 mod list;
+mod measure;
 mod verify;
 
 use clap::Subcommand;
@@ -14,6 +17,17 @@ pub enum Kernels {
     List(list::Args),
     /// Every kernel record against the op's f64 reference, on poisoned and guarded memory
     Verify(verify::Args),
+    /// Times the table's real-model sizes: checked results, cold inputs, share of this run's measured ceiling
+    Bench(bench::Args),
+    /// Two benchmark files case by case, decided by interval
+    Compare(compare::Args),
+}
+
+impl Kernels {
+    /// Whether the command can print Markdown.
+    pub fn speaks_markdown(&self) -> bool {
+        matches!(self, Self::List(_) | Self::Compare(_))
+    }
 }
 
 pub fn run(global: &Global, command: Kernels) -> Result<()> {
@@ -23,5 +37,7 @@ pub fn run(global: &Global, command: Kernels) -> Result<()> {
             Ok(())
         }
         Kernels::Verify(args) => verify::run(global, &args),
+        Kernels::Bench(args) => bench::run(global, &args),
+        Kernels::Compare(args) => compare::run(global, &args),
     }
 }

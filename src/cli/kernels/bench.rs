@@ -1,0 +1,292 @@
+//! `kernels bench`: the table's real-model sizes, each checked, timed, and held against this run's measured ceiling.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::measure::{self, Ceiling, Effort};
+use crate::cli::{Global, say, say_json};
+use crate::device::Device;
+use crate::dispatch;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::kernel::{Code, Kernel, Problem};
+use crate::op::Case;
+use crate::report::bench::{BenchDevice, BenchRecord};
+use crate::report::{milliseconds, percent};
+use crate::verify::{self, Verdict};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Only ops whose name fits (`*` and `?`)
+    #[arg(long, default_value = "*", value_name = "GLOB")]
+    op: String,
+    /// Every rung, not only the one that dispatch takes
+    #[arg(long)]
+    rungs: bool,
+    /// Every case of the table, not only real-model sizes
+    #[arg(long)]
+    all: bool,
+    /// Samples per kernel
+    #[arg(long, default_value_t = 30)]
+    samples: usize,
+    /// Seconds of sampling per kernel at most
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Seed of the inputs
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Instead of the table: what dispatching one tiny op costs the host
+    #[arg(long)]
+    overhead: bool,
+}
+
+#[derive(Serialize)]
+struct Overhead {
+    device: String,
+    op: &'static str,
+    case: String,
+    /// Until the call is back.
+    host_us: f64,
+    /// With the device's own work, waited for once per block.
+    whole_us: f64,
+}
+
+pub fn run(global: &Global, args: &Args) -> Result<()> {
+    let device = global.open()?;
+    if args.overhead {
+        return overhead(global, &device);
+    }
+    let effort =
+        Effort { samples: args.samples.max(1), time: Duration::from_secs_f64(args.seconds.clamp(0.01, 3600.0)) };
+    let cases: Vec<Case> = verify::select(&args.op).into_iter().filter(|c| c.bench || args.all).collect();
+    if cases.is_empty() {
+        let rule = "an op of `kernels list` with a bench case".into();
+        return Err(Error::Usage { argument: "--op", value: args.op.clone(), rule });
+    }
+    let ceiling = ceilings(&device)?;
+    if !global.json() {
+        let Ceiling { gflops, bandwidth_gb } = ceiling;
+        say(format!(
+            "{} ({}): ceilings of this run {gflops:.1} GFLOP/s, {bandwidth_gb:.1} GB/s",
+            device.info().id,
+            device.info().name
+        ));
+        say(header());
+    }
+    let progress = global.progress(cases.len());
+    let (mut failed, mut total) = (0, 0);
+    for case in &cases {
+        progress.set_message(case.op.name());
+        for record in bench(case, &device, args, effort, ceiling)? {
+            total += 1;
+            failed += usize::from(record.supported && !record.passed);
+            progress.suspend(|| if global.json() { say_json(&record) } else { say(line(&record)) });
+        }
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    if failed > 0 { Err(Error::Failed { what: "benchmarked kernels", failed, total }) } else { Ok(()) }
+}
+
+/// What this device reaches on work that does nothing else: the table's multiply-add chain, and the better of the
+/// device's copy and the table's plainest elementwise kernel.
+fn ceilings(device: &Arc<dyn Device>) -> Result<Ceiling> {
+    let effort = Effort { samples: 10, time: Duration::from_millis(500) };
+    let best = |op: &str| -> Result<BenchRecord> {
+        let mut record = BenchRecord { seed: 1, passed: true, ..BenchRecord::default() };
+        let Some(case) = verify::select(op).into_iter().find(|c| c.bench) else { return Ok(record) };
+        let metas = case.metas();
+        let outputs = case.op.infer(&metas)?;
+        let cost = case.op.cost(&metas, &outputs);
+        (record.flops, record.bytes) = (cost.flops as u64, cost.bytes as u64);
+        let problem = problem(&case, &metas, &outputs, device);
+        if let Some(kernel) = dispatch::candidates(&problem).first() {
+            measure::measure(&mut record, &case, kernel, device, effort)?;
+            // A ceiling is what was reached once, not what is usual.
+            record.samples_us.sort_by(f64::total_cmp);
+            record.samples_us.truncate(1);
+        }
+        record.summarize();
+        Ok(record)
+    };
+    let bandwidth_gb = best("scale")?.bandwidth_gb.max(measure::copy_rate(device)?);
+    Ok(Ceiling { gflops: best("multiply_add_chain")?.gflops, bandwidth_gb })
+}
+
+fn problem<'a>(
+    case: &'a Case,
+    inputs: &'a [crate::shape::Meta],
+    outputs: &'a [crate::shape::Meta],
+    device: &'a Arc<dyn Device>,
+) -> Problem<'a> {
+    Problem { op: case.op.as_ref(), inputs, outputs, element: case.op.element(inputs, outputs), info: device.info() }
+}
+
+/// Records of one case: the kernel that dispatch takes, or every rung; the naive one is timed along for the ratio.
+fn bench(
+    case: &Case,
+    device: &Arc<dyn Device>,
+    args: &Args,
+    effort: Effort,
+    ceiling: Ceiling,
+) -> Result<Vec<BenchRecord>> {
+    let inputs = case.metas();
+    let outputs = case.op.infer(&inputs)?;
+    let kernels = dispatch::candidates(&problem(case, &inputs, &outputs, device));
+    let element = case.op.element(&inputs, &outputs);
+    let blank = |kernel: &str| BenchRecord {
+        version: env!("CARGO_PKG_VERSION").into(),
+        device: describe(device.as_ref()),
+        op: case.op.name().into(),
+        params: case.label(),
+        mode: if case.op.name().contains("_bwd") { "backward" } else { "forward" }.into(),
+        dtype: element.name().into(),
+        layout: "contiguous".into(),
+        kernel: kernel.into(),
+        seed: args.seed,
+        ..BenchRecord::default()
+    };
+    let Some((first, naive)) = kernels.first().zip(kernels.last()) else {
+        return Ok(vec![blank("none")]);
+    };
+    let verdicts = verify::forward(case, device, args.seed);
+    let time = |kernel: &'static Kernel| -> Result<BenchRecord> {
+        let mut record = blank(kernel.name);
+        record.supported = true;
+        record.kernel_hash = source_hash(kernel);
+        record.error_metric = "verified against the f64 reference".into();
+        let verdict = verdicts.iter().find(|o| o.kernel == kernel.name).map(|o| &o.verdict);
+        if let Some(Verdict::Failed(reason)) = verdict {
+            // A wrong kernel has no time.
+            record.error = Some(reason.clone());
+            return Ok(record);
+        }
+        record.passed = true;
+        measure::measure(&mut record, case, kernel, device, effort)?;
+        rate(&mut record, case, &inputs, &outputs, ceiling);
+        Ok(record)
+    };
+    let mut records = vec![time(first)?];
+    let rungs = kernels.iter().skip(1).filter(|k| args.rungs || std::ptr::eq(**k, *naive));
+    for kernel in rungs {
+        records.push(time(kernel)?);
+    }
+    let slowest = records.last().filter(|r| r.passed).map(|r| r.median_us);
+    for record in &mut records {
+        record.naive_ratio =
+            slowest.filter(|_| record.passed && record.median_us > 0.0).map(|us| us / record.median_us);
+    }
+    Ok(records)
+}
+
+/// Counted work, and the ceiling that binds it.
+fn rate(
+    record: &mut BenchRecord,
+    case: &Case,
+    inputs: &[crate::shape::Meta],
+    outputs: &[crate::shape::Meta],
+    ceiling: Ceiling,
+) {
+    let cost = case.op.cost(inputs, outputs);
+    (record.flops, record.bytes) = (cost.flops as u64, cost.bytes as u64);
+    let compute = cost.flops / (ceiling.gflops * 1e9).max(1.0);
+    let memory = cost.bytes / (ceiling.bandwidth_gb * 1e9).max(1.0);
+    let integers = case.inputs.iter().any(|i| i.meta.dtype == DType::I8);
+    if memory >= compute {
+        (record.ceiling, record.ceiling_unit) = (Some(ceiling.bandwidth_gb), "GB/s".into());
+    } else if !integers {
+        // The measured ceiling is one of f32: integer units have their own, which nothing here measures.
+        (record.ceiling, record.ceiling_unit) = (Some(ceiling.gflops), "GFLOP/s".into());
+    }
+    record.summarize();
+}
+
+fn source_hash(kernel: &Kernel) -> String {
+    match kernel.code {
+        Code::Wgsl { text, .. } => blake3::hash(text.as_bytes()).to_hex().to_string(),
+        // Rust functions change with the program.
+        Code::Cpu(_) => String::new(),
+    }
+}
+
+fn describe(device: &dyn Device) -> BenchDevice {
+    let info = device.info();
+    BenchDevice {
+        backend: info.kind.name().into(),
+        name: info.name.clone(),
+        driver: info.driver.clone(),
+        vendor_id: 0,
+        device_id: 0,
+        software: info.software,
+        limits: measure::limits(device),
+        registry: vec!["cpu".into(), "wgpu".into()],
+    }
+}
+
+fn header() -> String {
+    format!(
+        "{:<22} {:<22} {:>10} {:>19} {:>15} {:>9} {:>8}  case",
+        "op", "kernel", "p50", "p5 to p95", "rate", "ceiling", "x naive"
+    )
+}
+
+/// One aligned line.
+fn line(r: &BenchRecord) -> String {
+    if !r.passed {
+        let reason = r.error.as_deref().unwrap_or(if r.supported { "not timed" } else { "no kernel fits" });
+        return format!(
+            "{:<22} {:<22} {:>10} {reason}  {}",
+            r.op,
+            r.kernel,
+            if r.supported { "WRONG" } else { "-" },
+            r.params
+        );
+    }
+    let time = |us: f64| milliseconds(us / 1e3);
+    let rate = if r.ceiling_unit == "GB/s" {
+        format!("{:.1} GB/s", r.bandwidth_gb)
+    } else {
+        format!("{:.1} GFLOP/s", r.gflops)
+    };
+    let share = r.ceiling_share.map_or("-".to_string(), percent);
+    let naive = r.naive_ratio.map_or("-".to_string(), |x| format!("{x:.2}"));
+    let mark = match (r.suspect(), &r.error) {
+        (true, _) => "  SUSPECT: above this run's ceiling".to_string(),
+        (false, Some(reason)) => format!("  VOID: {reason}"),
+        (false, None) => String::new(),
+    };
+    format!(
+        "{:<22} {:<22} {:>10} {:>19} {rate:>15} {share:>9} {naive:>8}  {}{mark}",
+        r.op,
+        r.kernel,
+        time(r.median_us),
+        format!("{} to {}", time(r.p5_us), time(r.p95_us)),
+        r.params
+    )
+}
+
+fn overhead(global: &Global, device: &Arc<dyn Device>) -> Result<()> {
+    // The smallest case of the plainest op: all that is left is the way there.
+    let smallest =
+        verify::select("relu").into_iter().min_by_key(|c| c.inputs.iter().map(|i| i.meta.count()).sum::<usize>());
+    let Some(case) = smallest else {
+        return Err(Error::Usage { argument: "--overhead", value: "relu".into(), rule: "an op of the table".into() });
+    };
+    let (host, whole) = measure::overhead(device, &case)?;
+    let (host_us, whole_us) = (host * 1e6, whole * 1e6);
+    if global.json() {
+        let id = device.info().id.clone();
+        say_json(&Overhead { device: id, op: case.op.name(), case: case.label(), host_us, whole_us });
+    } else {
+        let Case { op, .. } = &case;
+        say(format!(
+            "{}: {} {}: host {host_us:.2} µs per dispatched op, {whole_us:.2} µs with the device's work",
+            device.info().id,
+            op.name(),
+            case.label()
+        ));
+    }
+    Ok(())
+}
