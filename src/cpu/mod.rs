@@ -1,5 +1,6 @@
 //! CPU kernels, twins of `shaders/` and `cuda/`: one file per op family.
 
+mod attention;
 pub(crate) mod gemm;
 mod matmul;
 mod norm;
@@ -8,6 +9,7 @@ pub mod simd;
 mod softmax;
 mod unary;
 
+pub(crate) use attention::{attention, attention_backward};
 pub(crate) use matmul::matmul;
 pub(crate) use norm::{add_layernorm, add_norm_backward, add_rmsnorm, layernorm, norm_backward, rmsnorm};
 mod quant;

@@ -4,6 +4,7 @@ use crate::op::Family;
 
 pub mod binary;
 pub mod ceiling;
+pub mod attention;
 pub mod matmul;
 pub mod norm;
 pub mod optim;
@@ -27,3 +28,4 @@ pub static FAMILIES: &[&Family] = &[
     &softmax::FAMILY,
     &unary::FAMILY,
 ];
+pub static FAMILIES: &[&Family] = &[&attention::FAMILY, &matmul::FAMILY, &norm::FAMILY, &unary::FAMILY];
