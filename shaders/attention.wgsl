@@ -19,8 +19,7 @@
 struct AttentionParams {
     batch: u32, queries: u32, keys: u32, heads: u32, dim: u32,
     flags: u32, offset: u32, scale: f32,
-    first: u32, last: u32, // range of keys (or queries) of this launch
-    from: u32,             // bwd_store: first element of the sum to store
+    first: u32, last: u32, // range of keys, queries or elements of this launch
 }
 var<immediate> at: AttentionParams;
 
@@ -97,8 +96,8 @@ fn attend(row: Row, n: u32, before: Online) -> Online {
         let r = base + key * stride;
         var score = dot4_k(r);
         if (at.flags & 8u) != 0u {
-            let from = (row.h * at.queries + row.n) * at.keys;
-            score += vec4<f32>(ld(at_bias[from + key.x]), ld(at_bias[from + key.y]), ld(at_bias[from + key.z]), ld(at_bias[from + key.w]));
+            let origin = (row.h * at.queries + row.n) * at.keys;
+            score += vec4<f32>(ld(at_bias[origin + key.x]), ld(at_bias[origin + key.y]), ld(at_bias[origin + key.z]), ld(at_bias[origin + key.w]));
         }
         score = select(vec4<f32>(MASKED), score, live);
         let largest = max(state.largest, max(max(score.x, score.y), max(score.z, score.w)));
@@ -172,4 +171,221 @@ fn attention_fwd_finish(@builtin(global_invocation_id) gid: vec3<u32>) {
     if total != 0.0 { inverse = 1.0 / total; lse = at_state_in[kept + at.dim] + log(total); }
     for (var d = 0u; d < at.dim; d++) { at_y_out[row.start + d] = st(at_state_in[kept + d] * inverse); }
     at_lse_out[item] = lse;
+}
+
+@group(0) @binding(0) var<storage, read> at_y_in: array<E>;
+@group(0) @binding(1) var<storage, read> at_dy_in: array<E>;
+@group(0) @binding(2) var<storage, read> at_lse_in: array<f32>;
+@group(0) @binding(5) var<storage, read_write> at_stats_out: array<f32>;
+
+// What the other entries need of a query row: lse, delta, and how many keys it sees (exact: below 2^24).
+@compute @workgroup_size(64)
+fn attention_bwd_rows(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let item = linear_id(gid, 64u);
+    if item >= at.batch * at.heads * at.queries { return; }
+    let row = row_of(item, at.queries);
+    var delta = 0.0;
+    for (var d = 0u; d < at.dim; d++) { delta += ld(at_y_in[row.start + d]) * ld(at_dy_in[row.start + d]); }
+    at_stats_out[item * 3u] = at_lse_in[item];
+    at_stats_out[item * 3u + 1u] = delta;
+    at_stats_out[item * 3u + 2u] = f32(visible_keys(row.b, row.n));
+}
+
+@group(0) @binding(3) var<storage, read> at_bias_bwd: array<E>;
+@group(0) @binding(4) var<storage, read> at_dy: array<E>;
+@group(0) @binding(5) var<storage, read> at_stats: array<f32>;
+@group(0) @binding(6) var<storage, read_write> at_dq: array<E>;
+@group(0) @binding(6) var<storage, read_write> at_total: array<f32>;
+@group(0) @binding(6) var<storage, read_write> at_dk: array<E>;
+@group(0) @binding(7) var<storage, read_write> at_dv: array<E>;
+@group(0) @binding(6) var<storage, read_write> at_dbias: array<E>;
+
+// A second row and sum beside at_row and at_sum: dy of a query, or v and dv of a key.
+var<private> at_row2: array<f32, DIM>;
+var<private> at_sum2: array<f32, DIM>;
+
+fn load4_q(r: vec4<u32>, d: u32) -> vec4<f32> {
+    return vec4<f32>(ld(at_q[r.x + d]), ld(at_q[r.y + d]), ld(at_q[r.z + d]), ld(at_q[r.w + d]));
+}
+fn load4_dy(r: vec4<u32>, d: u32) -> vec4<f32> {
+    return vec4<f32>(ld(at_dy[r.x + d]), ld(at_dy[r.y + d]), ld(at_dy[r.z + d]), ld(at_dy[r.w + d]));
+}
+fn bias4(r: vec4<u32>) -> vec4<f32> {
+    if (at.flags & 8u) == 0u { return vec4<f32>(0.0); }
+    return vec4<f32>(ld(at_bias_bwd[r.x]), ld(at_bias_bwd[r.y]), ld(at_bias_bwd[r.z]), ld(at_bias_bwd[r.w]));
+}
+
+// dq / scale of one query row over keys first..last, added to at_sum.
+fn query_gradient(row: Row, item: u32) {
+    let stride = at.heads * at.dim;
+    let base = row.b * at.keys * stride + row.h * at.dim;
+    let origin = (row.h * at.queries + row.n) * at.keys;
+    let lse = at_stats[item * 3u];
+    let delta = at_stats[item * 3u + 1u];
+    let n = u32(at_stats[item * 3u + 2u]);
+    for (var s = at.first; s < min(n, at.last); s += 4u) {
+        let key = min(vec4<u32>(s, s + 1u, s + 2u, s + 3u), vec4<u32>(n - 1u));
+        let live = vec4<u32>(s, s + 1u, s + 2u, s + 3u) < vec4<u32>(n);
+        let r = base + key * stride;
+        var score = bias4(origin + key);
+        var dp = vec4<f32>(-delta);
+        var d = 0u;
+        for (; d + 2u <= at.dim; d += 2u) {
+            score += at_row[d] * load4_k(r, d) + at_row[d + 1u] * load4_k(r, d + 1u);
+            dp += at_row2[d] * load4_v(r, d) + at_row2[d + 1u] * load4_v(r, d + 1u);
+        }
+        if d < at.dim { score += at_row[d] * load4_k(r, d); dp += at_row2[d] * load4_v(r, d); }
+        let ds = select(vec4<f32>(0.0), exp(score - lse) * dp, live);
+        d = 0u;
+        for (; d + 2u <= at.dim; d += 2u) {
+            at_sum[d] += dot(ds, load4_k(r, d));
+            at_sum[d + 1u] += dot(ds, load4_k(r, d + 1u));
+        }
+        if d < at.dim { at_sum[d] += dot(ds, load4_k(r, d)); }
+    }
+}
+
+fn load_query_gradient(start: u32) {
+    for (var d = 0u; d < at.dim; d++) {
+        at_row[d] = ld(at_q[start + d]) * at.scale;
+        at_row2[d] = ld(at_dy[start + d]);
+        at_sum[d] = 0.0;
+    }
+}
+
+@compute @workgroup_size(64)
+fn attention_bwd_q(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let item = linear_id(gid, 64u);
+    if item >= at.batch * at.heads * at.queries { return; }
+    let row = row_of(item, at.queries);
+    load_query_gradient(row.start);
+    query_gradient(row, item);
+    for (var d = 0u; d < at.dim; d++) { at_dq[row.start + d] = st(at_sum[d] * at.scale); }
+}
+
+// One range of keys; the first launch sets the sum.
+@compute @workgroup_size(64)
+fn attention_bwd_q_part(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let item = linear_id(gid, 64u);
+    if item >= at.batch * at.heads * at.queries { return; }
+    let row = row_of(item, at.queries);
+    load_query_gradient(row.start);
+    query_gradient(row, item);
+    for (var d = 0u; d < at.dim; d++) {
+        var sum = at_sum[d] * at.scale;
+        if at.first > 0u { sum += at_total[row.start + d]; }
+        at_total[row.start + d] = sum;
+    }
+}
+
+// dk and dv of one key row over queries first..last, added to at_sum and at_sum2.
+fn key_gradient(row: Row) {
+    let stride = at.heads * at.dim;
+    let base = row.b * at.queries * stride + row.h * at.dim;
+    let stats = (row.b * at.heads + row.h) * at.queries;
+    for (var t = at.first; t < at.last; t += 4u) {
+        let query = min(vec4<u32>(t, t + 1u, t + 2u, t + 3u), vec4<u32>(at.queries - 1u));
+        let i = (stats + query) * 3u;
+        // Rows past the end repeat the last query and must not count; the others count where they see this key.
+        let seen = vec4<f32>(at_stats[i.x + 2u], at_stats[i.y + 2u], at_stats[i.z + 2u], at_stats[i.w + 2u]);
+        let live = (vec4<f32>(f32(row.n)) < seen) & (vec4<u32>(t, t + 1u, t + 2u, t + 3u) < vec4<u32>(at.last));
+        if !any(live) { continue; }
+        let r = base + query * stride;
+        var score = bias4((row.h * at.queries + query) * at.keys + row.n);
+        score -= vec4<f32>(at_stats[i.x], at_stats[i.y], at_stats[i.z], at_stats[i.w]);
+        var dp = -vec4<f32>(at_stats[i.x + 1u], at_stats[i.y + 1u], at_stats[i.z + 1u], at_stats[i.w + 1u]);
+        var d = 0u;
+        for (; d + 2u <= at.dim; d += 2u) {
+            score += at_row[d] * load4_q(r, d) + at_row[d + 1u] * load4_q(r, d + 1u);
+            dp += at_row2[d] * load4_dy(r, d) + at_row2[d + 1u] * load4_dy(r, d + 1u);
+        }
+        if d < at.dim { score += at_row[d] * load4_q(r, d); dp += at_row2[d] * load4_dy(r, d); }
+        let p = select(vec4<f32>(0.0), exp(score), live);
+        let ds = select(vec4<f32>(0.0), p * dp, live);
+        d = 0u;
+        for (; d + 2u <= at.dim; d += 2u) {
+            at_sum[d] += dot(ds, load4_q(r, d));
+            at_sum[d + 1u] += dot(ds, load4_q(r, d + 1u));
+            at_sum2[d] += dot(p, load4_dy(r, d));
+            at_sum2[d + 1u] += dot(p, load4_dy(r, d + 1u));
+        }
+        if d < at.dim { at_sum[d] += dot(ds, load4_q(r, d)); at_sum2[d] += dot(p, load4_dy(r, d)); }
+    }
+}
+
+fn load_key_gradient(start: u32) {
+    for (var d = 0u; d < at.dim; d++) {
+        at_row[d] = ld(at_k[start + d]) * at.scale;
+        at_row2[d] = ld(at_v[start + d]);
+        at_sum[d] = 0.0;
+        at_sum2[d] = 0.0;
+    }
+}
+
+@compute @workgroup_size(64)
+fn attention_bwd_kv(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let item = linear_id(gid, 64u);
+    if item >= at.batch * at.heads * at.keys { return; }
+    let row = row_of(item, at.keys);
+    load_key_gradient(row.start);
+    key_gradient(row);
+    for (var d = 0u; d < at.dim; d++) {
+        at_dk[row.start + d] = st(at_sum[d] * at.scale);
+        at_dv[row.start + d] = st(at_sum2[d]);
+    }
+}
+
+// One range of queries; the first launch sets the sums, dk before dv.
+@compute @workgroup_size(64)
+fn attention_bwd_kv_part(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let item = linear_id(gid, 64u);
+    if item >= at.batch * at.heads * at.keys { return; }
+    let row = row_of(item, at.keys);
+    let half = at.batch * at.keys * at.heads * at.dim;
+    load_key_gradient(row.start);
+    key_gradient(row);
+    for (var d = 0u; d < at.dim; d++) {
+        var sum = at_sum[d] * at.scale;
+        var sum2 = at_sum2[d];
+        if at.first > 0u { sum += at_total[row.start + d]; sum2 += at_total[half + row.start + d]; }
+        at_total[row.start + d] = sum;
+        at_total[half + row.start + d] = sum2;
+    }
+}
+
+@group(0) @binding(0) var<storage, read> at_total_in: array<f32>;
+@group(0) @binding(1) var<storage, read_write> at_stored: array<E>;
+
+// Elements first..last of the sums into storage.
+@compute @workgroup_size(64)
+fn attention_bwd_store(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let item = linear_id(gid, 64u);
+    if item >= at.last - at.first { return; }
+    at_stored[item] = st(at_total_in[at.first + item]);
+}
+
+@compute @workgroup_size(64)
+fn attention_bwd_bias(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let item = linear_id(gid, 64u);
+    if item >= at.heads * at.queries * at.keys { return; }
+    let s = item % at.keys;
+    let head = item / at.keys;
+    let t = head % at.queries;
+    let h = head / at.queries;
+    var sum = 0.0;
+    for (var b = 0u; b < at.batch; b++) {
+        let i = ((b * at.heads + h) * at.queries + t) * 3u;
+        if f32(s) >= at_stats[i + 2u] { continue; }
+        let q = ((b * at.queries + t) * at.heads + h) * at.dim;
+        let k = ((b * at.keys + s) * at.heads + h) * at.dim;
+        var score = 0.0;
+        var dp = 0.0;
+        for (var d = 0u; d < at.dim; d++) {
+            score += ld(at_q[q + d]) * ld(at_k[k + d]);
+            dp += ld(at_dy[q + d]) * ld(at_v[k + d]);
+        }
+        let p = exp(score * at.scale + ld(at_bias_bwd[item]) - at_stats[i]);
+        sum += p * (dp - at_stats[i + 1u]);
+    }
+    at_dbias[item] = st(sum);
 }

@@ -36,10 +36,21 @@ fn state_bytes(e: &Extents) -> usize {
     e.batch * e.heads * e.queries * (e.dim + 2) * 4
 }
 
-/// Loop iterations of one invocation over `keys` keys: two loops over D in steps of 4 with a tail of up to 3 per block
-/// of keys, and the loops that load and store a row.
+/// Loop iterations of one invocation over `keys` keys: two passes over D per block of keys, and the loops that load and
+/// store a row.
 fn forward_trips(e: &Extents, keys: usize) -> usize {
-    keys.div_ceil(STEP) * (1 + 2 * (e.dim / 4 + e.dim % 4)) + 3 * e.dim
+    keys.div_ceil(STEP) * (1 + 2 * pass(e)) + row(e)
+}
+
+/// One pass over D in steps of 4 with a tail. A software driver also counts the pass in which a loop finds its end, so
+/// a loop of n iterations counts n + 1.
+fn pass(e: &Extents) -> usize {
+    (e.dim / 4 + 1) + (e.dim % 4 + 1)
+}
+
+/// The loops that load and store the rows of an invocation, and the ends of the outer loops.
+fn row(e: &Extents) -> usize {
+    4 * (e.dim + 1)
 }
 
 /// Ranges of `0..extent`, equal but for the last, whose `trips` stay within the device's budget.
@@ -84,11 +95,88 @@ fn forward(p: &Problem) -> Plan {
     Plan::sequence(launches).scratch(state_bytes(&e))
 }
 
-fn fits_backward(_: &Problem) -> bool {
-    false
+/// Iterations of one invocation of `bwd_q` (or `bwd_kv`, with queries for keys): two passes over D in steps of 2.
+fn backward_trips(e: &Extents, extent: usize) -> usize {
+    extent.div_ceil(STEP) * (1 + 2 * (e.dim / 2 + 1)) + row(e)
+}
+
+/// Ranges of keys for dq and of queries for dk and dv, and the bytes of the sums that splitting them needs.
+struct Split {
+    keys: Vec<(usize, usize)>,
+    queries: Vec<(usize, usize)>,
+    bytes: usize,
+}
+
+impl Split {
+    fn of(p: &Problem, e: &Extents) -> Self {
+        let keys = splits(p, e.keys, |n| backward_trips(e, n));
+        let queries = splits(p, e.queries, |n| backward_trips(e, n));
+        let row = e.batch * e.heads * e.dim * 4;
+        let for_query = if keys.len() > 1 { e.queries * row } else { 0 };
+        let for_key = if queries.len() > 1 { 2 * e.keys * row } else { 0 };
+        Self { keys, queries, bytes: for_query.max(for_key) }
+    }
+}
+
+fn stats_bytes(e: &Extents) -> usize {
+    e.batch * e.heads * e.queries * 3 * 4
+}
+
+/// A count of visible keys is kept as f32.
+const MAX_KEYS: usize = 1 << 24;
+
+fn fits_backward(p: &Problem) -> bool {
+    let Some(e) = extents(p) else { return false };
+    let scratch = stats_bytes(&e).max(Split::of(p, &e).bytes);
+    let largest = p.inputs.iter().chain(p.outputs).map(|m| m.bytes()).max().unwrap_or(0).max(scratch);
+    let bias = p.info.limits.loop_budget.is_none_or(|budget| bias_trips(&e) as u64 <= budget);
+    e.dim <= MAX_DIM && e.keys < MAX_KEYS && bias && largest as u64 <= p.info.limits.binding_bytes
+}
+
+fn bias_trips(e: &Extents) -> usize {
+    e.batch * (e.dim + 2) + 1
 }
 
 fn backward(p: &Problem) -> Plan {
-    let _ = p.op::<AttentionBackward>();
-    Plan::default()
+    let (Some(e), Some(op)) = (extents(p), p.op::<AttentionBackward>()) else { return Plan::default() };
+    let n = op.0.inputs();
+    let [context, lengths, bias] = optional(&op.0);
+    let (y, lse, dy, dq, dk, dv, dbias) = (n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6);
+    let stats = dbias + usize::from(op.0.bias);
+    let sums = stats + 1;
+    let (query_rows, key_rows) = (e.batch * e.heads * e.queries, e.batch * e.heads * e.keys);
+    let split = Split::of(p, &e);
+    let whole = |rows: usize, extent: usize| Launch::linear(rows, BLOCK, range(p, (0, extent)));
+    let mut launches = vec![whole(query_rows, 0).trips(e.dim + 1).slots(&[y, dy, lse, context, lengths, stats])];
+    let store = |target: usize, (first, count): (usize, usize)| {
+        let launch = Launch::linear(count, BLOCK, range(p, (first, first + count))).entry("attention_bwd_store");
+        launch.slots(&[sums, target])
+    };
+    if split.keys.len() > 1 {
+        launches.extend(split.keys.iter().map(|&(first, last)| {
+            let launch = Launch::linear(query_rows, BLOCK, range(p, (first, last))).entry("attention_bwd_q_part");
+            launch.trips(backward_trips(&e, last - first)).slots(&[0, 1, 2, bias, dy, stats, sums])
+        }));
+        launches.push(store(dq, (0, query_rows * e.dim)));
+    } else {
+        let launch = whole(query_rows, e.keys).entry("attention_bwd_q").trips(backward_trips(&e, e.keys));
+        launches.push(launch.slots(&[0, 1, 2, bias, dy, stats, dq]));
+    }
+    if split.queries.len() > 1 {
+        launches.extend(split.queries.iter().map(|&(first, last)| {
+            let launch = Launch::linear(key_rows, BLOCK, range(p, (first, last))).entry("attention_bwd_kv_part");
+            launch.trips(backward_trips(&e, last - first)).slots(&[0, 1, 2, bias, dy, stats, sums])
+        }));
+        launches.push(store(dk, (0, key_rows * e.dim)));
+        launches.push(store(dv, (key_rows * e.dim, key_rows * e.dim)));
+    } else {
+        let launch = whole(key_rows, e.queries).entry("attention_bwd_kv").trips(backward_trips(&e, e.queries));
+        launches.push(launch.slots(&[0, 1, 2, bias, dy, stats, dk, dv]));
+    }
+    if op.0.bias {
+        let launch = whole(e.heads * e.queries * e.keys, 0).entry("attention_bwd_bias").trips(bias_trips(&e));
+        launches.push(launch.slots(&[0, 1, 2, bias, dy, stats, dbias]));
+    }
+    let plan = Plan::sequence(launches).scratch(stats_bytes(&e));
+    if split.bytes > 0 { plan.scratch(split.bytes) } else { plan }
 }
