@@ -1,15 +1,19 @@
 //! CPU kernels, twins of `shaders/` and `cuda/`: one file per op family.
 
 mod attention;
+mod embed;
 pub(crate) mod gemm;
 mod matmul;
 mod norm;
 mod optim;
+mod rope;
 pub mod simd;
 mod softmax;
 mod unary;
 
 pub(crate) use attention::{attention, attention_backward};
+pub(crate) use embed::{embed, embed_backward};
+pub(crate) use rope::rope;
 pub(crate) use matmul::matmul;
 pub(crate) use norm::{add_layernorm, add_norm_backward, add_rmsnorm, layernorm, norm_backward, rmsnorm};
 mod quant;

@@ -5,12 +5,15 @@ use crate::op::Family;
 pub mod binary;
 pub mod ceiling;
 pub mod attention;
+pub mod binary;
+pub mod embed;
 pub mod matmul;
 pub mod norm;
 pub mod optim;
 pub mod quant;
 pub mod reduce;
 mod quantize;
+pub mod rope;
 mod rows;
 pub mod softmax;
 pub mod unary;
@@ -18,14 +21,16 @@ pub mod unary;
 /// Every op family; verification, gradient checks, benches, the support table and the docs are loops over it.
 #[rustfmt::skip] // one line each
 pub static FAMILIES: &[&Family] = &[
+    &attention::FAMILY,
     &binary::FAMILY,
     &ceiling::FAMILY,
+    &embed::FAMILY,
     &matmul::FAMILY,
     &norm::FAMILY,
     &optim::FAMILY,
     &quant::FAMILY,
     &reduce::FAMILY,
+    &rope::FAMILY,
     &softmax::FAMILY,
     &unary::FAMILY,
 ];
-pub static FAMILIES: &[&Family] = &[&attention::FAMILY, &matmul::FAMILY, &norm::FAMILY, &unary::FAMILY];

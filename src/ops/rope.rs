@@ -41,8 +41,7 @@ pub struct Rope {
 /// layers keep any subset of the frequencies. Computed in f64, because a shader's sine is only good to 2^-11.
 pub fn tables(inverse_frequencies: &[f32], positions: usize) -> (Vec<f32>, Vec<f32>) {
     let angle = |position: usize, frequency: f32| position as f64 * f64::from(frequency);
-    let angles: Vec<f64> =
-        (0..positions).flat_map(|p| inverse_frequencies.iter().map(move |&f| angle(p, f))).collect();
+    let angles: Vec<f64> = (0..positions).flat_map(|p| inverse_frequencies.iter().map(move |&f| angle(p, f))).collect();
     (angles.iter().map(|a| a.cos() as f32).collect(), angles.iter().map(|a| a.sin() as f32).collect())
 }
 
@@ -78,7 +77,11 @@ impl Op for Rope {
             _ => return Err(broken("inputs x, cos, sin, positions, and block positions for the 2-D form")),
         };
         if !x.dtype.is_float() || cos.dtype != DType::F32 || sin != cos {
-            return Err(Error::Dtype { op: self.name(), expected: "x of a float type, cos and sin f32 alike", got: shape::list(inputs) });
+            return Err(Error::Dtype {
+                op: self.name(),
+                expected: "x of a float type, cos and sin f32 alike",
+                got: shape::list(inputs),
+            });
         }
         let &[b, t, _, d] = x.dims() else { return Err(broken("x [B, T, H, D]")) };
         let (span, spans) = self.span(d);

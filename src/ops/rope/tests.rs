@@ -9,7 +9,14 @@ use crate::tensor::Tensor;
 
 const DIM: usize = 8;
 
-fn rotated(device: &Arc<dyn Device>, kind: RopeKind, inverse: bool, x: &[f64], positions: &[u32], blocks: &[u32]) -> Vec<f64> {
+fn rotated(
+    device: &Arc<dyn Device>,
+    kind: RopeKind,
+    inverse: bool,
+    x: &[f64],
+    positions: &[u32],
+    blocks: &[u32],
+) -> Vec<f64> {
     let n = positions.len();
     let half = inverse_frequencies(DIM / 2, 100.0);
     let frequencies = match kind {
@@ -20,10 +27,8 @@ fn rotated(device: &Arc<dyn Device>, kind: RopeKind, inverse: bool, x: &[f64], p
     let table = |values: &[f32]| Tensor::from_slice(device, &[50, DIM / 2], values).unwrap();
     let x = Tensor::from_f64(device, &[1, n, 1, DIM], DType::F32, x).unwrap();
     let (cos, sin) = (table(&cos), table(&sin));
-    let (positions, blocks) = (
-        Tensor::from_slice(device, &[1, n], positions).unwrap(),
-        Tensor::from_slice(device, &[1, n], blocks).unwrap(),
-    );
+    let (positions, blocks) =
+        (Tensor::from_slice(device, &[1, n], positions).unwrap(), Tensor::from_slice(device, &[1, n], blocks).unwrap());
     let mut inputs = vec![&x, &cos, &sin, &positions];
     if kind == RopeKind::Glm2d {
         inputs.push(&blocks);
