@@ -2,10 +2,9 @@
 
 use crate::op::Family;
 
-pub mod binary;
-pub mod ceiling;
 pub mod attention;
 pub mod binary;
+pub mod ceiling;
 pub mod embed;
 pub mod matmul;
 pub mod norm;
