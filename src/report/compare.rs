@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::bench::{BenchRecord, Case, quantile};
-use super::plain::{markdown_text, terminal_text};
+use super::plain::{markdown_text, plain_text};
 use super::quantity::milliseconds;
 use super::table::{Alignment, Table};
 use crate::rng::Stream;
@@ -168,7 +168,7 @@ fn table(comparisons: &[Comparison], clean: fn(&str) -> String) -> Table {
 
 /// For a terminal: aligned columns and one line of totals.
 pub fn to_terminal(comparisons: &[Comparison]) -> String {
-    format!("{}\n{}\n", table(comparisons, terminal_text).terminal(), totals(comparisons))
+    format!("{}\n{}\n", table(comparisons, plain_text).terminal(), totals(comparisons))
 }
 
 /// As a Markdown table with its totals.

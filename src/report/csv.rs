@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// `Error::Io` should the writer fail.
-pub fn to_csv(report: &RunReport) -> Result<Vec<u8>> {
+pub fn render(report: &RunReport) -> Result<Vec<u8>> {
     let mut writer = csv::Writer::from_writer(Vec::new());
     let fail = |error: csv::Error| Error::io("report.csv", error.into());
     writer

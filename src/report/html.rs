@@ -4,7 +4,7 @@ use askama::Template;
 
 use super::chart;
 use super::model::RunReport;
-use super::plain::{lines_text, terminal_text};
+use super::plain::{lines_text, plain_text};
 use super::quantity::duration;
 use super::sections::{Mark, facts, headline, sections};
 use super::table::Alignment;
@@ -65,10 +65,10 @@ struct HtmlCell {
 ///
 /// # Errors
 /// `Error::Io` should the template fail to render.
-pub fn to_html(report: &RunReport) -> Result<String> {
-    let clean = |text: &String| terminal_text(text);
+pub fn render(report: &RunReport) -> Result<String> {
+    let clean = |text: &String| plain_text(text);
     let curve = |curve: &super::model::LossCurve| {
-        Some((terminal_text(&curve.stage), terminal_text(&curve.unit), chart::loss_curve(curve)?))
+        Some((plain_text(&curve.stage), plain_text(&curve.unit), chart::loss_curve(curve)?))
     };
     let (appendix, tables) = tables(report).into_iter().partition(|table| table.appendix);
     let mut meta = vec![("Finished", clean(&report.finished)), ("Took", duration(report.seconds))];
@@ -102,7 +102,7 @@ fn heatmaps(report: &RunReport) -> Vec<(String, String)> {
     let mut maps: Vec<(String, String)> = Vec::new();
     let mut shown: Option<&Vec<(String, f64)>> = None;
     for stage in &report.stages {
-        let name = terminal_text(&stage.name);
+        let name = plain_text(&stage.name);
         match maps.last_mut().filter(|_| shown == Some(&stage.sparsity)) {
             Some((names, _)) => *names += &format!(", {name}"),
             None => maps.extend(chart::sparsity(stage).map(|map| (name, map))),
@@ -121,7 +121,7 @@ fn tables(report: &RunReport) -> Vec<HtmlTable> {
             let first = row.cells.first().map_or("", |cell| cell.text.as_str());
             let repeats = std::mem::replace(&mut above, first) == first;
             let cells = row.cells.iter().zip(&alignments).map(|(cell, alignment)| HtmlCell {
-                text: terminal_text(&cell.text),
+                text: plain_text(&cell.text),
                 class: match (cell.mark, alignment) {
                     (Mark::Absent, _) => "none",
                     (Mark::Holds, _) => "left ok",
@@ -147,7 +147,7 @@ fn tables(report: &RunReport) -> Vec<HtmlTable> {
                 .iter()
                 .map(|(name, alignment)| Column { name: name.clone(), left: *alignment == Alignment::Left })
                 .collect(),
-            below: section.below.iter().map(|line| terminal_text(line)).collect(),
+            below: section.below.iter().map(|line| plain_text(line)).collect(),
         });
     }
     tables

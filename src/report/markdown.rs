@@ -7,7 +7,7 @@ use super::sections::{Mark, facts, headline, sections};
 use super::table::{Alignment, Table};
 
 /// The whole report as one Markdown document.
-pub fn to_markdown(report: &RunReport) -> String {
+pub fn render(report: &RunReport) -> String {
     let mut out = String::new();
     let mut paragraph = |text: &str| {
         if !text.is_empty() {

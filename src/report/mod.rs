@@ -6,25 +6,22 @@
 pub mod bench;
 mod chart;
 pub mod compare;
-mod csv;
-mod html;
-mod markdown;
+pub mod csv;
+pub mod html;
+pub mod markdown;
 pub mod model;
 mod plain;
 mod quantity;
 mod sections;
-mod table;
+pub mod table;
 
 use std::path::{Path, PathBuf};
 
 use crate::atomic::write_atomic;
 use crate::error::Result;
 
-pub use csv::to_csv;
-pub use html::to_html;
-pub use markdown::to_markdown;
 pub use model::RunReport;
-pub use plain::{csv_text, markdown_text, terminal_text};
+pub use plain::{csv_text, markdown_text, plain_text};
 pub use quantity::{bytes, count, duration, milliseconds, number, percent};
 pub use table::{Alignment, Table};
 
@@ -35,11 +32,11 @@ pub use table::{Alignment, Table};
 /// `Error::Io`; what was written before stays.
 pub fn write(directory: impl AsRef<Path>, report: &RunReport) -> Result<[PathBuf; 4]> {
     let paths = ["report.json", "report.md", "report.html", "report.csv"].map(|name| directory.as_ref().join(name));
-    let [json, markdown, html, csv] = &paths;
-    write_atomic(json, &report.to_json()?)?;
-    write_atomic(markdown, to_markdown(report).as_bytes())?;
-    write_atomic(html, to_html(report)?.as_bytes())?;
-    write_atomic(csv, &to_csv(report)?)?;
+    let [data, text, page, table] = &paths;
+    write_atomic(data, &report.to_json()?)?;
+    write_atomic(text, markdown::render(report).as_bytes())?;
+    write_atomic(page, html::render(report)?.as_bytes())?;
+    write_atomic(table, &csv::render(report)?)?;
     Ok(paths)
 }
 

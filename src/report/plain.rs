@@ -2,19 +2,19 @@
 
 /// Text for one line on a terminal: control characters (which could move the cursor or set colours) and bidirectional
 /// overrides (which could reorder what is read) are taken out; line breaks and tabs become spaces.
-pub fn terminal_text(text: &str) -> String {
+pub fn plain_text(text: &str) -> String {
     text.chars().filter_map(|c| if matches!(c, '\n' | '\t') { Some(' ') } else { visible(c).then_some(c) }).collect()
 }
 
-/// As [`terminal_text`], but line breaks stay.
+/// As [`plain_text`], but line breaks stay.
 pub(super) fn lines_text(text: &str) -> String {
-    text.lines().map(terminal_text).collect::<Vec<_>>().join("\n")
+    text.lines().map(plain_text).collect::<Vec<_>>().join("\n")
 }
 
 /// Text for a Markdown paragraph or table cell: cleaned as for a terminal, then everything that Markdown or HTML would
 /// read as mark-up or as a link is escaped.
 pub fn markdown_text(text: &str) -> String {
-    let clean = terminal_text(text);
+    let clean = plain_text(text);
     let mut out = String::with_capacity(clean.len());
     let mut rest = clean.as_str();
     while let Some(character) = rest.chars().next() {
@@ -36,7 +36,7 @@ pub fn markdown_text(text: &str) -> String {
 /// Text for a CSV field (the csv writer does the quoting): cleaned, and prefixed with an apostrophe where a spreadsheet
 /// would take it for a formula.
 pub fn csv_text(text: &str) -> String {
-    let clean = terminal_text(text);
+    let clean = plain_text(text);
     if clean.trim_start().starts_with(['=', '+', '-', '@']) { format!("'{clean}") } else { clean }
 }
 
@@ -63,9 +63,9 @@ mod tests {
 
     #[test]
     fn terminals_get_no_control_and_no_reordering() {
-        assert_eq!(terminal_text("a\u{1b}[31mred\u{7}\r\nb\u{9b}2J"), "a[31mred b2J");
-        assert_eq!(terminal_text("user\u{202e}gpj.exe\u{2066}x\u{2069}"), "usergpj.exex");
-        assert_eq!(terminal_text("层 é 🎉"), "层 é 🎉", "ordinary text of any language stays");
+        assert_eq!(plain_text("a\u{1b}[31mred\u{7}\r\nb\u{9b}2J"), "a[31mred b2J");
+        assert_eq!(plain_text("user\u{202e}gpj.exe\u{2066}x\u{2069}"), "usergpj.exex");
+        assert_eq!(plain_text("层 é 🎉"), "层 é 🎉", "ordinary text of any language stays");
     }
 
     #[test]

@@ -74,7 +74,8 @@ fn score(value: f64) -> String {
     format!("{value:.1}")
 }
 
-fn stages(report: &RunReport) -> Section {
+/// Size and quality, one row per stage.
+pub fn stages(report: &RunReport) -> Section {
     let row = |stage: &StageRow| Row {
         baseline: stage.baseline,
         cells: vec![

@@ -2,6 +2,9 @@
 
 use comfy_table::{Attribute, Cell, CellAlignment, ContentArrangement, presets};
 
+use super::model::RunReport;
+use super::plain::plain_text;
+
 /// Which side of its column a cell stands on; numbers stand right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Alignment {
@@ -10,7 +13,7 @@ pub enum Alignment {
 }
 
 /// A header and rows of finished text. The caller cleans names for the rendering it wants
-/// ([`terminal_text`](super::terminal_text), [`markdown_text`](super::markdown_text)).
+/// ([`plain_text`](super::plain_text), [`markdown_text`](super::markdown_text)).
 #[derive(Debug, Clone)]
 pub struct Table {
     columns: Vec<(String, Alignment)>,
@@ -91,6 +94,20 @@ impl Table {
         }
         out
     }
+}
+
+/// The stages of a report for a terminal, without a line break at the end; empty without stages.
+pub fn stages(report: &RunReport) -> String {
+    let section = super::sections::stages(report);
+    if section.rows.is_empty() {
+        return String::new();
+    }
+    let columns: Vec<_> = section.columns.iter().map(|(name, alignment)| (name.as_str(), *alignment)).collect();
+    let mut table = Table::new(&columns);
+    for row in &section.rows {
+        table.row(row.cells.iter().map(|cell| plain_text(&cell.text)).collect());
+    }
+    table.terminal()
 }
 
 #[cfg(test)]

@@ -82,9 +82,9 @@ fn tags(html: &str) -> Vec<&str> {
 
 #[test]
 fn html_is_the_same_document_whatever_the_names_are() {
-    let harmless = report::to_html(&filled_with("name")).unwrap();
+    let harmless = report::html::render(&filled_with("name")).unwrap();
     for payload in PAYLOADS {
-        let html = report::to_html(&filled_with(payload)).unwrap();
+        let html = report::html::render(&filled_with(payload)).unwrap();
         assert_harmless(&html, payload);
         assert_eq!(tags(&html), tags(&harmless), "a name became mark-up: {payload:?}");
         assert!(!html.to_lowercase().contains("<script"), "{payload:?}");
@@ -93,7 +93,7 @@ fn html_is_the_same_document_whatever_the_names_are() {
 
 #[test]
 fn html_asks_for_nothing() {
-    let html = report::to_html(&filled_with("name")).unwrap();
+    let html = report::html::render(&filled_with("name")).unwrap();
     assert!(html.contains("Content-Security-Policy\" content=\"default-src 'none'"));
     for outside in ["http:", "https:", "//", "src=", "href=", "@import", "<link", "<script", "<iframe", "javascript:"] {
         assert!(!html.contains(outside), "{outside} in the page");
@@ -104,7 +104,7 @@ fn html_asks_for_nothing() {
 
 #[test]
 fn html_elements_close() {
-    let html = report::to_html(&filled_with("name")).unwrap();
+    let html = report::html::render(&filled_with("name")).unwrap();
     for tag in ["svg", "table", "tr", "td", "th", "section", "div", "text", "ul", "li", "dl", "details", "pre", "rect"]
     {
         let open = html.matches(&format!("<{tag}>")).count() + html.matches(&format!("<{tag} ")).count();
@@ -120,9 +120,9 @@ fn markdown_shows_names_as_text() {
         // Headings, table rows and their columns; a name can add none.
         text.lines().map(|line| line.replace("\\|", "").matches('|').count()).collect()
     };
-    let harmless = report::to_markdown(&filled_with("name"));
+    let harmless = report::markdown::render(&filled_with("name"));
     for payload in PAYLOADS {
-        let text = report::to_markdown(&filled_with(payload));
+        let text = report::markdown::render(&filled_with(payload));
         assert_harmless(&text, payload);
         // The two code blocks show text as it is; their fences are tested beside them.
         let prose = |text: &str| text.split("## Reproduce").next().unwrap_or("").to_string();
@@ -138,7 +138,7 @@ fn markdown_shows_names_as_text() {
 #[test]
 fn csv_cells_are_no_formulas() {
     for payload in PAYLOADS {
-        let text = report::to_csv(&filled_with(payload)).unwrap();
+        let text = report::csv::render(&filled_with(payload)).unwrap();
         let mut reader = csv::Reader::from_reader(text.as_slice());
         let mut rows = 0;
         for record in reader.records() {
@@ -154,12 +154,20 @@ fn csv_cells_are_no_formulas() {
     }
 }
 
+/// Without the bold header that an interactive terminal gets.
+fn unstyled(text: &str) -> String {
+    text.replace("\u{1b}[1m", "").replace("\u{1b}[0m", "")
+}
+
 #[test]
-fn benchmark_names_are_cleaned_too() {
+fn terminals_and_comparisons_get_clean_names() {
     for payload in PAYLOADS {
         let record = BenchRecord { op: payload.into(), params: payload.into(), ..BenchRecord::default() };
         let rows = compare::compare(std::slice::from_ref(&record), std::slice::from_ref(&record));
-        assert_harmless(&compare::to_terminal(&rows), payload);
+        assert_harmless(&unstyled(&compare::to_terminal(&rows)), payload);
+        let stages = unstyled(&report::table::stages(&filled_with(payload)));
+        assert_harmless(&stages, payload);
+        assert_eq!(stages.lines().count(), 4, "a name broke a line");
         let markdown = compare::to_markdown(&rows);
         assert_harmless(&markdown, payload);
         assert!(!markdown.contains("<script") && !markdown.contains("<img"), "{markdown}");
@@ -181,9 +189,9 @@ fn a_report_on_disk_is_whole_and_reads_back() {
 #[test]
 fn an_empty_report_still_renders() {
     let empty = RunReport { version: VERSION, ..RunReport::default() };
-    assert!(report::to_html(&empty).unwrap().contains("<h1>Run report</h1>"));
-    assert!(report::to_markdown(&empty).starts_with("# Run report\n"));
-    assert_eq!(report::to_csv(&empty).unwrap().iter().filter(|&&byte| byte == b'\n').count(), 1);
+    assert!(report::html::render(&empty).unwrap().contains("<h1>Run report</h1>"));
+    assert!(report::markdown::render(&empty).starts_with("# Run report\n"));
+    assert_eq!(report::csv::render(&empty).unwrap().iter().filter(|&&byte| byte == b'\n').count(), 1);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use crate::report::plain::terminal_text;
+use crate::report::plain::plain_text;
 
 /// Where a text's anchor point lies.
 #[derive(Debug, Clone, Copy)]
@@ -102,7 +102,7 @@ impl Svg {
     /// A name cut to `width` pixels, whole in its tooltip; starts at `at`.
     pub fn name(&mut self, class: &str, at: (f64, f64), width: f64, name: &str) {
         let [x, y] = [at.0, at.1].map(coordinate);
-        let (shown, whole) = (escape(&fit(&terminal_text(name), width)), escape(name));
+        let (shown, whole) = (escape(&fit(&plain_text(name), width)), escape(name));
         self.push(format_args!("<text class=\"{class}\" x=\"{x}\" y=\"{y}\">{shown}<title>{whole}</title></text>"));
     }
 
@@ -127,7 +127,7 @@ fn coordinate(value: f64) -> f64 {
 
 fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
-    for character in terminal_text(text).chars() {
+    for character in plain_text(text).chars() {
         match character {
             '&' => out.push_str("&amp;"),
             '<' => out.push_str("&lt;"),
