@@ -211,7 +211,16 @@ impl Op for Matmul {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &[Kernel::cpu("matmul_fwd", DType::FLOATS, cpu::matmul), plan::NAIVE];
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("matmul_fwd", DType::FLOATS, cpu::matmul),
+            plan::QUADS_NN,
+            plan::QUADS_NT,
+            plan::QUADS_TN,
+            plan::QUADS_TT,
+            plan::REGISTERS,
+            plan::WORKGROUP,
+            plan::NAIVE,
+        ];
         KERNELS
     }
 

@@ -1,73 +1,130 @@
 //! WGSL records of the matrix product and their launches.
 
 use super::{Epilogue, Layout, Matmul};
+use crate::device::Class;
 use crate::dtype::DType;
 use crate::kernel::{Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, always};
 
 pub(super) const SHADER: &str = include_str!("../../../shaders/matmul.wgsl");
 
-/// Output elements per workgroup and axis of the naive rung.
-const NAIVE_TILE: usize = 8;
+/// Rows and columns of output per workgroup of 8 x 8 invocations.
+type Tile = (usize, usize);
+const NAIVE_TILE: Tile = (8, 8);
+const TILE: Tile = (64, 64);
+const TALL_TILE: Tile = (128, 64);
 
-pub(super) const NAIVE: Kernel = Kernel {
-    name: "matmul_fwd",
-    code: Code::Wgsl { file: "matmul.wgsl", text: SHADER, entry: "matmul_fwd", constants: &[] },
-    dtypes: DType::FLOATS,
-    fits: always,
-    plan: naive,
-};
-
-fn naive(p: &Problem) -> Plan {
-    plan(p, "matmul_fwd", "matmul_part", NAIVE_TILE, 1)
+const fn wgsl(
+    name: &'static str,
+    constants: &'static [(&'static str, f64)],
+    fits: fn(&Problem) -> bool,
+    plan: fn(&Problem) -> Plan,
+) -> Kernel {
+    let code = Code::Wgsl { file: "matmul.wgsl", text: SHADER, entry: name, constants };
+    Kernel { name, code, dtypes: DType::FLOATS, fits, plan }
 }
 
-/// Blocks of output that one launch can cover with `tile` x `tile` outputs per workgroup; k cut so that one invocation
-/// stays in the loop budget at `step` elements per iteration. Only a cut k needs scratch: f32 sums of all outputs.
-fn plan(p: &Problem, whole: &'static str, part: &'static str, tile: usize, step: usize) -> Plan {
-    let Some(op) = p.op::<Matmul>() else {
+/// Best first. Software adapters prefer registers without barriers; the workgroup tile is what a GPU wants and is kept
+/// as a candidate everywhere, so that every device verifies it.
+pub(super) const QUADS_NN: Kernel = quads(&[("A_ALONG_K", 1.0), ("B_ALONG_K", 0.0)], |p| fits_quads(p, false, false));
+pub(super) const QUADS_NT: Kernel = quads(&[("A_ALONG_K", 1.0), ("B_ALONG_K", 1.0)], |p| fits_quads(p, false, true));
+pub(super) const QUADS_TN: Kernel = quads(&[("A_ALONG_K", 0.0), ("B_ALONG_K", 0.0)], |p| fits_quads(p, true, false));
+pub(super) const QUADS_TT: Kernel = quads(&[("A_ALONG_K", 0.0), ("B_ALONG_K", 1.0)], |p| fits_quads(p, true, true));
+pub(super) const REGISTERS: Kernel =
+    wgsl("matmul_fwd_v2", &[], fits_registers, |p| plan(p, "matmul_fwd_v2", TILE, FOURTH));
+pub(super) const WORKGROUP: Kernel =
+    wgsl("matmul_fwd_v4", &[], |p| unsplit(p, SHARED), |p| plan(p, "matmul_fwd_v4", TILE, SHARED));
+pub(super) const NAIVE: Kernel = wgsl("matmul_fwd", &[], always, |p| plan(p, "matmul_fwd", NAIVE_TILE, ONE));
+
+const fn quads(constants: &'static [(&'static str, f64)], fits: fn(&Problem) -> bool) -> Kernel {
+    wgsl("matmul_fwd_v3", constants, fits, |p| plan(p, "matmul_fwd_v3", TALL_TILE, FOURTH))
+}
+
+fn layout(p: &Problem) -> Option<(Matmul, Layout)> {
+    let op = *p.op::<Matmul>()?;
+    Some((op, op.layout(&p.inputs[0], &p.inputs[1]).ok()?.0))
+}
+
+/// Loop iterations of one invocation per step of k, as a fraction: one, one for four of k, or two inner loops of 16 in
+/// an outer one.
+type Rate = (usize, usize);
+const ONE: Rate = (1, 1);
+const FOURTH: Rate = (1, 4);
+const SHARED: Rate = (33, 16);
+
+/// Iterations for `k`, with room for a tail shorter than one round of the outer loop.
+fn trips(k: usize, (iterations, steps): Rate) -> usize {
+    k * iterations / steps + 40
+}
+
+/// Longest k that one invocation may run through.
+fn longest(p: &Problem, (iterations, steps): Rate) -> usize {
+    p.info.limits.loop_budget.map_or(usize::MAX, |budget| (budget as usize - 40) * steps / iterations)
+}
+
+/// Whether no launch needs its k cut: only the naive rung can.
+fn unsplit(p: &Problem, rate: Rate) -> bool {
+    layout(p).is_some_and(|(_, l)| l.k <= longest(p, rate))
+}
+
+fn fits_registers(p: &Problem) -> bool {
+    p.info.class == Class::Cpu && unsplit(p, FOURTH)
+}
+
+/// Loads of four need every row of four to start at a multiple of four; few rows leave half of a tile empty.
+fn fits_quads(p: &Problem, transpose_a: bool, transpose_b: bool) -> bool {
+    fits_registers(p)
+        && layout(p).is_some_and(|(op, l)| {
+            let quads = |extent: usize| extent > 0 && extent % 4 == 0;
+            let a = if transpose_a { l.m } else { l.k };
+            let b = if transpose_b { l.k } else { l.n };
+            (op.transpose_a, op.transpose_b) == (transpose_a, transpose_b)
+                && l.m > 8
+                && quads(l.k)
+                && quads(a)
+                && quads(b)
+        })
+}
+
+/// Launches over blocks of output of one tile of outputs per workgroup, k cut so that one invocation stays in the
+/// loop budget. Only a cut k needs scratch: f32 sums of all outputs.
+fn plan(p: &Problem, entry: &'static str, tile: Tile, rate: Rate) -> Plan {
+    let Some((op, l)) = layout(p) else {
         return Plan::default();
     };
-    let Ok((l, _)) = op.layout(&p.inputs[0], &p.inputs[1]) else {
-        return Plan::default();
-    };
-    // Half of the budget: loops of a fixed length inside an iteration may count too.
-    let longest = p.info.limits.loop_budget.map_or(usize::MAX, |budget| (budget as usize / 2).max(1) * step);
+    let longest = longest(p, rate);
     let y = p.inputs.len() - usize::from(op.accumulate);
     let bias = if op.epilogue.has_bias() { 2 } else { 0 };
     let mut launches = Vec::new();
     if l.k <= longest {
         blocks(&l, tile, |groups, at| {
-            let params = params(&l, op, at, (0, l.k));
-            launches
-                .push(Launch::new(groups, params).entry(whole).slots(&[0, 1, bias, y]).trips(l.k.div_ceil(step) + 64));
+            let params = params(&l, &op, at, (0, l.k));
+            launches.push(Launch::new(groups, params).entry(entry).slots(&[0, 1, bias, y]).trips(trips(l.k, rate)));
         });
         return Plan::sequence(launches);
     }
-    let scratch = p.inputs.len() + usize::from(!op.accumulate);
+    let sums = p.inputs.len() + usize::from(!op.accumulate);
     for k0 in (0..l.k).step_by(longest) {
         let k1 = l.k.min(k0 + longest);
-        blocks(&l, tile, |groups, at| {
-            let params = params(&l, op, at, (k0, k1));
-            launches.push(
-                Launch::new(groups, params).entry(part).slots(&[0, 1, scratch]).trips((k1 - k0).div_ceil(step) + 64),
-            );
+        blocks(&l, NAIVE_TILE, |groups, at| {
+            let params = params(&l, &op, at, (k0, k1));
+            launches.push(Launch::new(groups, params).entry("matmul_part").slots(&[0, 1, sums]).trips(k1 - k0));
         });
     }
     blocks(&l, NAIVE_TILE, |groups, at| {
-        let params = params(&l, op, at, (0, l.k));
-        launches.push(Launch::new(groups, params).entry("matmul_finish").slots(&[scratch, bias, bias, y]));
+        let params = params(&l, &op, at, (0, l.k));
+        launches.push(Launch::new(groups, params).entry("matmul_finish").slots(&[sums, bias, bias, y]));
     });
     Plan::sequence(launches).scratch(l.batch * l.m * l.n * 4)
 }
 
 /// Calls `launch(groups, [first row, first column, first batch])` for blocks of at most 65,535 groups per dimension.
-fn blocks(l: &Layout, tile: usize, mut launch: impl FnMut([u32; 3], [usize; 3])) {
+fn blocks(l: &Layout, tile: Tile, mut launch: impl FnMut([u32; 3], [usize; 3])) {
     let most = MAX_GROUPS as usize;
     for batch in (0..l.batch).step_by(most) {
-        for row in (0..l.m).step_by(most * tile) {
-            for column in (0..l.n).step_by(most * tile) {
+        for row in (0..l.m).step_by(most * tile.0) {
+            for column in (0..l.n).step_by(most * tile.1) {
                 let count = |extent: usize, first: usize, tile: usize| (extent - first).div_ceil(tile).min(most) as u32;
-                let groups = [count(l.n, column, tile), count(l.m, row, tile), count(l.batch, batch, 1)];
+                let groups = [count(l.n, column, tile.1), count(l.m, row, tile.0), count(l.batch, batch, 1)];
                 launch(groups, [row, column, batch]);
             }
         }
