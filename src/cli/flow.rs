@@ -9,7 +9,8 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::recipe::corpus::Corpus;
-use crate::recipe::{Options, Recipe, evaluate, flow, plan, schema};
+use crate::recipe::{Options, Recipe, evaluate, plan, schema};
+use crate::report::{self, Alignment, RunReport, Table};
 use crate::train::{store, trainer};
 
 /// Train, compress, fine-tune, measure: the whole flow of a recipe
@@ -51,18 +52,14 @@ pub fn run(global: &Global, args: Run) -> Result<()> {
     let out = args.out.unwrap_or_else(|| Path::new("runs").join(&recipe.name));
     let command = std::env::args().collect::<Vec<_>>().join(" ");
     let options = Options { out, overwrite: args.overwrite, progress: !global.quiet, command };
-    let report = crate::recipe::run(&recipe, &device, &options)?;
+    let html = crate::recipe::run(&recipe, &device, &options)?;
+    let report = report::read(html.with_file_name("report.json"))?;
     if global.json() {
-        let path = report.with_extension("json");
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-        say(text.split_whitespace().collect::<Vec<_>>().join(" "));
+        say_json(&report);
     } else {
-        let path = report.with_extension("json");
-        let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
-        let run = crate::report::model::RunReport::from_json(&path, &bytes)?;
-        say(crate::report::table::stages(&run));
-        say(&run.summary);
-        say(format!("report: {}", report.display()));
+        say(report::table::stages(&report));
+        say(&report.summary);
+        say(format!("report: {}", html.display()));
     }
     Ok(())
 }
@@ -73,15 +70,20 @@ fn dry_run(global: &Global, recipe: &Recipe) -> Result<()> {
         say_json(&stages);
         return Ok(());
     }
-    let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::NOTHING);
-    table.set_header(["stage", "shape", "steps", "parameters", "weights", "memory while training"]);
-    let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64);
+    use Alignment::{Left, Right};
+    let columns = [("stage", Left), ("shape", Left), ("steps", Right), ("parameters", Right), ("weights", Right)];
+    let mut table = Table::new(&[&columns[..], &[("memory while training", Right)]].concat());
     for s in &stages {
-        let numbers = [s.steps.to_string(), s.parameters.to_string(), mib(s.bytes), mib(s.estimated_memory)];
-        table.add_row([s.stage.clone(), s.shape.clone()].into_iter().chain(numbers));
+        table.row(vec![
+            s.stage.clone(),
+            s.shape.clone(),
+            s.steps.to_string(),
+            report::count(s.parameters as u64),
+            report::bytes(s.bytes as u64),
+            report::bytes(s.estimated_memory as u64),
+        ]);
     }
-    say(table);
+    say(table.terminal());
     Ok(())
 }
 
@@ -137,8 +139,7 @@ pub fn eval(global: &Global, args: Eval) -> Result<()> {
         say_json(&row);
         return Ok(());
     }
-    let report = crate::report::model::RunReport { stages: vec![row], ..Default::default() };
-    say(crate::report::table::stages(&report));
+    say(report::table::stages(&RunReport { stages: vec![row], ..RunReport::default() }));
     Ok(())
 }
 
@@ -172,7 +173,7 @@ pub fn translate(global: &Global, args: Translate) -> Result<()> {
         if global.json() {
             say_json(&serde_json::json!({ "source": source, "translation": translation }));
         } else {
-            say(crate::report::plain_text(translation));
+            say(report::plain_text(translation));
         }
     }
     Ok(())
@@ -198,13 +199,8 @@ pub fn info(global: &Global, args: Info) -> Result<()> {
         }));
         return Ok(());
     }
-    let kib = |bytes: usize| format!("{:.1} KiB", bytes as f64 / 1024.0);
-    say(format!(
-        "{}: {} ({})",
-        folder.display(),
-        manifest.tool,
-        manifest.summary.get("stage").map_or("model", String::as_str)
-    ));
+    let stage = manifest.summary.get("stage").map_or("model", String::as_str);
+    say(format!("{}: {} ({})", folder.display(), manifest.tool, report::plain_text(stage)));
     say(format!(
         "width {}  vocabulary {}  positions {}  blocks {}",
         c.width,
@@ -212,20 +208,21 @@ pub fn info(global: &Global, args: Info) -> Result<()> {
         c.max_positions,
         c.blocks.len()
     ));
+    let (parameters, total, activated) = (model.parameter_count(), model.total_bytes(), model.activated_bytes());
     say(format!(
         "{} parameters, {} in all, {} activated per token",
-        model.parameter_count(),
-        kib(model.total_bytes()),
-        kib(model.activated_bytes())
+        report::count(parameters as u64),
+        report::bytes(total as u64),
+        report::bytes(activated as u64)
     ));
-    let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::NOTHING);
-    table.set_header(["tensor", "type", "shape", "bytes"]);
+    use Alignment::{Left, Right};
+    let mut table = Table::new(&[("tensor", Left), ("type", Left), ("shape", Left), ("bytes", Right)]);
     for (name, tensor) in &model.tensors {
         let meta = tensor.meta();
-        table.add_row([name.clone(), meta.dtype.to_string(), meta.shape.to_string(), meta.bytes().to_string()]);
+        let name = report::plain_text(name);
+        table.row(vec![name, meta.dtype.to_string(), meta.shape.to_string(), meta.bytes().to_string()]);
     }
-    say(table);
+    say(table.terminal());
     Ok(())
 }
 
@@ -237,15 +234,48 @@ pub struct Report {
     runs: Vec<PathBuf>,
 }
 
-pub fn report(global: &Global, args: Report) -> Result<()> {
+pub fn compare_runs(global: &Global, args: Report) -> Result<()> {
     for path in &args.runs {
-        let stages = flow::rows(path)?;
+        let stages = report::read(path.join("report.json"))?.stages;
         if global.json() {
             say_json(&serde_json::json!({ "run": path, "stages": stages }));
             continue;
         }
         say(path.display());
-        say(crate::report::table::stages(&crate::report::model::RunReport { stages, ..Default::default() }));
+        say(report::table::stages(&RunReport { stages, ..RunReport::default() }));
     }
+    Ok(())
+}
+
+/// Train the BERT-like preset: a tagger of computer terms in English sentences (synthetic slots)
+#[derive(clap::Args)]
+pub struct TrainTagger {
+    #[arg(long, default_value = "runs/tagger")]
+    out: PathBuf,
+    #[arg(long, default_value_t = 300)]
+    steps: u64,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+pub fn train_tagger(global: &Global, args: TrainTagger) -> Result<()> {
+    let device = global.open()?;
+    std::fs::create_dir_all(&args.out).map_err(|e| Error::io(&args.out, e))?;
+    let options = crate::recipe::tagger::TaggerOptions {
+        steps: args.steps.max(1),
+        seed: args.seed,
+        progress: !global.quiet,
+        ..Default::default()
+    };
+    let result = crate::recipe::tagger::run(&device, &args.out, &options)?;
+    if global.json() {
+        say_json(&result);
+        return Ok(());
+    }
+    say(format!(
+        "entity F1 {:.4} (precision {:.4}, recall {:.4}) on {} held-out sentences with synthetic slots; loss {:.4}",
+        result.f1, result.precision, result.recall, result.sentences, result.validation_loss
+    ));
+    say(format!("model: {}", args.out.join("model").display()));
     Ok(())
 }

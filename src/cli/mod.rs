@@ -1,6 +1,7 @@
 //! The command line: verbs first, one file per command. Exit codes: 0 done, 1 failure, 2 usage, 3 data or model
 //! invalid, 4 device, 5 interrupted and resumable.
 
+mod data;
 mod doctor;
 mod kernels;
 
@@ -76,6 +77,9 @@ enum Command {
     /// The kernel table: list, verify, bench, compare
     #[command(subcommand)]
     Kernels(kernels::Kernels),
+    /// Text that is already on this machine
+    #[command(subcommand)]
+    Data(data::Data),
     /// Completion script for a shell, on standard output
     Completions { shell: clap_complete::Shell },
 }
@@ -102,6 +106,7 @@ fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Doctor => doctor::run(&cli.global),
         Command::Kernels(command) => kernels::run(&cli.global, command),
+        Command::Data(command) => data::run(&cli.global, command),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "espalier", &mut script);

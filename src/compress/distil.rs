@@ -114,7 +114,8 @@ impl Method for Distillation {
                 chunk: LOSS_CHUNK,
             };
             let head = pass.head_weight()?;
-            let constants = [&teacher.hidden, &self.teacher_head, &teacher.soft_weights].map(|t| Var::constant(t.clone()));
+            let constants =
+                [&teacher.hidden, &self.teacher_head, &teacher.soft_weights].map(|t| Var::constant(t.clone()));
             let losses = pass.tape.first(op, &[&rows, &head, &constants[0], &constants[1], &constants[2]])?;
             let total = sum(pass, &losses)?;
             terms.push(scaled(pass, &total, self.weights.soft)?);

@@ -122,11 +122,19 @@ pub fn convert(model: &Model, settings: Settings, calibration: &[Batch]) -> Resu
             Err(Error::Recipe { key: format!("experts.{key}"), value, allowed: format!("block {i}: {allowed}") })
         };
         if block.activation != Activation::Relu {
-            return refuse("expert_size", format!("{:?} FFN", block.activation), "ReLU FFNs only: others have no neurons that are off");
+            return refuse(
+                "expert_size",
+                format!("{:?} FFN", block.activation),
+                "ReLU FFNs only: others have no neurons that are off",
+            );
         }
         let size = settings.expert_size;
         if size == 0 || size % SIZE_MULTIPLE != 0 || block.ffn_width % size != 0 {
-            return refuse("expert_size", size.to_string(), &format!("a multiple of {SIZE_MULTIPLE} that divides {}", block.ffn_width));
+            return refuse(
+                "expert_size",
+                size.to_string(),
+                &format!("a multiple of {SIZE_MULTIPLE} that divides {}", block.ffn_width),
+            );
         }
         let count = block.ffn_width / size;
         let selected = ((count as f64 * settings.share).round() as usize).clamp(1, count);
@@ -157,7 +165,8 @@ fn split(model: &mut Model, i: usize, experts: usize) -> Result<()> {
     let n = f / experts;
     let device = model.device().clone();
     let name = |part: &str| format!("blocks.{i}.ffn.{part}");
-    let (w_in, b_in, w_out) = (model.values(&name("in.weight"))?, model.values(&name("in.bias"))?, model.values(&name("out.weight"))?);
+    let (w_in, b_in, w_out) =
+        (model.values(&name("in.weight"))?, model.values(&name("in.bias"))?, model.values(&name("out.weight"))?);
     let order = neuron_order(&w_in, f, d, experts);
     let rows: Vec<f32> = order.iter().flat_map(|&j| w_in[j * d..(j + 1) * d].iter().copied()).collect();
     let bias: Vec<f32> = order.iter().map(|&j| b_in[j]).collect();
@@ -185,7 +194,8 @@ fn oracle_scores(model: &Model, i: usize, x: &Tensor) -> Result<(Vec<f64>, Vec<f
     };
     let weight = weight.reshape(&[experts * n, d])?;
     let bias = model.get(&name("bias"))?.reshape(&[experts * n])?;
-    let h = dispatch::run_one(&Matmul { epilogue: Epilogue::BiasRelu, ..Matmul::linear() }, &[x, &weight, &bias])?.to_vec::<f32>()?;
+    let h = dispatch::run_one(&Matmul { epilogue: Epilogue::BiasRelu, ..Matmul::linear() }, &[x, &weight, &bias])?
+        .to_vec::<f32>()?;
     let mass: Vec<f64> = h.chunks(n).map(|e| e.iter().map(|&a| f64::from(a)).sum()).collect();
     let mut scores = mass.clone();
     for token in scores.chunks_mut(experts) {
@@ -314,7 +324,14 @@ fn judge_router(model: &Model, i: usize, batches: &[Judged]) -> Result<BlockRepo
         active += share / batches.len() as f64;
     }
     let share = |part: f64| if all > 0.0 { part / all } else { 1.0 };
-    Ok(BlockReport { block: i, experts: count, selected, captured: share(routed), captured_by_oracle: share(best), active })
+    Ok(BlockReport {
+        block: i,
+        experts: count,
+        selected,
+        captured: share(routed),
+        captured_by_oracle: share(best),
+        active,
+    })
 }
 
 /// Largest relative difference between the converted model with every expert selected and the dense one.

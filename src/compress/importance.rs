@@ -166,7 +166,8 @@ fn channel_vectors(config: &Config) -> Vec<String> {
     if config.positions == Positions::Learned {
         names.push("embedding.positions".into());
     }
-    let norms = (0..config.blocks.len()).flat_map(|i| [format!("blocks.{i}.norm_attention"), format!("blocks.{i}.norm_ffn")]);
+    let norms =
+        (0..config.blocks.len()).flat_map(|i| [format!("blocks.{i}.norm_attention"), format!("blocks.{i}.norm_ffn")]);
     for norm in norms.chain(["norm_final".to_string()]) {
         names.extend([format!("{norm}.weight"), format!("{norm}.bias")]);
     }

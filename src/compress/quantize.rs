@@ -19,7 +19,8 @@ impl OutputHook for QuantizationAware {
         if !self.linears.iter().any(|l| l == linear) {
             return Ok((x, weight));
         }
-        let fake = |granularity| FakeQuant { bits: self.bits, scheme: Scheme::SymmetricNarrow, granularity, dynamic: true };
+        let fake =
+            |granularity| FakeQuant { bits: self.bits, scheme: Scheme::SymmetricNarrow, granularity, dynamic: true };
         let x = tape.first(fake(Granularity::Token), &[&x])?;
         let weight = tape.first(fake(Granularity::Channel), &[&weight])?;
         Ok((x, weight))

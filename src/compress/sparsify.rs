@@ -44,7 +44,10 @@ impl Sparsity24 {
 
     /// Share of zeros per weight.
     pub fn report(&self, model: &Model) -> Result<Vec<(String, f64)>> {
-        self.weights.iter().map(|name| Ok((name.clone(), zeros(model, name)? / model.get(name)?.count() as f64))).collect()
+        self.weights
+            .iter()
+            .map(|name| Ok((name.clone(), zeros(model, name)? / model.get(name)?.count() as f64)))
+            .collect()
     }
 }
 
@@ -65,7 +68,13 @@ impl Method for Sparsity24 {
                 let weight = model.get(&name)?;
                 let masked = dispatch::run_one(&Binary(BinaryFunction::Mul), &[weight, &mask])?;
                 let device = model.device();
-                device.copy(masked.buffer(), masked.offset(), weight.buffer(), weight.offset(), weight.meta().bytes())?;
+                device.copy(
+                    masked.buffer(),
+                    masked.offset(),
+                    weight.buffer(),
+                    weight.offset(),
+                    weight.meta().bytes(),
+                )?;
             }
         }
         Ok(())

@@ -105,7 +105,13 @@ fn check(config: &Config, target: Target) -> Result<()> {
     Ok(())
 }
 
-fn keep_block(config: &Config, index: usize, block: &Block, scores: &super::importance::BlockScores, head_size: usize) -> KeepBlock {
+fn keep_block(
+    config: &Config,
+    index: usize,
+    block: &Block,
+    scores: &super::importance::BlockScores,
+    head_size: usize,
+) -> KeepBlock {
     let per_head = |scores: &[f64]| -> Vec<usize> {
         let head = |(h, part): (usize, &[f64])| {
             largest(part, head_size).into_iter().map(move |j| h * block.head_size + j).collect::<Vec<_>>()
@@ -121,7 +127,9 @@ fn keep_block(config: &Config, index: usize, block: &Block, scores: &super::impo
         let parts = if config.positions == Positions::Rotary2d { 2 } else { 1 };
         let one_head: Vec<usize> = kept
             .chunks(kept.len() / parts)
-            .flat_map(|part| part.iter().map(|&p| pairs[p].0).chain(part.iter().map(|&p| pairs[p].1)).collect::<Vec<_>>())
+            .flat_map(|part| {
+                part.iter().map(|&p| pairs[p].0).chain(part.iter().map(|&p| pairs[p].1)).collect::<Vec<_>>()
+            })
             .collect();
         let heads = (0..block.heads).flat_map(|h| one_head.iter().map(move |j| h * block.head_size + j));
         (heads.collect(), kept.iter().map(|&p| block.inverse_frequencies[p]).collect())

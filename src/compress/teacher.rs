@@ -91,10 +91,13 @@ impl<'a> TeacherCache<'a> {
         for (row, (&example, &length)) in examples.iter().zip(&lengths).enumerate() {
             let start = row * columns;
             let kept = &hidden[start * d..(start + length) * d];
-            states.insert(example, States {
-                hidden: kept.iter().map(|&x| f16::from_f32(x)).collect(),
-                predicted: predicted[start..start + length].to_vec(),
-            });
+            states.insert(
+                example,
+                States {
+                    hidden: kept.iter().map(|&x| f16::from_f32(x)).collect(),
+                    predicted: predicted[start..start + length].to_vec(),
+                },
+            );
         }
         Ok(())
     }

@@ -19,8 +19,10 @@ pub(crate) use norm::{add_layernorm, add_norm_backward, add_rmsnorm, layernorm, 
 mod quant;
 pub(crate) use quant::{dequantize, fake_quant, fake_quant_backward, observe, quantize};
 mod binary;
+mod cache;
 mod ceiling;
 mod reduce;
+pub(crate) use cache::write_rows;
 pub(crate) use binary::{accumulate_scaled, binary};
 pub(crate) use ceiling::multiply_add_chain;
 pub(crate) use reduce::{argmax, count_non_finite, reduce, reduce_backward};

@@ -188,7 +188,10 @@ impl Config {
             let pairs = if self.positions == Positions::Learned { 0 } else { b.head_size / 2 };
             if b.inverse_frequencies.len() != pairs {
                 let got = b.inverse_frequencies.len();
-                return rule(format!("blocks[{i}].inverse_frequencies"), &format!("{got} values where {pairs} are needed"));
+                return rule(
+                    format!("blocks[{i}].inverse_frequencies"),
+                    &format!("{got} values where {pairs} are needed"),
+                );
             }
             if self.positions == Positions::Rotary2d && b.head_size % 4 != 0 {
                 return rule(format!("blocks[{i}].head_size"), "2-D rotary needs a multiple of 4");

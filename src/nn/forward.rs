@@ -224,7 +224,11 @@ impl<'m> Pass<'m> {
                 }
                 let context = if op.mask == Mask::Prefix { constant(&batch.context) } else { Vec::new() };
                 if op.mask == Mask::Prefix && context.is_empty() {
-                    return Err(Error::Shape { op: "attention", rule: "a prefix model needs context lengths", got: "none".into() });
+                    return Err(Error::Shape {
+                        op: "attention",
+                        rule: "a prefix model needs context lengths",
+                        got: "none".into(),
+                    });
                 }
                 (key, value, [context, constant(&batch.lengths)].concat())
             }
@@ -269,7 +273,12 @@ impl<'m> Pass<'m> {
                 Activation::Gelu => FfnActivation::Gelu,
                 Activation::Geglu => FfnActivation::Geglu,
             };
-            let names = [format!("{inner}.weight"), format!("{inner}.bias"), format!("{outer}.weight"), format!("{outer}.bias")];
+            let names = [
+                format!("{inner}.weight"),
+                format!("{inner}.bias"),
+                format!("{outer}.weight"),
+                format!("{outer}.bias"),
+            ];
             let [w1, b1, w2, b2] = names.map(|n| self.parameter(&n));
             return self.tape.first(Ffn { activation }, &[x, &w1?, &b1?, &w2?, &b2?]);
         }

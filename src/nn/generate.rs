@@ -6,7 +6,8 @@ use super::model::Model;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::layout::{GatherRows, WriteRows};
+use crate::ops::cache::WriteRows;
+use crate::ops::layout::GatherRows;
 use crate::shape::Meta;
 use crate::tensor::Tensor;
 

@@ -19,7 +19,9 @@ impl Pass<'_> {
         if let Some(weight) = self.optional(&format!("{name}.weight")) {
             let (x, weight) = self.hooked(name, x.clone(), weight)?;
             return match &bias {
-                Some(bias) => self.tape.first(Matmul { epilogue: Epilogue::Bias, ..Matmul::linear() }, &[&x, &weight, bias]),
+                Some(bias) => {
+                    self.tape.first(Matmul { epilogue: Epilogue::Bias, ..Matmul::linear() }, &[&x, &weight, bias])
+                }
                 None => self.tape.first(Matmul::linear(), &[&x, &weight]),
             };
         }

@@ -88,8 +88,7 @@ impl Model {
 
     /// The same model on another device.
     pub fn to_device(&self, device: &Arc<dyn Device>) -> Result<Self> {
-        let tensors =
-            self.tensors.iter().map(|(n, t)| Ok((n.clone(), t.to_device(device)?))).collect::<Result<_>>()?;
+        let tensors = self.tensors.iter().map(|(n, t)| Ok((n.clone(), t.to_device(device)?))).collect::<Result<_>>()?;
         Self::new(self.config.clone(), tensors, device)
     }
 

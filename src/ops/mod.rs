@@ -4,6 +4,7 @@ use crate::op::Family;
 
 pub mod attention;
 pub mod binary;
+pub mod cache;
 pub mod ceiling;
 pub mod embed;
 pub mod matmul;
@@ -22,6 +23,7 @@ pub mod unary;
 pub static FAMILIES: &[&Family] = &[
     &attention::FAMILY,
     &binary::FAMILY,
+    &cache::FAMILY,
     &ceiling::FAMILY,
     &embed::FAMILY,
     &matmul::FAMILY,

@@ -200,7 +200,8 @@ impl Op for ClipFactor {
     }
 
     fn params(&self, _: &[Meta], _: &[Meta]) -> Params {
-        Params::new().u(1).flag(false).f(self.max_norm).f(self.scale)
+        // The block is as long as the shader's struct, which the three ops share.
+        (0..5).fold(Params::new().u(1).flag(false).f(self.max_norm).f(self.scale), |params, _| params.f(0.0))
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -62,7 +62,11 @@ impl Corpus {
         }
         if parts.train.is_empty() || parts.test.is_empty() || parts.validation.is_empty() {
             let counts = format!("{} / {} / {}", parts.train.len(), parts.validation.len(), parts.test.len());
-            return Err(Error::file(folder, "corpus", format!("{counts} pairs for training, validation, test: each needs some")));
+            return Err(Error::file(
+                folder,
+                "corpus",
+                format!("{counts} pairs for training, validation, test: each needs some"),
+            ));
         }
         let texts = parts.train.iter().flat_map(|p| [p.source.as_str(), p.target.as_str()]);
         let languages = (data.source.as_str(), data.target.as_str());
@@ -77,8 +81,14 @@ impl Corpus {
         let mut notes = std::mem::take(&mut parts.notes);
         notes.push(format!(
             "{} examples {}-{}, {} examples {}-{} for training; {} left out as longer than {} tokens",
-            source.examples.len(), languages.0, languages.1, target.examples.len(), languages.1, languages.0,
-            source.dropped + target.dropped, data.max_length,
+            source.examples.len(),
+            languages.0,
+            languages.1,
+            target.examples.len(),
+            languages.1,
+            languages.0,
+            source.dropped + target.dropped,
+            data.max_length,
         ));
         let mut corpus = Self { tokenizer, source, target, held_out: Vec::new(), notes };
         corpus.held_out = corpus.hold_out(&parts.validation, &parts.test, languages, &options)?;
@@ -86,7 +96,12 @@ impl Corpus {
     }
 
     /// Held-out text for a model that is already trained; without `pairs`, the test part of the embedded terms.
-    pub fn for_evaluation(tokenizer: Tokenizer, pairs: Option<Vec<Pair>>, languages: (&str, &str), max_length: usize) -> Result<Self> {
+    pub fn for_evaluation(
+        tokenizer: Tokenizer,
+        pairs: Option<Vec<Pair>>,
+        languages: (&str, &str),
+        max_length: usize,
+    ) -> Result<Self> {
         let (test, notes) = match pairs {
             Some(pairs) => (pairs, Vec::new()),
             None => {
@@ -102,17 +117,26 @@ impl Corpus {
     }
 
     /// Both directions of held-out pairs.
-    fn hold_out(&self, validation: &[Pair], test: &[Pair], languages: (&str, &str), options: &BatchOptions) -> Result<Vec<HeldOut>> {
+    fn hold_out(
+        &self,
+        validation: &[Pair],
+        test: &[Pair],
+        languages: (&str, &str),
+        options: &BatchOptions,
+    ) -> Result<Vec<HeldOut>> {
         let encode = |name: &str, pairs: &[Pair], direction| -> Result<Vec<Example>> {
             Ok(Stream::translation(name, &self.tokenizer, pairs, languages, direction, options)?.examples)
         };
         let mut held_out = Vec::new();
-        for (direction, (from, to)) in [(Direction::Forward, languages), (Direction::Backward, (languages.1, languages.0))] {
+        for (direction, (from, to)) in
+            [(Direction::Forward, languages), (Direction::Backward, (languages.1, languages.0))]
+        {
             let mut sentences = Vec::new();
             for pair in test {
                 let reference = if direction == Direction::Forward { &pair.target } else { &pair.source };
                 let examples = encode("test", std::slice::from_ref(pair), direction)?;
-                sentences.extend(examples.into_iter().map(|example| Sentence { example, reference: reference.clone() }));
+                sentences
+                    .extend(examples.into_iter().map(|example| Sentence { example, reference: reference.clone() }));
             }
             held_out.push(HeldOut {
                 name: format!("{from}-{to}"),
@@ -184,9 +208,8 @@ fn terms(seed: u64, count: usize) -> Result<Parts> {
 }
 
 fn tables(folder: &Path) -> Result<Parts> {
-    let part = |name: &str| -> Result<Vec<Pair>> {
-        Ok(table::read(&folder.join(name), &TableOptions::default())?.pairs)
-    };
+    let part =
+        |name: &str| -> Result<Vec<Pair>> { Ok(table::read(&folder.join(name), &TableOptions::default())?.pairs) };
     let (train, validation, test) = (part("train.tsv")?, part("validation.tsv")?, part("test.tsv")?);
     Ok(Parts { train, validation, test, notes: vec![format!("text: {}", folder.display())] })
 }
@@ -209,7 +232,11 @@ fn catalogs(recipe: &Recipe, root: &str, folder: &Path) -> Result<Parts> {
     let (train, validation, test) = (part(Split::Train), part(Split::Validation), part(Split::Test));
     let note = format!(
         "text: {} installed gettext catalogs ({} translations read, {} / {} / {} pairs train / validation / test), split by package; it stays on this machine",
-        card.catalogs.len(), card.unique_pairs, train.len(), validation.len(), test.len()
+        card.catalogs.len(),
+        card.unique_pairs,
+        train.len(),
+        validation.len(),
+        test.len()
     );
     Ok(Parts { train, validation, test, notes: vec![note] })
 }

@@ -29,7 +29,12 @@ pub struct Forced {
 }
 
 /// Runs examples under teacher forcing, with the methods' output hooks where the model is still in training form.
-pub fn teacher_forced(model: &Model, corpus: &Corpus, examples: &[&Example], methods: &[Box<dyn Method>]) -> Result<Vec<Forced>> {
+pub fn teacher_forced(
+    model: &Model,
+    corpus: &Corpus,
+    examples: &[&Example],
+    methods: &[Box<dyn Method>],
+) -> Result<Vec<Forced>> {
     // Equal lengths share a batch; results go back to their own places.
     let mut order: Vec<usize> = (0..examples.len()).collect();
     order.sort_by_key(|&i| (examples[i].length(), i));
@@ -91,7 +96,8 @@ pub fn evaluate(model: &Model, corpus: &Corpus, settings: &Evaluate, name: &str)
     for held_out in &corpus.held_out {
         directions.push(direction(model, corpus, settings, held_out, (&mut all, &mut exact))?);
     }
-    let latency = settings.latency_batches.iter().map(|&b| latency(model, b, settings.latency_length)).collect::<Result<_>>()?;
+    let latency =
+        settings.latency_batches.iter().map(|&b| latency(model, b, settings.latency_length)).collect::<Result<_>>()?;
     Ok(StageRow {
         name: name.to_string(),
         parameters: model.parameter_count() as u64,
@@ -99,7 +105,8 @@ pub fn evaluate(model: &Model, corpus: &Corpus, settings: &Evaluate, name: &str)
         total_bytes: model.total_bytes() as u64,
         token_accuracy: all.value(),
         exact_match: exact.value(),
-        validation_loss: Some(validation_loss(model, corpus, settings.sentences.max(1), &[])?).filter(|l| l.is_finite()),
+        validation_loss: Some(validation_loss(model, corpus, settings.sentences.max(1), &[])?)
+            .filter(|l| l.is_finite()),
         directions,
         latency,
         peak_memory_bytes: Some(device.stats().bytes_peak),
@@ -157,13 +164,23 @@ fn direction(
 }
 
 /// Translations of examples' contexts.
-pub fn decode<'e>(model: &Model, corpus: &Corpus, examples: impl Iterator<Item = &'e Example>, beams: usize) -> Result<Vec<String>> {
+pub fn decode<'e>(
+    model: &Model,
+    corpus: &Corpus,
+    examples: impl Iterator<Item = &'e Example>,
+    beams: usize,
+) -> Result<Vec<String>> {
     let contexts: Vec<&[u32]> = examples.map(|e| &e.context[..]).collect();
     translate(model, &corpus.tokenizer, &contexts, beams)
 }
 
 /// Continues contexts with the model and decodes what comes out.
-pub fn translate(model: &Model, tokenizer: &crate::data::tokenizer::Tokenizer, contexts: &[&[u32]], beams: usize) -> Result<Vec<String>> {
+pub fn translate(
+    model: &Model,
+    tokenizer: &crate::data::tokenizer::Tokenizer,
+    contexts: &[&[u32]],
+    beams: usize,
+) -> Result<Vec<String>> {
     let special = tokenizer.special();
     let mut texts = Vec::with_capacity(contexts.len());
     for chunk in contexts.chunks(BATCH) {

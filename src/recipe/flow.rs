@@ -1,6 +1,6 @@
 //! `espalier run`: the stages of a recipe in order, each resumable, each measured, each holding what it promised.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,14 +10,13 @@ use super::run_folder::{RunFolder, StageRecord, State, fingerprint};
 use super::schema::{Mask, Recipe, Selection};
 use super::source::{Draw, teacher_cache};
 use super::stages::{self, Context, Objective};
-use crate::atomic::write_atomic;
 use crate::compress::freeze::freeze;
 use crate::compress::teacher::TeacherCache;
 use crate::data::mixture;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::nn::{Config, Model, Pass};
-use crate::report::model::{self as report, LossCurve, RunReport, StageRow};
+use crate::report::model::{self as report, LossCurve, RunReport};
 use crate::train::lifecycle::Invariant;
 use crate::train::store;
 use crate::train::trainer::Summary;
@@ -159,7 +158,11 @@ impl Flow<'_> {
         self.folder.finish(name, &record, &outcome.model, &[("tokenizer.json", self.tokenizer.clone())])?;
         self.adopt(&record);
         if let Some(broken) = outcome.invariants.iter().find(|i| !i.holds) {
-            return Err(Error::Invariant { stage: name.into(), rule: broken.rule.clone(), measured: broken.measured.clone() });
+            return Err(Error::Invariant {
+                stage: name.into(),
+                rule: broken.rule.clone(),
+                measured: broken.measured.clone(),
+            });
         }
         Ok((outcome.model, outcome.state, fingerprint))
     }
@@ -191,7 +194,7 @@ impl Flow<'_> {
         let (model, state, fingerprint) = self.stage("teacher", &parts, false, |context| {
             let config = Config::glm(recipe.model, corpus.tokenizer.vocabulary());
             let mut model = Model::init(config, &device, recipe.seed)?;
-            let draw = Draw::mixed(&recipe.teacher, recipe.seed, recipe.data.max_length)?;
+            let draw = Draw::mixed(corpus, &recipe.teacher, recipe.seed, recipe.data.max_length)?;
             let objective = Objective { draw, gold: 1.0, soft_on_target: false, teacher: None };
             let summary = stages::fit(context, &mut model, &State::default(), &recipe.teacher, objective)?;
             Ok(trained(context.name, model, State::default(), summary))
@@ -240,10 +243,16 @@ impl Flow<'_> {
             let mut model = student.model.duplicate()?;
             let chosen = stages::linears(&model.config, &settings.linears);
             let sparse = crate::compress::sparsify::prunable(&model, &chosen);
-            let state = State { sparse, two_dimensional: settings.mask == Mask::TwoDimensional, ..student.state.clone() };
+            let state =
+                State { sparse, two_dimensional: settings.mask == Mask::TwoDimensional, ..student.state.clone() };
             let draw = Draw::mixed(corpus, &settings.training, recipe.seed ^ 2, recipe.data.max_length)?;
             let distillation = stages::distillation(&model, cache.teacher(), &student.state.kept, &settings.distil)?;
-            let objective = Objective { draw, gold: settings.distil.gold, soft_on_target: false, teacher: Some((cache, distillation)) };
+            let objective = Objective {
+                draw,
+                gold: settings.distil.gold,
+                soft_on_target: false,
+                teacher: Some((cache, distillation)),
+            };
             let summary = stages::fit(context, &mut model, &state, &settings.training, objective)?;
             Ok(trained(context.name, model, state, summary))
         })?;
@@ -262,7 +271,12 @@ impl Flow<'_> {
             let state = State { int8: stages::linears(&model.config, &[]), ..student.state.clone() };
             let draw = Draw::mixed(corpus, &settings.training, recipe.seed ^ 3, recipe.data.max_length)?;
             let distillation = stages::distillation(&model, cache.teacher(), &student.state.kept, &settings.distil)?;
-            let objective = Objective { draw, gold: settings.distil.gold, soft_on_target: false, teacher: Some((cache, distillation)) };
+            let objective = Objective {
+                draw,
+                gold: settings.distil.gold,
+                soft_on_target: false,
+                teacher: Some((cache, distillation)),
+            };
             let summary = stages::fit(context, &mut model, &state, &settings.training, objective)?;
             Ok(trained(context.name, model, state, summary))
         })?;
@@ -343,11 +357,7 @@ impl Flow<'_> {
         self.report.finished = super::plan::now();
         self.report.set_retained();
         self.report.summary = super::plan::summary(&self.report);
-        let folder = &self.folder.path;
-        write_atomic(folder.join("report.json"), &self.report.to_json()?)?;
-        write_atomic(folder.join("report.md"), crate::report::markdown::render(&self.report).as_bytes())?;
-        let html = folder.join("report.html");
-        write_atomic(&html, crate::report::html::render(&self.report)?.as_bytes())?;
+        let [_, _, html, _] = crate::report::write(&self.folder.path, &self.report)?;
         Ok(html)
     }
 }
@@ -372,7 +382,8 @@ fn as_reported(invariant: &Invariant) -> report::Invariant {
 
 /// Share of zeros of every weight matrix of the blocks.
 fn sparsity(model: &Model) -> Result<Vec<(String, f64)>> {
-    let weights = model.tensors.iter().filter(|(n, t)| n.starts_with("blocks.") && n.ends_with(".weight") && t.dims().len() > 1);
+    let weights =
+        model.tensors.iter().filter(|(n, t)| n.starts_with("blocks.") && n.ends_with(".weight") && t.dims().len() > 1);
     weights
         .filter(|(n, _)| !n.contains(".router."))
         .map(|(name, tensor)| {
@@ -381,11 +392,4 @@ fn sparsity(model: &Model) -> Result<Vec<(String, f64)>> {
             Ok((name.trim_end_matches(".weight").to_string(), zeros as f64 / values.len().max(1) as f64))
         })
         .collect()
-}
-
-/// Rows of a finished run, for `espalier report` over several.
-pub fn rows(path: &Path) -> Result<Vec<StageRow>> {
-    let file = path.join("report.json");
-    let bytes = crate::data::persist::read_capped(&file, 64 << 20)?;
-    Ok(RunReport::from_json(&file, &bytes)?.stages)
 }

@@ -8,6 +8,7 @@ pub mod run_folder;
 pub mod schema;
 mod source;
 mod stages;
+pub mod tagger;
 
 pub use flow::{Options, run};
 pub use schema::Recipe;

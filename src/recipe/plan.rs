@@ -108,7 +108,9 @@ pub fn summary(report: &RunReport) -> String {
     let speed = teacher.latency.first().zip(student.latency.first()).map_or(String::new(), |(t, s)| {
         format!(" and its forward pass takes {:.2}x the teacher's time at batch {}", s.p50_ms / t.p50_ms, s.batch)
     });
-    format!("The compressed model keeps {retained} of the teacher's token accuracy with {ratio:.1}x fewer activated bytes{speed}.")
+    format!(
+        "The compressed model keeps {retained} of the teacher's token accuracy with {ratio:.1}x fewer activated bytes{speed}."
+    )
 }
 
 /// Now as RFC 3339 text in UTC.

@@ -86,7 +86,12 @@ impl RunFolder {
     }
 
     /// A finished stage with this fingerprint, with its model in training form.
-    pub fn finished(&self, name: &str, fingerprint: &str, device: &Arc<dyn Device>) -> Result<Option<(StageRecord, Model)>> {
+    pub fn finished(
+        &self,
+        name: &str,
+        fingerprint: &str,
+        device: &Arc<dyn Device>,
+    ) -> Result<Option<(StageRecord, Model)>> {
         let folder = self.stage(name)?;
         let path = folder.join(RECORD);
         if !path.exists() {

@@ -403,7 +403,8 @@ impl Recipe {
             None => Self::parse(Path::new("quick.toml"), QUICK, overrides),
             Some(path) => {
                 let bytes = crate::data::persist::read_capped(path, MAX_BYTES)?;
-                let text = String::from_utf8(bytes).map_err(|e| Error::file(path, format!("byte {}", e.utf8_error().valid_up_to()), "is not UTF-8"))?;
+                let text = String::from_utf8(bytes)
+                    .map_err(|e| Error::file(path, format!("byte {}", e.utf8_error().valid_up_to()), "is not UTF-8"))?;
                 Self::parse(path, &text, overrides)
             }
         }
@@ -436,11 +437,16 @@ impl Recipe {
             Err(Error::Recipe { key: key.into(), value, allowed: allowed.into() })
         };
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-        if self.name.is_empty() || self.name.len() > 128 || self.name.starts_with('.') || !self.name.chars().all(plain) {
+        if self.name.is_empty() || self.name.len() > 128 || self.name.starts_with('.') || !self.name.chars().all(plain)
+        {
             return rule("name", format!("{:?}", self.name), "1 to 128 letters, digits, '.', '_', '-', no leading dot");
         }
         if !(300..=1_000_000).contains(&self.data.vocabulary) {
-            return rule("data.vocabulary", self.data.vocabulary.to_string(), "300 to 1000000 (256 bytes and special tokens come first)");
+            return rule(
+                "data.vocabulary",
+                self.data.vocabulary.to_string(),
+                "300 to 1000000 (256 bytes and special tokens come first)",
+            );
         }
         if !(8..=8192).contains(&self.data.max_length) || self.data.max_length > self.model.max_positions {
             return rule("data.max_length", self.data.max_length.to_string(), "8 to 8192, at most model.max_positions");
@@ -455,7 +461,12 @@ impl Recipe {
         self.teacher.check("teacher")?;
         if let Some(s) = &self.structure {
             s.training.check("structure.training")?;
-            if s.layers == 0 || s.layers > m.layers || s.head_size == 0 || s.head_size > m.head_size || s.head_size % 4 != 0 {
+            if s.layers == 0
+                || s.layers > m.layers
+                || s.head_size == 0
+                || s.head_size > m.head_size
+                || s.head_size % 4 != 0
+            {
                 let allowed = format!("layers 1 to {}, head_size a multiple of 4 up to {}", m.layers, m.head_size);
                 return rule("structure", format!("layers {}, head_size {}", s.layers, s.head_size), &allowed);
             }

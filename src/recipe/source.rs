@@ -43,7 +43,14 @@ pub struct CorpusSource<'a> {
 }
 
 /// Batches over a list of streams, rows as a training says.
-fn batches(corpus: &Corpus, streams: &[&Stream], training: &Training, rows: usize, seed: u64, max_length: usize) -> Result<Mutex<Batches>> {
+fn batches(
+    corpus: &Corpus,
+    streams: &[&Stream],
+    training: &Training,
+    rows: usize,
+    seed: u64,
+    max_length: usize,
+) -> Result<Mutex<Batches>> {
     let mut all = Stream { name: "training".into(), ..Stream::default() };
     for stream in streams {
         all.examples.extend(stream.examples.iter().cloned());
@@ -114,7 +121,14 @@ impl CorpusSource<'_> {
         })
     }
 
-    fn teacher_rows(&self, cache: &TeacherCache, indices: &[usize], batch: &Batch, from_source: &[bool], weights: &[f32]) -> Result<Teacher> {
+    fn teacher_rows(
+        &self,
+        cache: &TeacherCache,
+        indices: &[usize],
+        batch: &Batch,
+        from_source: &[bool],
+        weights: &[f32],
+    ) -> Result<Teacher> {
         let (hidden, predicted) = cache.batch(indices, batch.columns)?;
         let n = batch.targets.len();
         let mut rows = (vec![0.0f32; n], vec![0.0f32; n], vec![IGNORE; n], vec![0.0f32; n]);

@@ -67,7 +67,13 @@ pub fn invariants(model: &Model, state: &State) -> Result<Vec<Invariant>> {
 }
 
 /// Trains `model` under the state's hooks and an objective.
-pub fn fit(context: &Context, model: &mut Model, state: &State, training: &Training, objective: Objective) -> Result<Summary> {
+pub fn fit(
+    context: &Context,
+    model: &mut Model,
+    state: &State,
+    training: &Training,
+    objective: Objective,
+) -> Result<Summary> {
     let mut methods = held(model, state)?;
     let (cache, distillation) = match objective.teacher {
         Some((cache, distillation)) => (Some(cache), Some(distillation)),
@@ -88,7 +94,8 @@ pub fn fit(context: &Context, model: &mut Model, state: &State, training: &Train
         factors,
         teacher: cache,
     };
-    let validate = |model: &Model, methods: &[Box<dyn Method>]| validation_loss(model, context.corpus, VALIDATION, methods);
+    let validate =
+        |model: &Model, methods: &[Box<dyn Method>]| validation_loss(model, context.corpus, VALIDATION, methods);
     let job = Job {
         stage: context.name,
         steps: training.steps,
@@ -172,7 +179,12 @@ pub fn linears(config: &Config, parts: &[String]) -> Vec<String> {
 }
 
 /// Splits the FFNs into experts; promises on FFN tensors move to the expert tensors.
-pub fn moefy(context: &Context, student: &Model, state: &State, settings: &schema::Experts) -> Result<(Model, State, Vec<String>, Vec<Invariant>)> {
+pub fn moefy(
+    context: &Context,
+    student: &Model,
+    state: &State,
+    settings: &schema::Experts,
+) -> Result<(Model, State, Vec<String>, Vec<Invariant>)> {
     let batches: Vec<nn::Batch> =
         calibration(context, student, settings.calibration_batches)?.into_iter().map(|m| m.batch).collect();
     let conversion = experts::Settings {

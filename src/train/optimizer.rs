@@ -11,7 +11,7 @@ use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
-use crate::ops::binary::{AccumulateScaled, ADD};
+use crate::ops::binary::{ADD, AccumulateScaled};
 use crate::ops::optim::{AdamW, ClipFactor, Sgd};
 use crate::ops::reduce::{Axis, CountNonFinite, Reduce, ReduceFunction};
 use crate::shape::Meta;
@@ -23,8 +23,14 @@ use crate::tensor::Tensor;
 #[serde(rename_all = "snake_case", tag = "kind", deny_unknown_fields)]
 pub enum Rule {
     /// Loshchilov and Hutter 2019.
-    Adamw { beta1: f32, beta2: f32, epsilon: f32 },
-    Sgd { momentum: f32 },
+    Adamw {
+        beta1: f32,
+        beta2: f32,
+        epsilon: f32,
+    },
+    Sgd {
+        momentum: f32,
+    },
 }
 
 impl Default for Rule {
@@ -253,7 +259,13 @@ fn view(flat: &Tensor, slot: &Slot) -> Result<Tensor> {
 }
 
 impl Group {
-    fn new(model: &mut Model, names: Vec<String>, device: &Arc<dyn Device>, weight_decay: f32, rule: Rule) -> Result<Self> {
+    fn new(
+        model: &mut Model,
+        names: Vec<String>,
+        device: &Arc<dyn Device>,
+        weight_decay: f32,
+        rule: Rule,
+    ) -> Result<Self> {
         let mut slots = Vec::new();
         let mut end = 0;
         for name in names {
@@ -270,7 +282,15 @@ impl Group {
             model.tensors.insert(slot.name.clone(), view(&parameters, slot)?);
         }
         let second_moment = if matches!(rule, Rule::Adamw { .. }) { Some(flat()?) } else { None };
-        Ok(Self { slots, parameters, gradients: flat()?, first_moment: flat()?, second_moment, mask: None, weight_decay })
+        Ok(Self {
+            slots,
+            parameters,
+            gradients: flat()?,
+            first_moment: flat()?,
+            second_moment,
+            mask: None,
+            weight_decay,
+        })
     }
 
     fn clear_unfilled(&mut self) -> Result<()> {

@@ -17,9 +17,14 @@ pub enum Shape {
         floor: f64,
     },
     /// "Noam": needs the model's width.
-    InverseSquareRoot { width: usize },
+    InverseSquareRoot {
+        width: usize,
+    },
     /// Restarts at the peak every `cycle` steps and falls linearly to `floor` of it (oBERT's recipe).
-    Cyclic { cycle: u64, floor: f64 },
+    Cyclic {
+        cycle: u64,
+        floor: f64,
+    },
 }
 
 /// A peak, a linear warm-up, a shape.

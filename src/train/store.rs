@@ -51,7 +51,8 @@ pub struct Manifest {
 /// `Error::Io` with the file; an existing directory is then untouched. `Error::File` when `path` exists and holds no
 /// manifest, that is when something else wrote it.
 pub fn save(path: &Path, files: &[(&str, Vec<u8>)], summary: BTreeMap<String, String>) -> Result<()> {
-    let record = |bytes: &Vec<u8>| FileRecord { bytes: bytes.len() as u64, blake3: blake3::hash(bytes).to_hex().to_string() };
+    let record =
+        |bytes: &Vec<u8>| FileRecord { bytes: bytes.len() as u64, blake3: blake3::hash(bytes).to_hex().to_string() };
     let records = files.iter().map(|(name, bytes)| (name.to_string(), record(bytes))).collect();
     let tool = format!("espalier {}", env!("CARGO_PKG_VERSION"));
     let manifest = Manifest { version: VERSION, tool, files: records, summary };
@@ -92,7 +93,11 @@ pub fn load(path: &Path) -> Result<(Manifest, BTreeMap<String, Vec<u8>>)> {
         let file = path.join(name);
         let bytes = read_capped(&file, MAX_FILE)?;
         if bytes.len() as u64 != record.bytes {
-            return Err(Error::file(&file, "size", format!("{} bytes where the manifest has {}", bytes.len(), record.bytes)));
+            return Err(Error::file(
+                &file,
+                "size",
+                format!("{} bytes where the manifest has {}", bytes.len(), record.bytes),
+            ));
         }
         if blake3::hash(&bytes).to_hex().as_str() != record.blake3 {
             return Err(Error::file(&file, "content", "its hash is not the manifest's: the file is damaged"));
@@ -133,10 +138,18 @@ pub fn decode(path: &Path, bytes: &[u8], device: &Arc<dyn Device>) -> Result<BTr
     let mut tensors = BTreeMap::new();
     for (name, view) in file.tensors() {
         if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
-            return Err(Error::file(path, "header", format!("tensor name {name:?} is empty, too long or not printable")));
+            return Err(Error::file(
+                path,
+                "header",
+                format!("tensor name {name:?} is empty, too long or not printable"),
+            ));
         }
         let Some((dtype, _)) = TYPES.iter().find(|(_, t)| *t == view.dtype()) else {
-            return Err(Error::file(path, &name, format!("type {:?} is not one of f32, f16, bf16, i8, u32", view.dtype())));
+            return Err(Error::file(
+                path,
+                &name,
+                format!("type {:?} is not one of f32, f16, bf16, i8, u32", view.dtype()),
+            ));
         };
         let meta = Meta::new(view.shape(), *dtype).map_err(|e| Error::file(path, &name, e))?;
         tensors.insert(name, Tensor::from_bytes(device, meta, view.data())?);
@@ -167,7 +180,11 @@ pub fn model_from(path: &Path, files: &BTreeMap<String, Vec<u8>>, device: &Arc<d
         if let Some(tensor) = tensors.get(&name)
             && tensor.dims() != dims
         {
-            return Err(Error::file(&weights, name, format!("shape {:?} where the config needs {dims:?}", tensor.dims())));
+            return Err(Error::file(
+                &weights,
+                name,
+                format!("shape {:?} where the config needs {dims:?}", tensor.dims()),
+            ));
         }
     }
     Model::new(config, tensors, device)

@@ -13,10 +13,10 @@ use super::metrics_log::{MetricEvent, MetricsLog};
 use super::optimizer::{Optimizer, Settings};
 use super::store;
 use crate::error::{Error, Result};
-use crate::nn::{Model, Pass};
+use crate::nn::{Head, Model, Pass};
 use crate::ops::binary::{Binary, BinaryFunction};
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
-use crate::ops::softmax::LinearCrossEntropy;
+use crate::ops::softmax::{CrossEntropy, LinearCrossEntropy};
 use crate::rng::Site;
 use crate::tape::Var;
 use crate::tensor::Tensor;
@@ -67,13 +67,20 @@ pub fn sum(pass: &mut Pass, rows: &Var) -> Result<Var> {
     pass.tape.first(Reduce { function: ReduceFunction::Sum, axis: Axis::All }, &[rows])
 }
 
-/// sum over rows of weight * cross-entropy, fused with the head: no `[N, V]` buffer.
+/// sum over rows of weight * cross-entropy. A language head is fused with the loss, so that no `[N, V]` buffer is held;
+/// a tagging head has few labels and a bias, so its logits are computed.
 pub fn weighted_cross_entropy(pass: &mut Pass, hidden: &Var, targets: &Tensor, weights: &Tensor) -> Result<Var> {
     let shape = hidden.tensor.shape();
     let rows = hidden.reshape(&[shape.rows(), shape.last()])?;
-    let head = pass.head_weight()?;
-    let op = LinearCrossEntropy { smoothing: 0.0, chunk: LOSS_CHUNK };
-    let losses = pass.tape.first(op, &[&rows, &head, &Var::constant(targets.clone())])?;
+    let targets = Var::constant(targets.clone());
+    let losses = if matches!(pass.model.config.head, Head::Language { .. }) {
+        let head = pass.head_weight()?;
+        let op = LinearCrossEntropy { smoothing: 0.0, chunk: LOSS_CHUNK };
+        pass.tape.first(op, &[&rows, &head, &targets])?
+    } else {
+        let logits = pass.logits(&rows)?;
+        pass.tape.first(CrossEntropy { smoothing: 0.0 }, &[&logits, &targets])?
+    };
     let weighted = pass.tape.first(Binary(BinaryFunction::Mul), &[&losses, &Var::constant(weights.clone())])?;
     sum(pass, &weighted)
 }
@@ -160,7 +167,8 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
         let speed = summary.tokens as f64 / started.elapsed().as_secs_f64().max(1e-9);
         log.step(now, loss, norm, rate, speed)?;
         let due = |every: u64| every > 0 && now % every == 0;
-        let validated = (due(job.validate_every) || now == job.steps).then(|| (job.validate)(model, methods)).transpose()?;
+        let validated =
+            (due(job.validate_every) || now == job.steps).then(|| (job.validate)(model, methods)).transpose()?;
         if let Some(loss) = validated {
             summary.validation_loss = loss;
             log.write(now, "validation", "loss", loss, "nats/token")?;

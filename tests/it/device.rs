@@ -11,7 +11,7 @@ use espalier::{DType, Error, Tensor};
 
 /// The wgpu device all tests share, or `None` with a line that says what was skipped and why. Where
 /// `ESPALIER_REQUIRE` names wgpu its absence is a failure.
-fn wgpu(test: &str) -> Option<Arc<dyn Device>> {
+pub fn wgpu(test: &str) -> Option<Arc<dyn Device>> {
     static DEVICE: OnceLock<Result<Arc<dyn Device>, String>> = OnceLock::new();
     let opened = DEVICE.get_or_init(|| device::open("wgpu").map_err(|e| e.to_string()));
     present(test, opened.clone())
