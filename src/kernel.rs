@@ -209,8 +209,9 @@ impl Plan {
 /// Ranges of `items` elements of `bytes` each that fit one storage binding of `limit` bytes and start where a binding
 /// may start (a multiple of 256 bytes): how plans cut arguments larger than a binding into windows.
 pub fn spans(items: usize, bytes: usize, limit: u64) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let align = 256 / bytes;
-    let most = usize::try_from(limit).unwrap_or(usize::MAX) / bytes;
+    // 256 / gcd(256, bytes): powers of two up to 256 are all that 256 shares with a number.
+    let align = 256 >> bytes.max(1).trailing_zeros().min(8);
+    let most = usize::try_from(limit).unwrap_or(usize::MAX) / bytes.max(1);
     let step = (most / align * align).max(align);
     (0..items).step_by(step).map(move |start| start..items.min(start.saturating_add(step)))
 }
@@ -237,6 +238,7 @@ fn prelude(element: DType) -> (&'static str, &'static str) {
     match element {
         DType::F16 => ("elem_f16.wgsl", include_str!("../shaders/elem_f16.wgsl")),
         DType::Bf16 => ("elem_bf16.wgsl", include_str!("../shaders/elem_bf16.wgsl")),
+        DType::U32 => ("elem_u32.wgsl", include_str!("../shaders/elem_u32.wgsl")),
         _ => ("elem_f32.wgsl", include_str!("../shaders/elem_f32.wgsl")),
     }
 }

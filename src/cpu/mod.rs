@@ -3,6 +3,7 @@
 mod attention;
 mod embed;
 pub(crate) mod gemm;
+mod layout;
 mod matmul;
 mod norm;
 mod optim;
@@ -14,6 +15,7 @@ mod unary;
 pub(crate) use attention::{attention, attention_backward};
 pub(crate) use embed::{embed, embed_backward};
 pub(crate) use rope::rope;
+pub(crate) use layout::{concat, fill, gather_rows, pad, permute, scatter_add_rows, slice};
 pub(crate) use matmul::matmul;
 pub(crate) use norm::{add_layernorm, add_norm_backward, add_rmsnorm, layernorm, norm_backward, rmsnorm};
 mod quant;

@@ -252,7 +252,7 @@ fn cases() -> Vec<Case> {
         }
     }
     let case = Case::new(AccumulateScaled { factor: 0.25 }, Tolerance::Contraction { k: 2 });
-    let case = case.normal(&[7_077_888], DType::F32).normal(&[7_077_888], DType::F32);
+    let case = case.normal(&[768 * 3072], DType::F32).normal(&[768 * 3072], DType::F32);
     cases.push(case.bench());
     cases
 }

@@ -7,6 +7,7 @@ pub mod binary;
 pub mod cache;
 pub mod ceiling;
 pub mod embed;
+pub mod layout;
 pub mod matmul;
 pub mod norm;
 pub mod optim;
@@ -26,6 +27,7 @@ pub static FAMILIES: &[&Family] = &[
     &cache::FAMILY,
     &ceiling::FAMILY,
     &embed::FAMILY,
+    &layout::FAMILY,
     &matmul::FAMILY,
     &norm::FAMILY,
     &optim::FAMILY,

@@ -10,6 +10,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Code, Kernel, Params, Plan, Problem, always};
 use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
+use crate::ops::layout::Permute;
 use crate::shape::{self, Meta, Shape};
 use crate::tensor::Tensor;
 
@@ -157,10 +158,12 @@ impl Op for Reduce {
             ReduceFunction::Max => {
                 let (outer, n, inner) = self.axis.extents(&shape);
                 let x = g.input(0)?.reshape(&[outer, n, inner])?;
-                let rows = match self.axis {
-                    Axis::Rows => return Err(Error::NoGradient { op: self.name() }),
-                    _ => x.reshape(&[outer * inner, n])?,
+                // The reduced axis is brought last; where it already is, it stays as it is.
+                let rows = match inner {
+                    1 => x,
+                    _ => g.one(&Permute { order: vec![0, 2, 1] }, &[&x])?,
                 };
+                let rows = rows.reshape(&[outer * inner, n])?;
                 g.one(&backward, &[&g.one(&ArgMax, &[&rows])?, dy])?
             }
         })])
