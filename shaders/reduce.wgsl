@@ -1,8 +1,8 @@
 // op:       sum, mean, max, sum_squares over the last axis, all rows or all elements; argmax; count_non_finite; backward
 // math:     y = sum x, sum x / n, max x, sum x^2; argmax: lowest index of the largest; count: non-finite bits, first index
 // grad:     reduce_bwd: dx = dy, dy / n, dy at the maximum, 2 x dy
-// shapes:   reduce_fwd: x[O, N, I], y[O, I], partials[..] (scratch); argmax: x[O, N], y[O], partials[O, S] (scratch);
-//           count: x[N], y[2], partials[..] (scratch); reduce_bwd: x or index, dy[O, I], dx[O, N, I]
+// shapes:   reduce_fwd: x[O, N, I], y[O, I], partials[..] (scratch); argmax: x[O, N], indices[O], words[O, S] (scratch);
+//           count: x[N], indices[2], words[..] (scratch); reduce_bwd: x[O, N, I] or index[O, I], dy[O, I], dx[O, N, I]
 // layout:   contiguous; the reduced axis in the middle: last axis I = 1, rows O = 1, all O = I = 1
 // launch:   linear, 64 invocations a group, one (segment of a) reduction each; a tree of passes for long axes
 // cost:     N flops and N elements read per reduction

@@ -7,6 +7,7 @@ mod layout;
 mod matmul;
 mod norm;
 mod optim;
+mod random;
 mod rope;
 pub mod simd;
 mod softmax;
@@ -14,6 +15,7 @@ mod unary;
 
 pub(crate) use attention::{attention, attention_backward};
 pub(crate) use embed::{embed, embed_backward};
+pub(crate) use random::{dropout, normal, uniform};
 pub(crate) use rope::rope;
 pub(crate) use layout::{concat, fill, gather_rows, pad, permute, scatter_add_rows, slice};
 pub(crate) use matmul::matmul;

@@ -12,6 +12,7 @@ pub mod matmul;
 pub mod norm;
 pub mod optim;
 pub mod quant;
+pub mod random;
 pub mod reduce;
 mod quantize;
 pub mod rope;
@@ -32,6 +33,7 @@ pub static FAMILIES: &[&Family] = &[
     &norm::FAMILY,
     &optim::FAMILY,
     &quant::FAMILY,
+    &random::FAMILY,
     &reduce::FAMILY,
     &rope::FAMILY,
     &softmax::FAMILY,
