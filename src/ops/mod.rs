@@ -14,6 +14,7 @@ pub mod optim;
 pub mod quant;
 pub mod random;
 pub mod reduce;
+pub mod quant_matmul;
 mod quantize;
 pub mod rope;
 mod rows;
@@ -37,5 +38,6 @@ pub static FAMILIES: &[&Family] = &[
     &reduce::FAMILY,
     &rope::FAMILY,
     &softmax::FAMILY,
+    &quant_matmul::FAMILY,
     &unary::FAMILY,
 ];

@@ -15,6 +15,7 @@ use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance}
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
+pub use super::quant_matmul::MatmulInt8;
 pub use super::quantize::{Dequantize, Quantize};
 
 pub static FAMILY: Family = Family { name: "quant", cases, shader: Some(SHADER) };

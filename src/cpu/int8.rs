@@ -1,0 +1,231 @@
+//! Products of int8 rows with exact int32 accumulation, shared by the dense, 2:4 and expert kernels.
+//!
+//! Both operands have their reduction axis contiguous, so a tile of 16 dot products runs along k without packing.
+//! `vpdpbusd` multiplies unsigned by signed bytes: weights get 128 added (a flip of their top bit) and 128 times the
+//! sum of the activation row is taken off at the end. Integer sums are exact, so every path gives the same bits.
+
+use super::Args;
+use super::simd::multiversion;
+
+/// Weight rows of one parallel task: with 768 columns they are 48 KB, in the second-level cache.
+const STRIP: usize = 64;
+/// Activation rows kept in the first-level cache while a strip passes over them.
+const ROWS: usize = 32;
+/// Multiply-adds below which threads cost more than they bring: about 5 us on one core.
+const WORTH_THREADS: usize = 4 << 20;
+
+multiversion! {
+    fn sum(x: &[i8]) -> i32 {
+        x.iter().map(|&v| i32::from(v)).sum()
+    }
+
+    fn dot(x: &[i8], w: &[i8]) -> i32 {
+        x.iter().zip(w).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum()
+    }
+}
+
+/// x[i] . w[j] at i * NR + j, for MR * NR = 16 pairs of rows of one length. `sums` holds the sum of each x row.
+#[inline]
+fn tile<const MR: usize, const NR: usize>(x: [&[i8]; MR], w: [&[i8]; NR], sums: [i32; MR]) -> [i32; 16] {
+    let k = x[0].len();
+    assert!(MR * NR == 16 && x.iter().chain(&w).all(|row| row.len() == k), "rows of one length");
+    #[cfg(target_arch = "x86_64")]
+    if vnni::available() {
+        // SAFETY: the features were found, and every row has k bytes.
+        return unsafe { vnni::tile::<MR, NR>(x.map(<[i8]>::as_ptr), w.map(<[i8]>::as_ptr), k, sums) };
+    }
+    let _ = sums;
+    std::array::from_fn(|id| dot(x[id / NR], w[id % NR]))
+}
+
+#[cfg(target_arch = "x86_64")]
+mod vnni {
+    use std::arch::x86_64::*;
+    use std::sync::LazyLock;
+
+    pub(super) fn available() -> bool {
+        static FOUND: LazyLock<bool> = LazyLock::new(|| {
+            is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vnni")
+        });
+        *FOUND
+    }
+
+    /// # Safety
+    /// AVX-512 F, BW and VNNI are present; every pointer starts `k` readable bytes.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) unsafe fn tile<const MR: usize, const NR: usize>(
+        x: [*const i8; MR],
+        w: [*const i8; NR],
+        k: usize,
+        sums: [i32; MR],
+    ) -> [i32; 16] {
+        let flip = _mm512_set1_epi8(-128);
+        let mut acc = [_mm512_setzero_si512(); 16];
+        let mut at = 0;
+        while at < k {
+            let left = k - at;
+            // Lanes past the end are zero in x, so whatever the flip makes of w there adds nothing.
+            let mask = if left >= 64 { u64::MAX } else { (1 << left) - 1 };
+            // SAFETY: `mask` covers bytes at .. min(at + 64, k) of rows of k bytes.
+            let (xs, ws) = unsafe {
+                let load = |p: *const i8| _mm512_maskz_loadu_epi8(mask, p.add(at));
+                (x.map(load), w.map(|p| _mm512_xor_si512(load(p), flip)))
+            };
+            for i in 0..MR {
+                for j in 0..NR {
+                    acc[i * NR + j] = _mm512_dpbusd_epi32(acc[i * NR + j], ws[j], xs[i]);
+                }
+            }
+            at += 64;
+        }
+        let mut out = [0i32; 16];
+        // SAFETY: `out` is 64 bytes.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), sum_lanes(acc)) };
+        for i in 0..MR {
+            for j in 0..NR {
+                out[i * NR + j] -= 128 * sums[i];
+            }
+        }
+        out
+    }
+
+    /// Lane l of the result is the sum of the lanes of `acc[l]`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn sum_lanes(acc: [__m512i; 16]) -> __m512i {
+        let half = |a: __m512i, b: __m512i| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        let quarter =
+            |a: __m512i, b: __m512i| _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+        let lanes = |a: __m512i, b: __m512i| {
+            _mm512_add_epi32(_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b))
+        };
+        let four = |i: usize| quarter(half(acc[i], acc[i + 1]), half(acc[i + 2], acc[i + 3]));
+        lanes(lanes(four(0), four(4)), lanes(four(8), four(12)))
+    }
+}
+
+/// y[i, j] = (x[row(i)] . w[j]) x_scale[row(i)] w_scale[j] + bias[j], for `m` rows of `k` against `n` rows of `k`.
+#[derive(Clone, Copy)]
+pub(super) struct Product<'a> {
+    pub x: &'a [i8],
+    pub x_scale: &'a [f32],
+    pub w: &'a [i8],
+    pub w_scale: &'a [f32],
+    pub bias: Option<&'a [f32]>,
+    pub relu: bool,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+}
+
+/// Where parallel tasks write; each writes columns of its own.
+struct Columns(*mut f32);
+// SAFETY: tasks write disjoint columns (see `Product::strip`), and the slice outlives them.
+unsafe impl Sync for Columns {}
+
+impl Product<'_> {
+    /// The whole product into `y [m, n]`; `row(i)` is the row of x that output row i takes.
+    pub(super) fn run(&self, args: &Args, row: impl Fn(usize) -> usize + Sync, y: &mut [f32]) {
+        assert!(y.len() >= self.m * self.n, "room for the product");
+        let sums: Vec<i32> = (0..self.m).map(|i| sum(self.x_row(row(i)))).collect();
+        let out = Columns(y.as_mut_ptr());
+        let out = &out;
+        let strips = self.n.div_ceil(STRIP);
+        let all = |range: std::ops::Range<usize>| {
+            for s in range {
+                // SAFETY: `y` has m x n elements, and each strip is visited by one task.
+                unsafe { self.strip(s * STRIP, &row, &sums, out) };
+            }
+        };
+        if self.m * self.n * self.k < WORTH_THREADS {
+            all(0..strips);
+        } else {
+            args.ranges(strips, 1, all);
+        }
+    }
+
+    fn x_row(&self, row: usize) -> &[i8] {
+        &self.x[row * self.k..][..self.k]
+    }
+
+    fn w_row(&self, row: usize) -> &[i8] {
+        &self.w[row * self.k..][..self.k]
+    }
+
+    /// Columns first .. first + STRIP of every row.
+    ///
+    /// # Safety
+    /// `out` starts m x n elements; nobody else touches these columns meanwhile.
+    unsafe fn strip(&self, first: usize, row: &impl Fn(usize) -> usize, sums: &[i32], out: &Columns) {
+        for block in (0..self.m).step_by(ROWS) {
+            let rows = block..(block + ROWS).min(self.m);
+            // SAFETY: as promised by the caller.
+            unsafe {
+                match rows.len() {
+                    1 => self.tiles::<1, 16>(rows, first, row, sums, out),
+                    2 | 3 => self.tiles::<2, 8>(rows, first, row, sums, out),
+                    _ => self.tiles::<4, 4>(rows, first, row, sums, out),
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Product::strip`].
+    unsafe fn tiles<const MR: usize, const NR: usize>(
+        &self,
+        rows: std::ops::Range<usize>,
+        first: usize,
+        row: &impl Fn(usize) -> usize,
+        sums: &[i32],
+        out: &Columns,
+    ) {
+        let (last_row, last_column) = (rows.end - 1, self.n - 1);
+        for j in (first..(first + STRIP).min(self.n)).step_by(NR) {
+            // Tiles that reach over an edge repeat its last row; what that makes is not stored.
+            let w: [&[i8]; NR] = std::array::from_fn(|c| self.w_row((j + c).min(last_column)));
+            for i in rows.clone().step_by(MR) {
+                let of = |r: usize| (i + r).min(last_row);
+                let x: [&[i8]; MR] = std::array::from_fn(|r| self.x_row(row(of(r))));
+                let acc = tile::<MR, NR>(x, w, std::array::from_fn(|r| sums[of(r)]));
+                for r in 0..MR.min(last_row + 1 - i) {
+                    let scale = self.x_scale[row(i + r)];
+                    for c in 0..NR.min(last_column + 1 - j) {
+                        let value = acc[r * NR + c] as f32 * scale * self.w_scale[j + c];
+                        let value = value + self.bias.map_or(0.0, |b| b[j + c]);
+                        let value = if self.relu && value < 0.0 { 0.0 } else { value };
+                        // SAFETY: i + r < m and j + c < n.
+                        unsafe { *out.0.add((i + r) * self.n + j + c) = value };
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_tile_is_exact_for_every_length() {
+        let mut stream = crate::rng::Stream::new(5, 0);
+        for k in [1, 3, 4, 63, 64, 65, 127, 200] {
+            let mut row = |extreme: bool| -> Vec<i8> {
+                (0..k).map(|_| if extreme { -128 } else { (stream.below(256) as i32 - 128) as i8 }).collect()
+            };
+            let rows: Vec<Vec<i8>> = (0..20).map(|i| row(i % 7 == 0)).collect();
+            let exact = |i: usize, j: usize| -> i64 {
+                rows[i].iter().zip(&rows[j]).map(|(&a, &b)| i64::from(a) * i64::from(b)).sum()
+            };
+            let wide = tile::<1, 16>([&rows[0]], std::array::from_fn(|j| &rows[j + 4][..]), [sum(&rows[0])]);
+            let x = std::array::from_fn(|i| &rows[i][..]);
+            let square = tile::<4, 4>(x, std::array::from_fn(|j| &rows[j + 4][..]), x.map(sum));
+            for j in 0..16 {
+                assert_eq!(i64::from(wide[j]), exact(0, j + 4), "k {k}");
+                assert_eq!(i64::from(square[j]), exact(j / 4, j % 4 + 4), "k {k}");
+            }
+        }
+    }
+}
