@@ -4,11 +4,16 @@
 //! `vpdpbusd` multiplies unsigned by signed bytes: weights get 128 added (a flip of their top bit) and 128 times the
 //! sum of the activation row is taken off at the end. Integer sums are exact, so every path gives the same bits.
 
+use std::ops::Range;
+
 use super::Args;
 use super::simd::multiversion;
+use super::sparse24_matmul::expand_bytes;
 
 /// Weight rows of one parallel task: with 768 columns they are 48 KB, in the second-level cache.
 const STRIP: usize = 64;
+/// Compressed weight rows expanded at a time: with 768 columns 12 KB, in the first-level cache.
+const EXPANDED: usize = 16;
 /// Activation rows kept in the first-level cache while a strip passes over them.
 const ROWS: usize = 32;
 /// Multiply-adds below which threads cost more than they bring: about 5 us on one core.
@@ -105,12 +110,23 @@ mod vnni {
     }
 }
 
+/// Rows of int8 weights.
+#[derive(Clone, Copy)]
+pub(super) enum Weights<'a> {
+    Dense(&'a [i8]),
+    /// As `ops/sparse24_pack.rs` packs them.
+    Sparse24 {
+        values: &'a [i8],
+        meta: &'a [u32],
+    },
+}
+
 /// y[i, j] = (x[row(i)] . w[j]) x_scale[row(i)] w_scale[j] + bias[j], for `m` rows of `k` against `n` rows of `k`.
 #[derive(Clone, Copy)]
 pub(super) struct Product<'a> {
     pub x: &'a [i8],
     pub x_scale: &'a [f32],
-    pub w: &'a [i8],
+    pub w: Weights<'a>,
     pub w_scale: &'a [f32],
     pub bias: Option<&'a [f32]>,
     pub relu: bool,
@@ -132,7 +148,7 @@ impl Product<'_> {
         let out = Columns(y.as_mut_ptr());
         let out = &out;
         let strips = self.n.div_ceil(STRIP);
-        let all = |range: std::ops::Range<usize>| {
+        let all = |range: Range<usize>| {
             for s in range {
                 // SAFETY: `y` has m x n elements, and each strip is visited by one task.
                 unsafe { self.strip(s * STRIP, &row, &sums, out) };
@@ -149,23 +165,52 @@ impl Product<'_> {
         &self.x[row * self.k..][..self.k]
     }
 
-    fn w_row(&self, row: usize) -> &[i8] {
-        &self.w[row * self.k..][..self.k]
-    }
-
     /// Columns first .. first + STRIP of every row.
     ///
     /// # Safety
     /// `out` starts m x n elements; nobody else touches these columns meanwhile.
     unsafe fn strip(&self, first: usize, row: &impl Fn(usize) -> usize, sums: &[i32], out: &Columns) {
+        let end = (first + STRIP).min(self.n);
+        match self.w {
+            // SAFETY: as promised by the caller.
+            Weights::Dense(w) => unsafe { self.columns(first..end, &w[first * self.k..end * self.k], row, sums, out) },
+            Weights::Sparse24 { values, meta } => {
+                let (half, words) = (self.k / 2, self.k.div_ceil(32));
+                let mut dense = vec![0i8; EXPANDED * self.k];
+                for first in (first..end).step_by(EXPANDED) {
+                    let end = (first + EXPANDED).min(end);
+                    let dense = &mut dense[..(end - first) * self.k];
+                    for (j, w) in (first..).zip(dense.chunks_mut(self.k.max(1))) {
+                        expand_bytes(&values[j * half..][..half], &meta[j * words..][..words], w);
+                    }
+                    // SAFETY: as promised by the caller.
+                    unsafe { self.columns(first..end, dense, row, sums, out) };
+                }
+            }
+        }
+    }
+
+    /// The given columns, whose weights are `w`, of every row.
+    ///
+    /// # Safety
+    /// As [`Product::strip`].
+    unsafe fn columns(
+        &self,
+        columns: Range<usize>,
+        w: &[i8],
+        row: &impl Fn(usize) -> usize,
+        sums: &[i32],
+        out: &Columns,
+    ) {
         for block in (0..self.m).step_by(ROWS) {
             let rows = block..(block + ROWS).min(self.m);
+            let columns = columns.clone();
             // SAFETY: as promised by the caller.
             unsafe {
                 match rows.len() {
-                    1 => self.tiles::<1, 16>(rows, first, row, sums, out),
-                    2 | 3 => self.tiles::<2, 8>(rows, first, row, sums, out),
-                    _ => self.tiles::<4, 4>(rows, first, row, sums, out),
+                    1 => self.tiles::<1, 16>(rows, columns, w, row, sums, out),
+                    2 | 3 => self.tiles::<2, 8>(rows, columns, w, row, sums, out),
+                    _ => self.tiles::<4, 4>(rows, columns, w, row, sums, out),
                 }
             }
         }
@@ -175,16 +220,17 @@ impl Product<'_> {
     /// As [`Product::strip`].
     unsafe fn tiles<const MR: usize, const NR: usize>(
         &self,
-        rows: std::ops::Range<usize>,
-        first: usize,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        w: &[i8],
         row: &impl Fn(usize) -> usize,
         sums: &[i32],
         out: &Columns,
     ) {
-        let (last_row, last_column) = (rows.end - 1, self.n - 1);
-        for j in (first..(first + STRIP).min(self.n)).step_by(NR) {
+        let (last_row, last_column) = (rows.end - 1, columns.len() - 1);
+        for j in (0..columns.len()).step_by(NR) {
             // Tiles that reach over an edge repeat its last row; what that makes is not stored.
-            let w: [&[i8]; NR] = std::array::from_fn(|c| self.w_row((j + c).min(last_column)));
+            let w: [&[i8]; NR] = std::array::from_fn(|c| &w[(j + c).min(last_column) * self.k..][..self.k]);
             for i in rows.clone().step_by(MR) {
                 let of = |r: usize| (i + r).min(last_row);
                 let x: [&[i8]; MR] = std::array::from_fn(|r| self.x_row(row(of(r))));
@@ -192,11 +238,12 @@ impl Product<'_> {
                 for r in 0..MR.min(last_row + 1 - i) {
                     let scale = self.x_scale[row(i + r)];
                     for c in 0..NR.min(last_column + 1 - j) {
-                        let value = acc[r * NR + c] as f32 * scale * self.w_scale[j + c];
-                        let value = value + self.bias.map_or(0.0, |b| b[j + c]);
+                        let column = columns.start + j + c;
+                        let value = acc[r * NR + c] as f32 * scale * self.w_scale[column];
+                        let value = value + self.bias.map_or(0.0, |b| b[column]);
                         let value = if self.relu && value < 0.0 { 0.0 } else { value };
-                        // SAFETY: i + r < m and j + c < n.
-                        unsafe { *out.0.add((i + r) * self.n + j + c) = value };
+                        // SAFETY: i + r < m and column < n.
+                        unsafe { *out.0.add((i + r) * self.n + column) = value };
                     }
                 }
             }

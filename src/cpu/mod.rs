@@ -14,6 +14,8 @@ mod quant;
 mod quant_matmul;
 pub mod simd;
 mod softmax;
+mod sparse24;
+mod sparse24_matmul;
 mod unary;
 
 pub(crate) use attention::{attention, attention_backward};
@@ -35,6 +37,8 @@ pub(crate) use reduce::{argmax, count_non_finite, reduce, reduce_backward};
 pub(crate) use softmax::{cross_entropy, cross_entropy_backward, softmax, softmax_backward};
 pub(crate) use optim::{adamw, clip_factor, sgd};
 pub(crate) use quant_matmul::matmul_int8;
+pub(crate) use sparse24::{compress24, decompress24, gather24, mask24_1d, mask24_2d};
+pub(crate) use sparse24_matmul::{matmul_sparse24, matmul_sparse24_int8};
 pub(crate) use unary::{cast, unary, unary_backward};
 
 use std::cell::Cell;

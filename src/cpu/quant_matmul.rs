@@ -1,7 +1,7 @@
 //! CPU kernels of `ops/quant_matmul.rs`.
 
 use super::Args;
-use super::int8::Product;
+use super::int8::{Product, Weights};
 use crate::error::Result;
 
 /// Parameters: m, n, k, bias.
@@ -10,7 +10,7 @@ pub(crate) fn matmul_int8(args: &Args) -> Result<()> {
     let product = Product {
         x: args.read(0),
         x_scale: args.read(1),
-        w: args.read(2),
+        w: Weights::Dense(args.read(2)),
         w_scale: args.read(3),
         bias,
         relu: false,

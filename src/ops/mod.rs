@@ -19,6 +19,9 @@ mod quantize;
 pub mod rope;
 mod rows;
 pub mod softmax;
+pub mod sparse24;
+mod sparse24_matmul;
+mod sparse24_pack;
 pub mod unary;
 
 /// Every op family; verification, gradient checks, benches, the support table and the docs are loops over it.
@@ -39,5 +42,7 @@ pub static FAMILIES: &[&Family] = &[
     &rope::FAMILY,
     &softmax::FAMILY,
     &quant_matmul::FAMILY,
+    &sparse24::FAMILY,
+    &sparse24_matmul::FAMILY,
     &unary::FAMILY,
 ];
