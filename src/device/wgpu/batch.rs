@@ -8,7 +8,8 @@ use std::time::Duration;
 use super::{Gpu, scoped};
 use crate::error::Result;
 
-/// Launches of one command buffer at most: more gain nothing, and keep the device idle while they are recorded.
+/// Launches of one command buffer at most. Measured on software Vulkan, per tiny launch with its share of everything:
+/// 71 µs one by one, 39 µs in eights, 33 µs in 32s, 29 to 31 µs from 64 to 512: more only delays the device.
 const LAUNCHES: usize = 128;
 /// Command buffers handed over and not waited for: bounds memory and latency.
 const IN_FLIGHT: usize = 4;

@@ -28,6 +28,8 @@ pub fn misaligned(offset: usize) -> Error {
 
 pub struct Memory {
     buffer: wgpu::Buffer,
+    /// Never given to another buffer: bind groups are found by it.
+    id: u64,
     /// Number of the last batch that uses it. Memory may be recycled while queued work still uses it: the queue's
     /// order makes that safe for launches and copies, and `upload` looks here.
     used_in: AtomicU64,
@@ -43,7 +45,8 @@ impl Memory {
         };
         let buffer = scoped(&gpu.device, || gpu.device.create_buffer(&descriptor))
             .map_err(|e| gpu.failure(e, "allocate", bytes as u64))?;
-        Ok(Self { buffer, used_in: AtomicU64::new(0) })
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Ok(Self { buffer, id: NEXT.fetch_add(1, Relaxed), used_in: AtomicU64::new(0) })
     }
 }
 
@@ -51,13 +54,18 @@ pub struct Block {
     /// `None` only while it is dropped.
     memory: Option<Memory>,
     buffer: wgpu::Buffer,
+    id: u64,
     class: usize,
     pool: Arc<Pool<Memory>>,
 }
 
 impl Block {
     pub fn new(memory: Memory, class: usize, pool: Arc<Pool<Memory>>) -> Self {
-        Self { buffer: memory.buffer.clone(), memory: Some(memory), class, pool }
+        Self { buffer: memory.buffer.clone(), id: memory.id, memory: Some(memory), class, pool }
+    }
+
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     pub fn buffer(&self) -> &wgpu::Buffer {

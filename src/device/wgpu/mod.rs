@@ -171,7 +171,7 @@ impl WgpuDevice {
     /// The bind group of one launch, over the arguments that its entry uses.
     fn bind(&self, kernel: &Kernel, pipeline: &pipeline::Pipeline, arguments: &[Binding]) -> Result<wgpu::BindGroup> {
         let refuse = |what, got: u64, limit: u64| Error::Launch { kernel: kernel.name.into(), what, got, limit };
-        let mut entries = Vec::with_capacity(pipeline.bindings.len());
+        let mut shown = Vec::with_capacity(pipeline.bindings.len());
         for &binding in &pipeline.bindings {
             let Some(argument) = arguments.get(binding as usize) else {
                 return Err(refuse("binding index", binding.into(), arguments.len() as u64));
@@ -184,18 +184,24 @@ impl WgpuDevice {
                 return Err(refuse("misaligned binding offset", argument.offset as u64, self.alignment.into()));
             }
             let block = self.block(argument.buffer)?;
-            entries.push(wgpu::BindGroupEntry {
-                binding,
-                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                    buffer: block.buffer(),
-                    offset: argument.offset as u64,
-                    size: wgpu::BufferSize::new(size as u64),
-                }),
-            });
+            block.check(argument.offset, size)?;
+            shown.push((block.id(), argument.offset, size));
         }
-        let descriptor = wgpu::BindGroupDescriptor { label: None, layout: &pipeline.layout, entries: &entries };
-        scoped(&self.gpu.device, || self.gpu.device.create_bind_group(&descriptor))
-            .map_err(|e| self.gpu.failure(e, "bind", 0))
+        pipeline.group(shown, || {
+            let entry = |&binding: &u32| {
+                let argument = &arguments[binding as usize];
+                let resource = wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                    buffer: self.block(argument.buffer)?.buffer(),
+                    offset: argument.offset as u64,
+                    size: wgpu::BufferSize::new(memory::round_up(argument.bytes.max(4)) as u64),
+                });
+                Ok(wgpu::BindGroupEntry { binding, resource })
+            };
+            let entries: Vec<_> = pipeline.bindings.iter().map(entry).collect::<Result<_>>()?;
+            let descriptor = wgpu::BindGroupDescriptor { label: None, layout: &pipeline.layout, entries: &entries };
+            scoped(&self.gpu.device, || self.gpu.device.create_bind_group(&descriptor))
+                .map_err(|e| self.gpu.failure(e, "bind", 0))
+        })
     }
 }
 

@@ -44,12 +44,36 @@ impl Hash for Key {
     }
 }
 
+/// What a bind group shows: memory, offset and size per binding.
+pub type Shown = Vec<(u64, usize, usize)>;
+
 pub struct Pipeline {
     pub pipeline: wgpu::ComputePipeline,
     pub layout: wgpu::BindGroupLayout,
     /// Argument indices that the entry binds.
     pub bindings: Vec<u32>,
     pub parameter_bytes: u32,
+    /// Bind groups by what they show. A training step takes the same memory from the pool as the step before, so
+    /// nearly all of its launches find theirs.
+    groups: Mutex<HashMap<Shown, wgpu::BindGroup>>,
+}
+
+/// Bind groups kept per pipeline; they keep their memory alive, so the number is bounded.
+const GROUPS: usize = 1024;
+
+impl Pipeline {
+    pub fn group(&self, shown: Shown, make: impl FnOnce() -> Result<wgpu::BindGroup>) -> Result<wgpu::BindGroup> {
+        if let Some(found) = lock(&self.groups).get(&shown) {
+            return Ok(found.clone());
+        }
+        let group = make()?;
+        let mut groups = lock(&self.groups);
+        if groups.len() >= GROUPS {
+            groups.clear();
+        }
+        groups.insert(shown, group.clone());
+        Ok(group)
+    }
 }
 
 struct Module {
@@ -163,5 +187,5 @@ fn build(gpu: &Gpu, module: &Module, file: &str, entry: &'static str, constants:
     });
     let (layout, pipeline) = built.map_err(|e| gpu.compile_failure(e, file, module.shader.lines_before))?;
     let bindings = point.slots.iter().map(|s| s.binding).collect();
-    Ok(Pipeline { pipeline, layout, bindings, parameter_bytes: point.parameter_bytes })
+    Ok(Pipeline { pipeline, layout, bindings, parameter_bytes: point.parameter_bytes, groups: Mutex::default() })
 }
