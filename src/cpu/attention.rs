@@ -7,6 +7,8 @@ pub(crate) mod tile;
 
 use std::cell::RefCell;
 
+use tile::{Left, Vector, product};
+
 use super::{Args, float_kernel};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
@@ -94,6 +96,23 @@ impl<'a, T: Float> Problem<'a, T> {
     }
 }
 
+impl<T: Float> Problem<'_, T> {
+    /// Adds the bias of the panel of queries from `t` to scores `[keys, PANEL]` of the keys from `start`.
+    #[inline(always)]
+    fn add_bias(&self, visible: &Visible, h: usize, t: usize, start: usize, scores: &mut [f32]) {
+        let Some(bias) = self.bias else { return };
+        for lane in 0..PANEL {
+            let count = visible.counts[lane / PAD][lane % PAD] as usize;
+            if count > 0 {
+                let row = &bias[(h * self.queries + t + lane) * self.keys + start..][..count];
+                for (score, bias) in scores[lane..].iter_mut().step_by(PANEL).zip(row) {
+                    *score += bias.load();
+                }
+            }
+        }
+    }
+}
+
 /// An output that tasks write in disjoint parts.
 #[derive(Clone, Copy)]
 struct Shared<T> {
@@ -140,8 +159,12 @@ fn take<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     front
 }
 
-/// Packed extents are multiples of this: whole vectors on every instruction set.
+/// Packed rows are padded to a multiple of this: whole vectors on every instruction set.
 const PAD: usize = 16;
+/// Queries that are worked on side by side, in the lanes of vectors.
+const PANEL: usize = 2 * PAD;
+/// Keys of a block: its keys, values and scores stay in the caches next to the core.
+const KEYS: usize = 128;
 
 /// `rows` rows of a `[.., H, D]` tensor as f32 `[rows, padded]`, zero beyond D.
 #[inline(always)]
@@ -154,46 +177,79 @@ fn pack<T: Float>(
     out: &mut [f32],
 ) {
     for (i, out) in out.chunks_exact_mut(padded).take(rows).enumerate() {
-        super::simd::widen(&source[i * stride..][..dim], &mut out[..dim]);
-        out[dim..].fill(0.0);
-        for x in &mut out[..dim] {
+        let (out, rest) = out.split_at_mut(dim);
+        load(&source[i * stride..][..dim], factor, out);
+        rest.fill(0.0);
+    }
+}
+
+#[inline(always)]
+fn load<T: Float>(row: &[T], factor: f32, out: &mut [f32]) {
+    if T::DTYPE == DType::F16 {
+        // Hardware conversion works on whole rows only.
+        super::simd::widen(row, out);
+        for x in out {
             *x *= factor;
         }
-    }
-}
-
-/// As [`pack`], transposed to `[D, padded]`, zero beyond `rows`. Where storage is not f32 the rows go through `staging`.
-#[inline(always)]
-fn pack_transposed<T: Float>(
-    source: &[T],
-    (stride, dim): (usize, usize),
-    rows: usize,
-    padded: usize,
-    staging: &mut [f32],
-    out: &mut [f32],
-) {
-    if T::DTYPE == DType::F32 {
-        return transpose(bytemuck::cast_slice(source), (stride, dim), rows, padded, out);
-    }
-    pack(source, (stride, dim), rows, dim, 1.0, staging);
-    transpose(staging, (dim, dim), rows, padded, out);
-}
-
-#[inline(always)]
-fn transpose(source: &[f32], (stride, dim): (usize, usize), rows: usize, padded: usize, out: &mut [f32]) {
-    // Blocks of 16 x 16 keep both sides in cache lines that are used whole.
-    for d0 in (0..dim).step_by(16) {
-        for i0 in (0..rows).step_by(16) {
-            for i in i0..rows.min(i0 + 16) {
-                let row = &source[i * stride + d0..][..(dim - d0).min(16)];
-                for (d, x) in row.iter().enumerate() {
-                    out[(d0 + d) * padded + i] = *x;
-                }
-            }
+    } else {
+        for (out, x) in out.iter_mut().zip(row) {
+            *out = x.load() * factor;
         }
     }
-    for out in out.chunks_exact_mut(padded).take(dim) {
-        out[rows..].fill(0.0);
+}
+
+/// Up to [`PANEL`] packed rows `[rows, padded]` transposed to `[D, PANEL]`, zero beyond the rows.
+#[inline(always)]
+fn transpose(source: &[f32], (padded, dim): (usize, usize), out: &mut [f32]) {
+    let rows = source.len() / padded;
+    for (d, out) in out.as_chunks_mut::<PANEL>().0.iter_mut().take(dim).enumerate() {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = if i < rows { source[i * padded + d] } else { 0.0 };
+        }
+    }
+}
+
+/// How many keys of the block from `start` each query of a panel sees, the fewest and the most of them by half panel.
+struct Visible {
+    counts: [[u32; PAD]; 2],
+    fewest: [usize; 2],
+    most: [usize; 2],
+}
+
+impl Visible {
+    /// For queries `first..last` and the `count` keys from `start`; lanes without a query see nothing.
+    #[inline(always)]
+    fn of<T: Float>(p: &Problem<T>, b: usize, (first, last): (usize, usize), (start, count): (usize, usize)) -> Self {
+        let mut visible = Self { counts: [[0; PAD]; 2], fewest: [0; 2], most: [0; 2] };
+        for half in 0..2 {
+            for (lane, seen) in visible.counts[half].iter_mut().enumerate() {
+                let t = first + half * PAD + lane;
+                *seen = if t < last { p.visible(b, t).saturating_sub(start).min(count) as u32 } else { 0 };
+            }
+            visible.fewest[half] = visible.counts[half].iter().copied().min().unwrap_or(0) as usize;
+            visible.most[half] = visible.counts[half].iter().copied().max().unwrap_or(0) as usize;
+        }
+        visible
+    }
+
+    /// Keys that any query of the panel sees.
+    fn keys(&self) -> usize {
+        self.most[0].max(self.most[1])
+    }
+}
+
+/// Scores `[keys, PANEL]` of packed keys `[keys, padded]` and a transposed panel `[D, PANEL]`. Under causal masks the
+/// second half of a panel sees more keys than the first: no scores are made where no lane of a half sees the key.
+#[inline(always)]
+fn scores<V: Vector>(visible: &Visible, keys: &[f32], (padded, dim): (usize, usize), panel: &[f32], out: &mut [f32]) {
+    let both = visible.most[0].min(visible.most[1]);
+    let left = |key: usize| Left { data: &keys[key * padded..], row: padded, column: 1 };
+    product::<V>((both, PANEL, dim), left(0), (panel, PANEL), (out, PANEL), false);
+    for half in 0..2 {
+        if let Some(more) = visible.most[half].checked_sub(both).filter(|more| *more > 0) {
+            let at = both * PANEL + half * PAD;
+            product::<V>((more, PAD, dim), left(both), (&panel[half * PAD..], PANEL), (&mut out[at..], PANEL), false);
+        }
     }
 }
 

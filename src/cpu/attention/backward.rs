@@ -1,13 +1,11 @@
-//! Backward: five products per (block of keys, block of queries), scores recomputed from lse.
+//! Backward: five products per (block of keys, panel of queries), scores recomputed from lse.
 
 use super::tile::{Left, Vector, Work, best, product};
-use super::{PAD, Problem, Shared, pack, pack_transposed, take, tasks_per_chunk, with_workspace};
+use super::{
+    KEYS, PAD, PANEL, Problem, Shared, Visible, pack, scores, take, tasks_per_chunk, transpose, with_workspace,
+};
 use crate::cpu::{Args, simd};
 use crate::dtype::Float;
-
-/// Keys and queries of a block.
-const KEYS: usize = 128;
-const QUERIES: usize = 32;
 
 pub(super) fn run<T: Float>(args: &Args) {
     let p = Problem::<T>::of(args);
@@ -25,26 +23,29 @@ pub(super) fn run<T: Float>(args: &Args) {
         dbias: p.bias.map(|_| Shared::of(args.write(n + 6))),
     };
     let flops = 10 * p.queries * p.keys * p.dim;
-    if tensors.dbias.is_some() {
+    if let Some(dbias) = tensors.dbias {
         // The bias gradient sums over the batch, so a task takes all batch elements of its head in order.
+        let pairs = p.queries * p.keys;
         args.ranges(p.heads, tasks_per_chunk(flops * p.batch), |heads| {
-            for h in heads {
-                with_workspace(p.workspace() + p.queries * p.keys, |memory| {
-                    let (bias, memory) = memory.split_at_mut(p.queries * p.keys);
+            with_workspace(Workspace::len(&p) + pairs, |memory| {
+                let (bias, memory) = memory.split_at_mut(pairs);
+                for h in heads.clone() {
                     bias.fill(0.0);
                     for b in 0..p.batch {
                         best(Task { p: &p, x: &tensors, b, h, memory, bias });
                     }
-                    tensors.store_bias(&p, h, bias);
-                });
-            }
+                    // SAFETY: head h belongs to this task alone.
+                    simd::narrow(bias, unsafe { dbias.slice(h * pairs, pairs) });
+                }
+            });
         });
     } else {
         args.ranges(p.batch * p.heads, tasks_per_chunk(flops), |tasks| {
-            for task in tasks {
-                let (b, h) = (task / p.heads, task % p.heads);
-                with_workspace(p.workspace(), |memory| best(Task { p: &p, x: &tensors, b, h, memory, bias: &mut [] }));
-            }
+            with_workspace(Workspace::len(&p), |memory| {
+                for task in tasks.clone() {
+                    best(Task { p: &p, x: &tensors, b: task / p.heads, h: task % p.heads, memory, bias: &mut [] });
+                }
+            });
         });
     }
 }
@@ -62,27 +63,6 @@ struct Tensors<'a, T> {
     dbias: Option<Shared<T>>,
 }
 
-impl<T: Float> Tensors<'_, T> {
-    fn store_bias(&self, p: &Problem<T>, h: usize, bias: &[f32]) {
-        if let Some(out) = &self.dbias {
-            // SAFETY: head h belongs to this task alone.
-            simd::narrow(bias, unsafe { out.slice(h * bias.len(), p.queries * p.keys) });
-        }
-    }
-}
-
-impl<T: Float> Problem<'_, T> {
-    /// D and the length of a block of keys, padded.
-    fn extents(&self) -> (usize, usize) {
-        (self.dim.next_multiple_of(PAD), self.keys.min(KEYS).next_multiple_of(PAD))
-    }
-
-    fn workspace(&self) -> usize {
-        let (padded, block) = self.extents();
-        self.queries * (3 * padded + 1) + block * (3 * padded + 2 * self.dim + 2 * QUERIES)
-    }
-}
-
 struct Task<'a, T> {
     p: &'a Problem<'a, T>,
     x: &'a Tensors<'a, T>,
@@ -94,67 +74,72 @@ struct Task<'a, T> {
 }
 
 struct Workspace<'w> {
-    /// Scaled queries, dy and dq / scale, each `[T, padded]`; delta `[T]`.
+    /// Scaled queries, dy and dq / scale, each `[rows, padded]`; the first two also as panels of `[D, PANEL]`.
     q: &'w mut [f32],
     dy: &'w mut [f32],
     dq: &'w mut [f32],
+    q_panels: &'w mut [f32],
+    dy_panels: &'w mut [f32],
+    /// rowsum(dy y) and lse of each row.
     delta: &'w mut [f32],
-    /// One block of keys: `[block, padded]`, `[D, block]`, values `[D, block]`, gradients `[block, padded]`.
+    lse: &'w mut [f32],
+    /// One block of keys, values and their gradients, `[block, padded]` each.
     keys: &'w mut [f32],
-    keys_t: &'w mut [f32],
-    values_t: &'w mut [f32],
+    values: &'w mut [f32],
     dk: &'w mut [f32],
     dv: &'w mut [f32],
-    /// P and dS `[QUERIES, block]`.
+    /// P and dS, `[block, PANEL]` each.
     p: &'w mut [f32],
     ds: &'w mut [f32],
+}
+
+impl<'w> Workspace<'w> {
+    /// Rows of a task in whole panels, D padded, keys of a block.
+    fn extents<T: Float>(p: &Problem<T>) -> (usize, usize, usize) {
+        (p.queries.next_multiple_of(PANEL), p.dim.next_multiple_of(PAD), p.keys.min(KEYS))
+    }
+
+    fn len<T: Float>(p: &Problem<T>) -> usize {
+        let (rows, padded, block) = Self::extents(p);
+        rows * (5 * padded + 2) + block * (4 * padded + 2 * PANEL)
+    }
+
+    fn of<T: Float>(p: &Problem<T>, mut memory: &'w mut [f32]) -> Self {
+        let (rows, padded, block) = Self::extents(p);
+        Self {
+            q: take(&mut memory, rows * padded),
+            dy: take(&mut memory, rows * padded),
+            dq: take(&mut memory, rows * padded),
+            q_panels: take(&mut memory, rows * padded),
+            dy_panels: take(&mut memory, rows * padded),
+            delta: take(&mut memory, rows),
+            lse: take(&mut memory, rows),
+            keys: take(&mut memory, block * padded),
+            values: take(&mut memory, block * padded),
+            dk: take(&mut memory, block * padded),
+            dv: take(&mut memory, block * padded),
+            p: take(&mut memory, block * PANEL),
+            ds: take(&mut memory, block * PANEL),
+        }
+    }
 }
 
 impl<T: Float> Work for Task<'_, T> {
     #[inline(always)]
     fn run<V: Vector>(mut self) {
-        let (m, dim, (padded, block)) = (self.p.queries, self.p.dim, self.p.extents());
-        let mut memory = std::mem::take(&mut self.memory);
-        let w = Workspace {
-            q: take(&mut memory, m * padded),
-            dy: take(&mut memory, m * padded),
-            dq: take(&mut memory, m * padded),
-            delta: take(&mut memory, m),
-            keys: take(&mut memory, block * padded),
-            keys_t: take(&mut memory, block * dim),
-            values_t: take(&mut memory, block * dim),
-            dk: take(&mut memory, block * padded),
-            dv: take(&mut memory, block * padded),
-            p: take(&mut memory, block * QUERIES),
-            ds: take(&mut memory, block * QUERIES),
-        };
-        self.run_in::<V>(w, padded, block);
-    }
-}
-
-impl<T: Float> Task<'_, T> {
-    #[inline(always)]
-    fn run_in<V: Vector>(&mut self, mut w: Workspace, padded: usize, block: usize) {
-        let p = self.p;
+        let mut w = Workspace::of(self.p, std::mem::take(&mut self.memory));
+        let (p, padded) = (self.p, self.p.dim.next_multiple_of(PAD));
         let layout = (p.stride(), p.dim);
-        let first = p.row(self.b, 0, self.h, p.queries);
-        pack(&self.x.y[first..], layout, p.queries, padded, 1.0, w.q);
-        pack(&self.x.dy[first..], layout, p.queries, padded, 1.0, w.dy);
-        for (t, delta) in w.delta.iter_mut().enumerate() {
-            [*delta] = simd::sums2(&w.q[t * padded..][..padded], &w.dy[t * padded..][..padded], |y, dy| [y * dy]);
-        }
-        pack(&self.x.q[first..], layout, p.queries, padded, p.scale, w.q);
-        w.dq.fill(0.0);
+        self.prepare(&mut w, padded);
         for start in (0..p.keys).step_by(KEYS) {
             let count = (p.keys - start).min(KEYS);
             let at = p.row(self.b, start, self.h, p.keys);
-            pack_transposed(&self.x.v[at..], layout, count, block, w.keys, w.values_t);
-            pack_transposed(&self.x.k[at..], layout, count, block, w.keys, w.keys_t);
             pack(&self.x.k[at..], layout, count, padded, 1.0, w.keys);
+            pack(&self.x.v[at..], layout, count, padded, 1.0, w.values);
             w.dk.fill(0.0);
             w.dv.fill(0.0);
-            for t in (0..p.queries).step_by(QUERIES) {
-                self.block::<V>(&mut w, (padded, block), (start, count), t);
+            for t in (0..p.queries).step_by(PANEL) {
+                self.panel::<V>(&mut w, padded, (start, count), t);
             }
             for i in 0..count {
                 let at = p.row(self.b, start + i, self.h, p.keys);
@@ -174,56 +159,109 @@ impl<T: Float> Task<'_, T> {
             simd::narrow(row, unsafe { self.x.dq.slice(p.row(self.b, t, self.h, p.queries), p.dim) });
         }
     }
+}
 
-    /// What queries `t..` of one block have to do with keys `start..start + count`.
+impl<T: Float> Task<'_, T> {
+    /// Everything that depends on the queries alone.
     #[inline(always)]
-    fn block<V: Vector>(
-        &mut self,
-        w: &mut Workspace,
-        (padded, block): (usize, usize),
-        (start, count): (usize, usize),
-        t: usize,
-    ) {
+    fn prepare(&self, w: &mut Workspace, padded: usize) {
         let p = self.p;
-        let rows = (p.queries - t).min(QUERIES);
-        let seen = p.visible(self.b, t + rows - 1).saturating_sub(start).min(count);
+        let layout = (p.stride(), p.dim);
+        let first = p.row(self.b, 0, self.h, p.queries);
+        pack(&self.x.y[first..], layout, p.queries, padded, 1.0, w.q);
+        pack(&self.x.dy[first..], layout, p.queries, padded, 1.0, w.dy);
+        w.delta.fill(0.0);
+        w.lse.fill(0.0);
+        w.lse[..p.queries].copy_from_slice(&self.x.lse[(self.b * p.heads + self.h) * p.queries..][..p.queries]);
+        let rows = w.q.chunks_exact(padded).zip(w.dy.chunks_exact(padded));
+        for (delta, (y, dy)) in w.delta[..p.queries].iter_mut().zip(rows) {
+            let mut lanes = [0.0; PAD];
+            for (y, dy) in y.as_chunks::<PAD>().0.iter().zip(dy.as_chunks::<PAD>().0) {
+                for lane in 0..PAD {
+                    lanes[lane] += y[lane] * dy[lane];
+                }
+            }
+            *delta = lanes.iter().sum();
+        }
+        pack(&self.x.q[first..], layout, p.queries, padded, p.scale, w.q);
+        for t in (0..p.queries).step_by(PANEL) {
+            let rows = t * padded..p.queries.min(t + PANEL) * padded;
+            transpose(&w.q[rows.clone()], (padded, p.dim), &mut w.q_panels[t * padded..]);
+            transpose(&w.dy[rows], (padded, p.dim), &mut w.dy_panels[t * padded..]);
+        }
+        w.dq.fill(0.0);
+    }
+
+    /// What the panel of queries from `t` has to do with keys `start..start + count`.
+    #[inline(always)]
+    fn panel<V: Vector>(&mut self, w: &mut Workspace, padded: usize, (start, count): (usize, usize), t: usize) {
+        let p = self.p;
+        let rows = (p.queries - t).min(PANEL);
+        let visible = Visible::of(p, self.b, (t, t + rows), (start, count));
+        let seen = visible.keys();
         if seen == 0 {
             return;
         }
-        let width = seen.next_multiple_of(V::LANES);
-        let (q, dy) = (&w.q[t * padded..], &w.dy[t * padded..]);
-        let left = |data| Left { data, row: padded, column: 1 };
-        product::<V>((rows, width, p.dim), left(q), (w.keys_t, block), (w.p, block), false);
-        product::<V>((rows, width, p.dim), left(dy), (w.values_t, block), (w.ds, block), false);
-        for i in 0..rows {
-            let n = p.visible(self.b, t + i).saturating_sub(start).min(count);
-            let (probabilities, ds) = (&mut w.p[i * block..][..width], &mut w.ds[i * block..][..width]);
-            probabilities[n..].fill(0.0);
-            ds[n..].fill(0.0);
-            let (probabilities, ds) = (&mut probabilities[..n], &mut ds[..n]);
-            let at = (self.h * p.queries + t + i) * p.keys + start;
-            if let Some(bias) = p.bias {
-                for (score, bias) in probabilities.iter_mut().zip(&bias[at..][..n]) {
-                    *score += bias.load();
-                }
-            }
-            let lse = self.x.lse[(self.b * p.heads + self.h) * p.queries + t + i];
-            let delta = w.delta[t + i];
-            for (probability, ds) in probabilities.iter_mut().zip(&mut *ds) {
-                *probability = simd::exp(*probability - lse);
-                *ds = *probability * (*ds - delta);
-            }
-            if !self.bias.is_empty() {
-                let row = &mut self.bias[(t + i) * p.keys + start..][..n];
-                for (sum, ds) in row.iter_mut().zip(ds) {
+        let extents = (padded, p.dim);
+        scores::<V>(&visible, w.keys, extents, &w.q_panels[t * padded..], w.p);
+        scores::<V>(&visible, w.values, extents, &w.dy_panels[t * padded..], w.ds);
+        p.add_bias(&visible, self.h, t, start, w.p);
+        for half in 0..2 {
+            let lanes = t + half * PAD..t + (half + 1) * PAD;
+            probabilities(&visible, half, seen, (&w.lse[lanes.clone()], &w.delta[lanes]), (w.p, w.ds));
+        }
+        if !self.bias.is_empty() {
+            for lane in 0..rows {
+                let row = &mut self.bias[(t + lane) * p.keys + start..][..seen];
+                for (sum, ds) in row.iter_mut().zip(w.ds[lane..].iter().step_by(PANEL)) {
                     *sum += *ds;
                 }
             }
         }
-        let across = |data| Left { data, row: 1, column: block };
-        product::<V>((seen, padded, rows), across(w.p), (dy, padded), (w.dv, padded), true);
-        product::<V>((seen, padded, rows), across(w.ds), (q, padded), (w.dk, padded), true);
-        let left = Left { data: w.ds, row: block, column: 1 };
-        product::<V>((rows, padded, seen), left, (w.keys, padded), (&mut w.dq[t * padded..], padded), true);
+        let down = |data| Left { data, row: PANEL, column: 1 };
+        let (q, dy) = (&w.q[t * padded..], &w.dy[t * padded..]);
+        product::<V>((seen, padded, rows), down(w.p), (dy, padded), (w.dv, padded), true);
+        product::<V>((seen, padded, rows), down(w.ds), (q, padded), (w.dk, padded), true);
+        for half in 0..2 {
+            let rows = rows.saturating_sub(half * PAD).min(PAD);
+            let left = Left { data: &w.ds[half * PAD..], row: 1, column: PANEL };
+            let dq = (&mut w.dq[(t + half * PAD) * padded..], padded);
+            product::<V>((rows, padded, visible.most[half]), left, (w.keys, padded), dq, true);
+        }
+    }
+}
+
+/// P = exp(scores - lse) and dS = P (dP - delta) for one half panel of `seen` keys, both zero where a lane does not see
+/// the key.
+#[inline(always)]
+fn probabilities(
+    visible: &Visible,
+    half: usize,
+    seen: usize,
+    (lse, delta): (&[f32], &[f32]),
+    (p, ds): (&mut [f32], &mut [f32]),
+) {
+    let (counts, fewest, most) = (&visible.counts[half], visible.fewest[half], visible.most[half]);
+    let rows = p.as_chunks_mut::<PAD>().0.iter_mut().zip(ds.as_chunks_mut::<PAD>().0);
+    let (Some((lse, _)), Some((delta, _))) = (lse.split_first_chunk::<PAD>(), delta.split_first_chunk::<PAD>()) else {
+        return;
+    };
+    for (key, (p, ds)) in rows.skip(half).step_by(2).take(seen).enumerate() {
+        if key >= most {
+            *p = [0.0; PAD];
+            *ds = [0.0; PAD];
+            continue;
+        }
+        for lane in 0..PAD {
+            p[lane] = simd::exp(p[lane] - lse[lane]);
+            ds[lane] = p[lane] * (ds[lane] - delta[lane]);
+        }
+        if key >= fewest {
+            for lane in 0..PAD {
+                let live = (key as u32) < counts[lane];
+                p[lane] = if live { p[lane] } else { 0.0 };
+                ds[lane] = if live { ds[lane] } else { 0.0 };
+            }
+        }
     }
 }

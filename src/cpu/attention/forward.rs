@@ -1,15 +1,15 @@
-//! Forward: blocks of keys, online softmax over them.
+//! Forward: blocks of keys, panels of queries side by side in vector lanes, online softmax down the keys.
 
 use super::tile::{Left, Vector, Work, best, product};
-use super::{PAD, Problem, Shared, pack, pack_transposed, take, tasks_per_chunk, with_workspace};
+use super::{
+    KEYS, PAD, PANEL, Problem, Shared, Visible, pack, scores, take, tasks_per_chunk, transpose, with_workspace,
+};
 use crate::cpu::{Args, simd};
 use crate::dtype::Float;
 use crate::ops::attention::MASKED;
 
-/// Queries of a task, keys of a block, queries of one score tile.
-const QUERIES: usize = 128;
-const KEYS: usize = 128;
-const ROWS: usize = 8;
+/// Queries of a task: they share the packing of each block of keys.
+const QUERIES: usize = 4 * PANEL;
 
 pub(super) fn run<T: Float>(args: &Args) {
     let p = Problem::<T>::of(args);
@@ -18,27 +18,15 @@ pub(super) fn run<T: Float>(args: &Args) {
     let blocks = p.queries.div_ceil(QUERIES);
     let task_flops = 4 * p.queries.min(QUERIES) * p.keys * p.dim;
     args.ranges(p.batch * p.heads * blocks, tasks_per_chunk(task_flops), |tasks| {
-        for task in tasks {
-            let (head, block) = (task / blocks, task % blocks);
-            let (b, h) = (head / p.heads, head % p.heads);
-            let rows = (block * QUERIES, p.queries.min((block + 1) * QUERIES));
-            with_workspace(p.forward_workspace(), |memory| {
+        with_workspace(Workspace::len(&p), |memory| {
+            for task in tasks.clone() {
+                let (head, block) = (task / blocks, task % blocks);
+                let (b, h) = (head / p.heads, head % p.heads);
+                let rows = (block * QUERIES, p.queries.min((block + 1) * QUERIES));
                 best(Task { p: &p, q, k, v, y, lse, b, h, rows, memory });
-            });
-        }
+            }
+        });
     });
-}
-
-impl<T: Float> Problem<'_, T> {
-    /// D and the length of a block of keys, padded.
-    fn padded(&self) -> (usize, usize) {
-        (self.dim.next_multiple_of(PAD), self.keys.min(KEYS).next_multiple_of(PAD))
-    }
-
-    fn forward_workspace(&self) -> usize {
-        let (m, (padded, block)) = (self.queries.min(QUERIES), self.padded());
-        m * (self.dim + padded + 2) + block * (self.dim + padded + ROWS)
-    }
 }
 
 struct Task<'a, T> {
@@ -54,44 +42,66 @@ struct Task<'a, T> {
     memory: &'a mut [f32],
 }
 
-impl<T: Float> Work for Task<'_, T> {
-    #[inline(always)]
-    fn run<V: Vector>(mut self) {
-        let (m, dim, (padded, block)) = (self.rows.1 - self.rows.0, self.p.dim, self.p.padded());
-        let mut memory = std::mem::take(&mut self.memory);
-        let w = Workspace {
-            q: take(&mut memory, m * dim),
-            sums: take(&mut memory, m * padded),
-            largest: take(&mut memory, m),
-            total: take(&mut memory, m),
-            keys: take(&mut memory, block * dim),
-            values: take(&mut memory, block * padded),
-            scores: take(&mut memory, block * ROWS),
-        };
-        self.attend::<V>(w, padded, block);
-    }
-}
-
 struct Workspace<'w> {
-    /// Scaled queries `[m, D]`.
+    /// Scaled queries, a panel of `[D, PANEL]` after the other.
     q: &'w mut [f32],
-    /// Unnormalised outputs `[m, padded]`, largest score and sum of exponentials `[m]`.
+    /// Unnormalised outputs `[rows, padded]`; largest score and sum of exponentials of each row.
     sums: &'w mut [f32],
     largest: &'w mut [f32],
     total: &'w mut [f32],
-    /// One block of keys `[D, block]` and values `[block, padded]`.
+    /// One block of keys and values, `[block, padded]` each.
     keys: &'w mut [f32],
     values: &'w mut [f32],
-    /// Scores, then probabilities, `[ROWS, block]`.
+    /// Scores, then exponentials, `[block, PANEL]`.
     scores: &'w mut [f32],
+}
+
+impl<'w> Workspace<'w> {
+    /// Rows of a task in whole panels, D padded, keys of a block.
+    fn extents<T: Float>(p: &Problem<T>) -> (usize, usize, usize) {
+        (p.queries.min(QUERIES).next_multiple_of(PANEL), p.dim.next_multiple_of(PAD), p.keys.min(KEYS))
+    }
+
+    fn len<T: Float>(p: &Problem<T>) -> usize {
+        let (rows, padded, block) = Self::extents(p);
+        rows * (2 * padded + 2) + block * (2 * padded + PANEL)
+    }
+
+    fn of<T: Float>(p: &Problem<T>, mut memory: &'w mut [f32]) -> Self {
+        let (rows, padded, block) = Self::extents(p);
+        Self {
+            q: take(&mut memory, rows * padded),
+            sums: take(&mut memory, rows * padded),
+            largest: take(&mut memory, rows),
+            total: take(&mut memory, rows),
+            keys: take(&mut memory, block * padded),
+            values: take(&mut memory, block * padded),
+            scores: take(&mut memory, block * PANEL),
+        }
+    }
+}
+
+impl<T: Float> Work for Task<'_, T> {
+    #[inline(always)]
+    fn run<V: Vector>(mut self) {
+        let w = Workspace::of(self.p, std::mem::take(&mut self.memory));
+        self.attend::<V>(w);
+    }
 }
 
 impl<T: Float> Task<'_, T> {
     #[inline(always)]
-    fn attend<V: Vector>(&self, w: Workspace, padded: usize, block: usize) {
+    fn attend<V: Vector>(&self, w: Workspace) {
         let (p, (first, last)) = (self.p, self.rows);
-        let (m, layout) = (last - first, (p.stride(), p.dim));
-        pack(&self.q[p.row(self.b, first, self.h, p.queries)..], layout, m, p.dim, p.scale, w.q);
+        let (dim, padded, layout) = (p.dim, p.dim.next_multiple_of(PAD), (p.stride(), p.dim));
+        let panels = (last - first).div_ceil(PANEL);
+        for panel in 0..panels {
+            let t = first + panel * PANEL;
+            let rows = (last - t).min(PANEL);
+            // The outputs' memory is free until the first block of keys.
+            pack(&self.q[p.row(self.b, t, self.h, p.queries)..], layout, rows, padded, p.scale, w.sums);
+            transpose(&w.sums[..rows * padded], (padded, dim), &mut w.q[panel * PANEL * padded..]);
+        }
         w.largest.fill(MASKED);
         w.total.fill(0.0);
         w.sums.fill(0.0);
@@ -99,45 +109,41 @@ impl<T: Float> Task<'_, T> {
         for start in (0..keys).step_by(KEYS) {
             let count = (keys - start).min(KEYS);
             let at = p.row(self.b, start, self.h, p.keys);
-            pack_transposed(&self.k[at..], layout, count, block, w.values, w.keys);
+            pack(&self.k[at..], layout, count, padded, 1.0, w.keys);
             pack(&self.v[at..], layout, count, padded, 1.0, w.values);
-            for i in (0..m).step_by(ROWS) {
-                let rows = (m - i).min(ROWS);
-                // Causal masks leave nothing to the right of the last row's keys.
-                let seen = p.visible(self.b, first + i + rows - 1).saturating_sub(start).min(count);
-                if seen == 0 {
+            for panel in 0..panels {
+                let t = first + panel * PANEL;
+                let rows = (last - t).min(PANEL);
+                let visible = Visible::of(p, self.b, (t, t + rows), (start, count));
+                if visible.keys() == 0 {
                     continue;
                 }
-                let width = seen.next_multiple_of(V::LANES);
-                let left = Left { data: &w.q[i * p.dim..], row: p.dim, column: 1 };
-                product::<V>((rows, width, p.dim), left, (w.keys, block), (w.scores, block), false);
-                for r in 0..rows {
-                    let t = first + i + r;
-                    let n = p.visible(self.b, t).saturating_sub(start).min(count);
-                    let scores = &mut w.scores[r * block..][..width];
-                    self.add_bias(t, start, &mut scores[..n]);
-                    let state = (&mut w.largest[i + r], &mut w.total[i + r]);
-                    let correction = online(scores, n, state);
-                    if start > 0 && correction != 1.0 {
-                        for x in &mut w.sums[(i + r) * padded..][..padded] {
+                scores::<V>(&visible, w.keys, (padded, dim), &w.q[panel * PANEL * padded..], w.scores);
+                p.add_bias(&visible, self.h, t, start, w.scores);
+                let state = panel * PANEL..(panel + 1) * PANEL;
+                let mut corrections = [1.0; PANEL];
+                for half in 0..2 {
+                    let lanes = state.start + half * PAD..state.start + (half + 1) * PAD;
+                    let state = (&mut w.largest[lanes.clone()], &mut w.total[lanes]);
+                    online(&visible, half, w.scores, state, &mut corrections[half * PAD..]);
+                }
+                let sums = &mut w.sums[state.start * padded..];
+                if start > 0 {
+                    for (row, correction) in sums.chunks_exact_mut(padded).zip(corrections) {
+                        for x in row {
                             *x *= correction;
                         }
                     }
                 }
-                let left = Left { data: w.scores, row: block, column: 1 };
-                product::<V>((rows, padded, seen), left, (w.values, padded), (&mut w.sums[i * padded..], padded), true);
+                for half in 0..2 {
+                    let rows = rows.saturating_sub(half * PAD).min(PAD);
+                    let left = Left { data: &w.scores[half * PAD..], row: 1, column: PANEL };
+                    let sums = (&mut sums[half * PAD * padded..], padded);
+                    product::<V>((rows, padded, visible.most[half]), left, (w.values, padded), sums, true);
+                }
             }
         }
         self.store(w, padded);
-    }
-
-    #[inline(always)]
-    fn add_bias(&self, t: usize, start: usize, scores: &mut [f32]) {
-        let Some(bias) = self.p.bias else { return };
-        let bias = &bias[(self.h * self.p.queries + t) * self.p.keys + start..][..scores.len()];
-        for (score, bias) in scores.iter_mut().zip(bias) {
-            *score += bias.load();
-        }
     }
 
     /// y = sums / total, lse = largest + ln total.
@@ -165,22 +171,45 @@ impl<T: Float> Task<'_, T> {
     }
 }
 
-/// Turns `n` scores into exponentials against the running largest, zeroes the rest of the row, updates the running
-/// state, and returns the factor for everything that was summed before.
+/// Turns one half panel of scores into exponentials against the running largest, zero where a lane does not see the
+/// key; updates the running state and gives the factor for everything that was summed before.
 #[inline(always)]
-fn online(scores: &mut [f32], n: usize, (largest, total): (&mut f32, &mut f32)) -> f32 {
-    let (seen, hidden) = scores.split_at_mut(n);
-    hidden.fill(0.0);
-    if n == 0 {
-        return 1.0;
+fn online(
+    visible: &Visible,
+    half: usize,
+    scores: &mut [f32],
+    (largest, total): (&mut [f32], &mut [f32]),
+    corrections: &mut [f32],
+) {
+    let (counts, fewest, most) = (&visible.counts[half], visible.fewest[half], visible.most[half]);
+    let rows = scores.as_chunks_mut::<PAD>().0;
+    let mut high = [MASKED; PAD];
+    high.copy_from_slice(&largest[..PAD]);
+    for key in 0..most {
+        let row = &mut rows[key * 2 + half];
+        if key >= fewest {
+            for lane in 0..PAD {
+                row[lane] = if (key as u32) < counts[lane] { row[lane] } else { MASKED };
+            }
+        }
+        for lane in 0..PAD {
+            high[lane] = if row[lane] > high[lane] { row[lane] } else { high[lane] };
+        }
     }
-    let high = simd::largest(seen).max(*largest);
-    let correction = simd::exp(*largest - high);
-    for x in &mut *seen {
-        *x = simd::exp(*x - high);
+    // A lane that has seen nothing yet must not weigh its masked scores against each other.
+    let base = high.map(|x| if x <= MASKED { 0.0 } else { x });
+    let mut sum = [0.0; PAD];
+    for key in 0..most {
+        let row = &mut rows[key * 2 + half];
+        for lane in 0..PAD {
+            row[lane] = simd::exp(row[lane] - base[lane]);
+            sum[lane] += row[lane];
+        }
     }
-    let [sum] = simd::sums(seen, |x| [x]);
-    *total = *total * correction + sum;
-    *largest = high;
-    correction
+    for lane in 0..PAD {
+        let correction = simd::exp(largest[lane] - base[lane]);
+        total[lane] = total[lane] * correction + sum[lane];
+        largest[lane] = high[lane];
+        corrections[lane] = correction;
+    }
 }

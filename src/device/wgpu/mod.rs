@@ -375,7 +375,9 @@ impl WgpuDevice {
             let _ = report.send(result);
         });
         self.batches.wait_all(&self.gpu)?;
-        // The work is done; another thread's poll may still be delivering the news.
+        // The work is done, but where another thread waited for it before the map was asked for, no poll has seen the map.
+        let _ = self.gpu.device.poll(wgpu::PollType::Poll);
+        // Another thread's poll may still be delivering the news.
         let log = match mapped.recv_timeout(self.batches.deadline()) {
             Ok(Ok(())) => match staging.slice(..bytes as u64).get_mapped_range() {
                 Ok(view) => {
