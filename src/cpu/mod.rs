@@ -2,6 +2,7 @@
 
 mod attention;
 mod embed;
+mod distill;
 pub(crate) mod gemm;
 mod layout;
 mod matmul;
@@ -24,6 +25,7 @@ pub(crate) use random::{dropout, normal, uniform};
 pub(crate) use rope::rope;
 pub(crate) use layout::{concat, fill, gather_rows, pad, permute, scatter_add_rows, slice};
 pub(crate) use matmul::matmul;
+pub(crate) use distill::{cosine, cosine_backward, hidden_mse, hidden_mse_backward, kl, kl_backward};
 pub(crate) use norm::{add_layernorm, add_norm_backward, add_rmsnorm, layernorm, norm_backward, rmsnorm};
 pub(crate) use quant::{dequantize, fake_quant, fake_quant_backward, observe, quantize};
 mod binary;

@@ -206,6 +206,28 @@ pub fn exp(x: f32) -> f32 {
     y * power(half) * power(n.wrapping_sub(half))
 }
 
+/// log(1 + x) for 0 <= x <= 1 within 1e-7, without branches or calls: the polynomial of Moshier's Cephes `logf`.
+#[inline(always)]
+pub fn ln_1p(x: f32) -> f32 {
+    let y = 1.0 + x;
+    // sqrt(1/2) <= m <= sqrt 2 and 1 + x = m or 2 m.
+    let halved = y > std::f32::consts::SQRT_2;
+    // Without halving x itself is the exact argument; 1 + x has lost bits of it.
+    let r = if halved { 0.5 * y - 1.0 } else { x };
+    let z = r * r;
+    let p = 7.037_683_6e-2;
+    let p = p * r - 1.151_461e-1;
+    let p = p * r + 1.167_699_9e-1;
+    let p = p * r - 1.242_014_1e-1;
+    let p = p * r + 1.424_932_3e-1;
+    let p = p * r - 1.666_805_8e-1;
+    let p = p * r + 2.000_071_4e-1;
+    let p = p * r - 2.499_999_4e-1;
+    let p = p * r + 3.333_333e-1;
+    let log = r + (r * z * p - 0.5 * z);
+    if halved { log + std::f32::consts::LN_2 } else { log }
+}
+
 /// A row as f32: the memory itself where it is stored so, else widened into `buffer` (of the row's length or longer).
 #[inline]
 pub fn widened<'a, T: Float>(row: &'a [T], buffer: &'a mut [f32]) -> &'a [f32] {
@@ -276,6 +298,15 @@ mod tests {
             let truth = f64::from(x).exp();
             let (got, bound) = (f64::from(exp(x)), (truth * 2.4e-7).max(2e-45));
             assert!((got - truth).abs() <= bound, "exp({x}) = {got:e}, truth {truth:e}");
+        }
+    }
+
+    #[test]
+    fn ln_1p_over_its_whole_range() {
+        for i in 0..=1_000_000 {
+            let x = i as f32 * 1e-6;
+            let truth = f64::from(x).ln_1p();
+            assert!((f64::from(ln_1p(x)) - truth).abs() <= 1e-7f64.min(3e-7 * truth) + 1e-12, "ln_1p({x})");
         }
     }
 

@@ -8,6 +8,7 @@ pub mod cache;
 pub mod ceiling;
 pub mod embed;
 pub mod layout;
+pub mod distill;
 pub mod matmul;
 pub mod norm;
 pub mod optim;
@@ -33,6 +34,7 @@ pub static FAMILIES: &[&Family] = &[
     &ceiling::FAMILY,
     &embed::FAMILY,
     &layout::FAMILY,
+    &distill::FAMILY,
     &matmul::FAMILY,
     &norm::FAMILY,
     &optim::FAMILY,
