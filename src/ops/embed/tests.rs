@@ -18,7 +18,7 @@ fn tables_larger_than_a_binding_are_covered_by_aligned_windows() {
     const LIMIT: usize = 16_384;
     for dtype in DType::FLOATS {
         for (rows, dim) in [(1000, 64), (1000, 33), (4099, 7), (50_000, 1)] {
-            let null = null(LIMIT * dtype.size() as u64);
+            let null = null((LIMIT * dtype.size()) as u64);
             let device: Arc<dyn Device> = null.clone();
             let table = Tensor::empty(&device, Meta::new(&[rows, dim], *dtype).unwrap()).unwrap();
             let ids = Tensor::empty(&device, Meta::new(&[9], DType::U32).unwrap()).unwrap();
