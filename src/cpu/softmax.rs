@@ -84,10 +84,10 @@ multiversion! {
         sums(x, |v| [v])[0]
     }
 
-    /// dz = factor (exp(z - lse) - shift).
-    fn entropy_row_backward(z: &[f32], lse: f32, factor: f32, shift: f32, dz: &mut [f32]) {
-        for (dz, z) in dz.iter_mut().zip(z) {
-            *dz = factor * (exp(z - lse) - shift);
+    /// dz = factor (exp(z - lse) - shift), in the place of z.
+    pub(super) fn entropy_row_backward(lse: f32, factor: f32, shift: f32, z: &mut [f32]) {
+        for z in z {
+            *z = factor * (exp(*z - lse) - shift);
         }
     }
 }
@@ -154,7 +154,7 @@ fn entropy_backward<T: Float>(args: &Args) -> Result<()> {
     let (lse, dloss, dz) = (args.read::<f32>(2), args.read::<f32>(3), args.write::<T>(4));
     let (v, smoothing) = (args.u(1), args.f(3));
     args.rows(dz, v, grain(v), |first, dz| {
-        let (mut zs, mut dzs) = (room::<T>(v), room::<T>(v));
+        let mut dzs = room::<T>(v);
         for (offset, dz) in dz.chunks_exact_mut(v).enumerate() {
             let row = first + offset;
             let (target, factor) = (targets[row], dloss[row]);
@@ -162,9 +162,9 @@ fn entropy_backward<T: Float>(args: &Args) -> Result<()> {
                 dz.fill(T::store(0.0));
                 continue;
             }
-            let z = widened(&z[row * v..(row + 1) * v], &mut zs);
             simd::write_row(dz, &mut dzs, |dz| {
-                entropy_row_backward(z, lse[row], factor, smoothing / v as f32, dz);
+                simd::widen(&z[row * v..(row + 1) * v], dz);
+                entropy_row_backward(lse[row], factor, smoothing / v as f32, dz);
                 if let Some(dz) = dz.get_mut(target as usize) {
                     *dz -= factor * (1.0 - smoothing);
                 }

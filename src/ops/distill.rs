@@ -14,9 +14,13 @@ use crate::op::Family;
 use crate::ops::rows::Shader;
 use crate::shape::{self, Meta};
 
+pub(crate) use cases::{DIRECTIONS, WEIGHTS};
 pub use cosine::{Cosine, CosineBackward};
+pub(crate) use kl::Divergence;
 pub use kl::{Direction, Kl, KlBackward};
 pub use mse::{HiddenMse, HiddenMseBackward, Reduction};
+
+pub use super::linear_loss::LinearKl;
 
 pub static FAMILY: Family = Family { name: "distill", cases: cases::cases, shader: Some(SHADER.1) };
 

@@ -9,6 +9,7 @@ pub mod ceiling;
 pub mod embed;
 pub mod layout;
 pub mod distill;
+pub mod linear_loss;
 pub mod matmul;
 pub mod norm;
 pub mod optim;
@@ -35,6 +36,7 @@ pub static FAMILIES: &[&Family] = &[
     &embed::FAMILY,
     &layout::FAMILY,
     &distill::FAMILY,
+    &linear_loss::FAMILY,
     &matmul::FAMILY,
     &norm::FAMILY,
     &optim::FAMILY,

@@ -13,7 +13,11 @@ use crate::ops::rows::{PLANS, Shader, rungs};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
+pub(crate) use cases::targets;
+pub(crate) use cross_entropy::check_smoothing;
 pub use cross_entropy::{CrossEntropy, CrossEntropyBackward, IGNORE};
+
+pub use super::linear_loss::{LinearCrossEntropy, LinearPredict};
 
 pub static FAMILY: Family = Family { name: "softmax", cases: cases::cases, shader: Some(SHADER.1) };
 
