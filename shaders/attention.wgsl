@@ -5,9 +5,9 @@
 // grad:     attention_bwd_rows, then attention_bwd_q, attention_bwd_kv and attention_bwd_bias
 // shapes:   slots of fwd: q[B,T,H,D], k[B,S,H,D], v[B,S,H,D], context[B], lengths[B], bias[H,T,S], y[B,T,H,D], lse[B,H,T];
 //           part: q, k, v, context, lengths, bias, state[B,H,T,D+2]; finish: state, y, lse
-//           bwd_rows: y, dy, lse, context, lengths, stats[B,H,T,3]; bwd_q: q, k, v, bias, dy, stats, dq (bwd_q_part: sum[B,T,H,D]);
-//           bwd_kv: q, k, v, bias, dy, stats, dk, dv (bwd_kv_part: sum[2,B,S,H,D]); bwd_bias: q, k, v, bias, dy, stats, dbias;
-//           bwd_store: sum, one of dq, dk, dv
+//           bwd_rows: y, dy, lse, context, lengths, stats[B,H,T,3]; bwd_q: q, k, v, bias, dy, stats, dq (bwd_q_part: total[B,T,H,D]);
+//           bwd_kv: q, k, v, bias, dy, stats, dk, dv (bwd_kv_part: total[2,B,S,H,D]); bwd_bias: q, k, v, bias, dy, stats, dbias;
+//           bwd_store: total, one of dq, dk, dv
 // layout:   contiguous; the plan puts arguments into slots, an absent optional input is any read argument and never read
 // launch:   linear, 64 invocations a group: one query row (fwd, bwd_q), one key row (bwd_kv) or one pair (bwd_bias) each
 // cost:     4 B H T S D flops forward, 10 backward (14 here: bwd_q and bwd_kv both recompute scores)

@@ -3,7 +3,7 @@
 //           sgd: u = momentum u + g, p -= lr (u + decay p); g = grad factor; clip: scale min(1, max / (scale sqrt s))
 // grad:     none
 // shapes:   adamw: param[N] (in place), grad[N], m[N] (in place), v[N] (in place), factor[1], mask[N] when masked
-//           sgd: param[N] (in place), grad[N], velocity[N] (in place), factor[1], mask[N]; clip: squares[1], factor[1]
+//           sgd: param[N] (in place), grad[N], velocity[N] (in place), factor[1], mask[N]; clip: squares[1], out[1] (the factor)
 // layout:   contiguous; a group's parameters lie one after another
 // launch:   linear, 64 invocations a group, 4 elements each; windows where a binding is too small
 // cost:     14 flops and 28 bytes an element (adamw), 6 and 20 (sgd)

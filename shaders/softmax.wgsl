@@ -4,7 +4,7 @@
 //           cross_entropy: loss = lse - (1 - s) z_t - s mean(z); bwd: dz = dloss (exp(z - lse) - (1 - s) onehot - s / V)
 // grad:     softmax_bwd, cross_entropy_bwd
 // shapes:   softmax: x[R,V], y[R,V]; softmax_bwd: y[R,V], dy[R,V], dx[R,V]
-//           cross_entropy: z[R,V], target[R], loss[R], lse[R]; cross_entropy_bwd: z[R,V], target[R], lse[R], dloss[R], dz[R,V]
+//           cross_entropy: z[R,V], target[R], loss[R], lse[R]; cross_entropy_bwd: z[R,V], target[R], saved[R] (lse), dloss[R], dz[R,V]
 // layout:   row-major
 // launch:   v1: linear over rows, 64 a group; v2: one group of 128 per row; cross_entropy_bwd: linear over elements, 4 each
 // cost:     5 R V flops; every element once

@@ -135,6 +135,19 @@ impl Tensor {
         Ok(copy)
     }
 
+    /// Overwrites the contents with those of `source`: same shape, type and device.
+    pub fn assign(&self, source: &Tensor) -> Result<()> {
+        if source.meta != self.meta || !Arc::ptr_eq(&source.device, &self.device) {
+            return Err(Error::Shape {
+                op: "assign",
+                rule: "one shape, type and device",
+                got: format!("{source:?} to {self:?}"),
+            });
+        }
+        let bytes = storage_bytes(self.device.as_ref(), &self.meta).div_ceil(4) * 4;
+        self.device.copy(&source.buffer, source.offset, &self.buffer, self.offset, bytes)
+    }
+
     pub fn to_device(&self, device: &Arc<dyn Device>) -> Result<Self> {
         if device.info().kind == Kind::Reference {
             return Self::from_f64(device, self.dims(), self.dtype(), &self.to_f64()?);
@@ -204,5 +217,9 @@ fn check_length(meta: &Meta, got: usize) -> Result<()> {
     if meta.count() == got {
         return Ok(());
     }
-    Err(Error::Shape { op: "upload", rule: "as many values as the shape has elements", got: format!("{got} values for {meta}") })
+    Err(Error::Shape {
+        op: "upload",
+        rule: "as many values as the shape has elements",
+        got: format!("{got} values for {meta}"),
+    })
 }

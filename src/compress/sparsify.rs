@@ -67,14 +67,7 @@ impl Method for Sparsity24 {
                 optimizer.set_mask(&name, &mask)?;
                 let weight = model.get(&name)?;
                 let masked = dispatch::run_one(&Binary(BinaryFunction::Mul), &[weight, &mask])?;
-                let device = model.device();
-                device.copy(
-                    masked.buffer(),
-                    masked.offset(),
-                    weight.buffer(),
-                    weight.offset(),
-                    weight.meta().bytes(),
-                )?;
+                weight.assign(&masked)?;
             }
         }
         Ok(())

@@ -2,6 +2,7 @@
 
 mod data;
 mod device;
+mod kernels;
 mod metrics;
 mod report;
 mod shaders;

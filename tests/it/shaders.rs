@@ -122,16 +122,14 @@ fn headers_have_their_fields_and_name_every_buffer() {
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
 }
 
-/// Whether the shape list has `name[..]` for a buffer, whose WGSL name may carry the family as prefix and the type as
-/// suffix: `cast_y_f32` is `y[N]`.
+/// Whether the shape list speaks of a buffer, whose WGSL name carries the family in front and may carry its type or its
+/// role behind: `cast_y_f32` is `y`, `reduce_indices` is `index`.
 fn named_in(shapes: &str, buffer: &str) -> bool {
+    let words: Vec<&str> = shapes.split(|c: char| !c.is_alphanumeric()).filter(|w| !w.is_empty()).collect();
     let parts: Vec<&str> = buffer.split('_').collect();
-    let identifiers: BTreeSet<String> = shapes
-        .split('[')
-        .filter_map(|before| before.rsplit(|c: char| !c.is_alphanumeric() && c != '_').next())
-        .map(str::to_string)
-        .collect();
-    (0..parts.len()).any(|from| (from + 1..=parts.len()).any(|to| identifiers.contains(&parts[from..to].join("_"))))
+    let own = if parts.len() > 1 { &parts[1..] } else { &parts[..] };
+    let alike = |a: &str, b: &str| a == b || (a.len() > 2 && b.len() > 2 && a[..3] == b[..3]);
+    own.iter().any(|part| words.iter().any(|word| alike(part, word)))
 }
 
 #[test]

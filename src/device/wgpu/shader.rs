@@ -22,7 +22,7 @@ pub struct EntryPoint {
     pub workgroup: [u32; 3],
     /// By binding index; only what the entry uses.
     pub slots: Vec<Slot>,
-    /// Size of the parameter block it reads; 0 when it reads none.
+    /// Bytes of the parameter block up to the last word it reads; 0 when it reads none.
     pub parameter_bytes: u32,
     /// Shared memory of one group.
     pub workgroup_bytes: u32,
@@ -87,7 +87,12 @@ fn entry(module: &naga::Module, info: &naga::valid::ModuleInfo, index: usize) ->
                 writable: access.contains(naga::StorageAccess::STORE),
                 writes: uses[handle].contains(naga::valid::GlobalUse::WRITE),
             }),
-            (naga::AddressSpace::Immediate, _) => found.parameter_bytes = bytes(),
+            (naga::AddressSpace::Immediate, _) => {
+                let reads = |slot: &u32| {
+                    uses.immediate_slots_used.contains(naga::valid::ImmediateSlots::from_range(4 * slot, 4))
+                };
+                found.parameter_bytes = (0..64).filter(reads).last().map_or(0, |slot| 4 * (slot + 1));
+            }
             (naga::AddressSpace::WorkGroup, _) => found.workgroup_bytes += bytes(),
             _ => {}
         }

@@ -1,0 +1,135 @@
+//! `espalier kernels` and `espalier doctor` as a user runs them: output, JSON, exit codes.
+
+use std::path::Path;
+
+use assert_cmd::Command;
+use espalier::report::bench;
+use serde_json::Value;
+
+fn espalier(arguments: &[&str]) -> std::process::Output {
+    Command::cargo_bin("espalier").unwrap().args(arguments).output().unwrap()
+}
+
+fn stdout(arguments: &[&str]) -> String {
+    let output = espalier(arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn refused(arguments: &[&str], exit: i32, code: &str) {
+    let output = espalier(arguments);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(exit), "{arguments:?}: {text}");
+    assert!(text.contains(&format!("error[{code}]")) && text.trim().lines().count() == 1, "{arguments:?}: {text}");
+}
+
+#[test]
+fn the_support_page_is_what_the_records_say() {
+    let page = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/support.md")).unwrap();
+    let listed = stdout(&["kernels", "list", "--format", "markdown"]);
+    assert!(page == listed, "docs/support.md is old: espalier kernels list --format markdown > docs/support.md");
+}
+
+#[test]
+fn verify_ends_with_one_object() {
+    for extra in [&[][..], &["--grad"]] {
+        let mut arguments = vec!["kernels", "verify", "--device", "cpu", "--op", "relu", "--format", "json"];
+        arguments.extend(extra);
+        let text = stdout(&arguments);
+        let object: Value = serde_json::from_str(text.trim().lines().last().unwrap()).unwrap();
+        let number = |key: &str| object[key].as_u64().unwrap_or_else(|| panic!("{key} in {object}"));
+        assert_eq!(object["device"], "cpu");
+        assert!(number("cases") > 1 && number("passed") == number("cases"), "{object}");
+        assert_eq!((number("failed"), number("skipped")), (0, 0));
+        assert!(object["seconds"].as_f64().unwrap() > 0.0);
+    }
+}
+
+#[test]
+fn verify_runs_the_case_that_a_failure_names() {
+    let text = stdout(&[
+        "kernels",
+        "verify",
+        "--device",
+        "cpu:1",
+        "--op",
+        "relu",
+        "--case",
+        "Unary(Relu) f32[7]",
+        "--seed",
+        "9",
+    ]);
+    assert!(text.contains("1 cases, 1 passed"), "{text}");
+}
+
+#[test]
+fn mistakes_have_their_exit_codes() {
+    refused(&["kernels", "verify", "--device", "cpu", "--op", "nosuch"], 2, "E-USAGE");
+    refused(&["kernels", "verify", "--device", "gpu"], 2, "E-USAGE");
+    refused(&["doctor", "--format", "markdown"], 2, "E-USAGE");
+    refused(&["kernels", "verify", "--device", "cuda"], 4, "E-NO-DEVICE");
+    refused(&["kernels", "verify", "--device", "wgpu:no such adapter"], 4, "E-NO-DEVICE");
+    refused(&["kernels", "compare", "no such file", "none"], 3, "E-IO");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a.jsonl");
+    std::fs::write(&file, "{\"op\": 3}\n").unwrap();
+    let name = file.to_str().unwrap();
+    refused(&["kernels", "compare", name, name], 3, "E-FILE");
+    assert_eq!(espalier(&["kernels", "verify", "--no-such-flag"]).status.code(), Some(2));
+}
+
+#[test]
+fn bench_checks_times_and_compares() {
+    let arguments = ["kernels", "bench", "--device", "cpu", "--op", "argmax", "--samples", "5", "--seconds", "0.05"];
+    let text = stdout(&[&arguments[..], &["--format", "json"]].concat());
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a.jsonl");
+    std::fs::write(&file, &text).unwrap();
+    let records = bench::read(&file).unwrap();
+    assert!(!records.is_empty());
+    for r in &records {
+        assert!(r.supported && r.passed && r.median_us > 0.0 && r.samples_us.len() >= 5, "{r:?}");
+        assert!(r.ceiling.unwrap() > 0.0 && r.bytes > 0 && !r.output_hash.is_empty());
+        assert_eq!(r.naive_ratio.map(|x| x >= 0.0), Some(true));
+    }
+    let name = file.to_str().unwrap();
+    assert!(stdout(&["kernels", "compare", name, name]).contains("argmax"));
+    let lines = stdout(&arguments);
+    assert!(lines.contains("ceilings of this run") && lines.contains("argmax"), "{lines}");
+}
+
+#[test]
+fn the_host_cost_of_a_tiny_op_is_measured() {
+    let object: Value =
+        serde_json::from_str(&stdout(&["kernels", "bench", "--overhead", "--device", "cpu", "--format", "json"]))
+            .unwrap();
+    let host = object["host_us"].as_f64().unwrap();
+    // The bar is 5 µs in a release build on a quiet machine; this only catches a change of kind.
+    assert!(host > 0.0 && host < 100.0, "{object}");
+}
+
+#[test]
+fn doctor_finds_the_devices_and_says_what_is_missing() {
+    let object: Value = serde_json::from_str(&stdout(&["doctor", "--format", "json"])).unwrap();
+    let devices = object["devices"].as_array().unwrap();
+    assert_eq!(devices[0]["id"], "cpu");
+    let wgpu = devices.iter().filter(|d| d["kind"] == "wgpu");
+    let missing = object["missing"].as_array().unwrap();
+    let driver_missing = missing.iter().any(|m| m["package"].as_str().unwrap().contains("mesa-vulkan-drivers"));
+    for device in wgpu.clone() {
+        assert!(
+            device["probes"].as_array().unwrap().len() >= 10 && device["limits"]["binding_bytes"].as_u64().unwrap() > 0
+        );
+    }
+    assert_eq!(wgpu.count() == 0, driver_missing, "{object}");
+    let text = stdout(&["doctor"]);
+    assert!(text.contains("cpu:") && text.contains("data:"), "{text}");
+}
+
+#[test]
+fn completions_know_the_commands() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = stdout(&["completions", shell]);
+        assert!(script.contains("doctor") && script.contains("kernels"), "{shell}");
+    }
+}
