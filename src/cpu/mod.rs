@@ -3,6 +3,7 @@
 mod attention;
 mod embed;
 mod distill;
+mod ffn;
 pub(crate) mod gemm;
 mod layout;
 mod matmul;
@@ -25,6 +26,7 @@ pub(crate) use embed::{embed, embed_backward};
 pub(crate) use random::{dropout, normal, uniform};
 pub(crate) use rope::rope;
 pub(crate) use layout::{concat, fill, gather_rows, pad, permute, scatter_add_rows, slice};
+pub(crate) use ffn::{ffn, ffn_backward};
 pub(crate) use matmul::matmul;
 pub(crate) use distill::{cosine, cosine_backward, hidden_mse, hidden_mse_backward, kl, kl_backward};
 pub(crate) use linear_loss::{linear_cross_entropy, linear_cross_entropy_backward, linear_kl, linear_kl_backward, linear_predict};

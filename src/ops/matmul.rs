@@ -10,6 +10,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Params};
 use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
+use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
 use crate::ops::unary::{Function, UnaryBackward};
 use crate::shape::{self, Meta, Shape};
 use crate::tensor::Tensor;
@@ -328,7 +329,5 @@ fn shared_sum(g: &Gradient, grad: Tensor, of: &Tensor) -> Result<Tensor> {
 
 /// Column sums of `[rows, columns]`.
 fn sum_rows(g: &Gradient, x: &Tensor) -> Result<Tensor> {
-    let [rows, columns] = [x.dims()[0], x.dims()[1]];
-    let ones = Tensor::from_f64(g.device, &[rows], x.dtype(), &vec![1.0; rows])?;
-    g.one(&Matmul::default(), &[&ones, x])?.reshape(&[columns])
+    g.one(&Reduce { function: ReduceFunction::Sum, axis: Axis::Rows }, &[x])
 }

@@ -10,6 +10,7 @@ pub mod embed;
 pub mod layout;
 pub mod distill;
 pub mod linear_loss;
+pub mod ffn;
 pub mod matmul;
 pub mod norm;
 pub mod optim;
@@ -37,6 +38,7 @@ pub static FAMILIES: &[&Family] = &[
     &layout::FAMILY,
     &distill::FAMILY,
     &linear_loss::FAMILY,
+    &ffn::FAMILY,
     &matmul::FAMILY,
     &norm::FAMILY,
     &optim::FAMILY,

@@ -1,0 +1,119 @@
+//! WGSL records of the feed-forward block: products over f32 scratch, so that 16-bit storage rounds only what is stored.
+
+use super::{Extents, Ffn, FfnActivation, FfnBackward, extents};
+use crate::dtype::DType;
+use crate::kernel::{Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem};
+
+pub(super) const SHADER: &str = include_str!("../../../shaders/ffn.wgsl");
+
+pub(super) const FORWARD: Kernel = wgsl("ffn_fwd", "ffn_up", forward);
+pub(super) const BACKWARD: Kernel = wgsl("ffn_bwd", "ffn_up", backward);
+
+const fn wgsl(name: &'static str, entry: &'static str, plan: fn(&Problem) -> Plan) -> Kernel {
+    Kernel {
+        name,
+        code: Code::Wgsl { file: "ffn.wgsl", text: SHADER, entry, constants: &[] },
+        dtypes: DType::FLOATS,
+        fits,
+        plan,
+    }
+}
+
+/// Outputs of one workgroup of a product, per axis.
+const TILE: usize = 64;
+
+fn problem(p: &Problem) -> Option<(FfnActivation, Extents)> {
+    let (activation, at) = match (p.op::<Ffn>(), p.op::<FfnBackward>()) {
+        (Some(op), _) => (op.activation, [0, 1, 3]),
+        (_, Some(op)) => (op.activation, [0, 1, 2]),
+        _ => return None,
+    };
+    Some((activation, extents(p.op.name(), activation, p.inputs, at).ok()?))
+}
+
+/// One invocation runs through all of k (d, f or the rows), one launch covers every output, scratch fits a binding.
+fn fits(p: &Problem) -> bool {
+    problem(p).is_some_and(|(activation, e)| {
+        let hidden = e.f * activation.halves();
+        let longest = e.rows.max(e.d).max(hidden).max(e.d2);
+        longest as u64 <= p.info.limits.loop_budget.unwrap_or(u64::MAX)
+            && longest <= MAX_GROUPS as usize * TILE
+            && (e.rows * hidden * 4) as u64 <= p.info.limits.binding_bytes
+    })
+}
+
+/// c = a b (+ bias) by extents and steps.
+struct Product {
+    rows: usize,
+    columns: usize,
+    k: usize,
+    /// Steps from row to row and from column to column.
+    a: [usize; 2],
+    b: [usize; 2],
+    c: [usize; 2],
+    bias: bool,
+}
+
+impl Product {
+    fn launch(&self, entry: &'static str, slots: [usize; 4]) -> Launch {
+        let groups = |extent: usize| extent.div_ceil(TILE).max(1) as u32;
+        let params = Params::new().u(self.rows).u(self.columns).u(self.k);
+        let params = [self.a, self.b, self.c].iter().flatten().fold(params, |p, &s| p.u(s)).flag(self.bias);
+        Launch::new([groups(self.columns), groups(self.rows), 1], params).entry(entry).slots(&slots).trips(self.k)
+    }
+}
+
+fn elementwise(entry: &'static str, e: &Extents, activation: FfnActivation, slots: &[usize]) -> Launch {
+    let params = padded(e.rows, e.f).u(activation.code());
+    Launch::linear(e.rows * e.f, 64, params).entry(entry).slots(slots)
+}
+
+fn column_sums(entry: &'static str, rows: usize, columns: usize, slots: &[usize]) -> Launch {
+    Launch::linear(columns, 64, padded(rows, columns).u(0)).entry(entry).slots(slots).trips(rows)
+}
+
+/// The block's extents with the fields of products left at 0.
+fn padded(rows: usize, columns: usize) -> Params {
+    (0..7).fold(Params::new().u(rows).u(columns), |p, _| p.u(0))
+}
+
+/// Arguments: x 0, w1 1, b1 2, w2 3, b2 4, y 5, z 6; scratch: sums of z 7, h 8.
+fn forward(p: &Problem) -> Plan {
+    let Some((activation, e)) = problem(p) else {
+        return Plan::default();
+    };
+    let hidden = e.f * activation.halves();
+    let up = Product { rows: e.rows, columns: hidden, k: e.d, a: [e.d, 1], b: [1, e.d], c: [hidden, 1], bias: true };
+    let down = Product { rows: e.rows, columns: e.d2, k: e.f, a: [e.f, 1], b: [1, e.f], c: [e.d2, 1], bias: true };
+    let launches = vec![
+        up.launch("ffn_up", [0, 1, 2, 7]),
+        elementwise("ffn_act", &e, activation, &[7, 6, 8]),
+        down.launch("ffn_down", [8, 3, 4, 5]),
+    ];
+    Plan::sequence(launches).scratch(e.rows * hidden * 4).scratch(e.rows * e.f * 4)
+}
+
+/// Arguments: x 0, w1 1, w2 2, z 3, dy 4, dx 5, dw1 6, db1 7, dw2 8, db2 9; scratch: dh 10, h 11, dz 12.
+fn backward(p: &Problem) -> Plan {
+    let Some((activation, e)) = problem(p) else {
+        return Plan::default();
+    };
+    let hidden = e.f * activation.halves();
+    // Without a bias its slot holds any readable argument.
+    let dh = Product { rows: e.rows, columns: e.f, k: e.d2, a: [e.d2, 1], b: [e.f, 1], c: [e.f, 1], bias: false };
+    let dx = Product { rows: e.rows, columns: e.d, k: hidden, a: [hidden, 1], b: [e.d, 1], c: [e.d, 1], bias: false };
+    let dw1 = Product { rows: hidden, columns: e.d, k: e.rows, a: [1, hidden], b: [e.d, 1], c: [e.d, 1], bias: false };
+    // The transpose hᵀ dy, stored by columns: the f32 side is always a.
+    let dw2 = Product { rows: e.f, columns: e.d2, k: e.rows, a: [1, e.f], b: [e.d2, 1], c: [1, e.f], bias: false };
+    let launches = vec![
+        dh.launch("ffn_up", [4, 2, 4, 10]),
+        elementwise("ffn_slope", &e, activation, &[3, 10, 11, 12]),
+        dx.launch("ffn_down", [12, 1, 1, 5]),
+        dw1.launch("ffn_down", [12, 0, 0, 6]),
+        dw2.launch("ffn_down", [11, 4, 4, 8]),
+        column_sums("ffn_sum_f32", e.rows, hidden, &[12, 7]),
+        column_sums("ffn_sum", e.rows, e.d2, &[4, 9]),
+    ];
+    let hidden_bytes = e.rows * e.f * 4;
+    Plan::sequence(launches).scratch(hidden_bytes).scratch(hidden_bytes).scratch(e.rows * hidden * 4)
+}
