@@ -12,6 +12,8 @@ pub mod distill;
 pub mod linear_loss;
 pub mod ffn;
 pub mod matmul;
+pub mod moe;
+mod moe_matmul;
 pub mod norm;
 pub mod optim;
 pub mod quant;
@@ -40,6 +42,8 @@ pub static FAMILIES: &[&Family] = &[
     &linear_loss::FAMILY,
     &ffn::FAMILY,
     &matmul::FAMILY,
+    &moe::FAMILY,
+    &moe_matmul::FAMILY,
     &norm::FAMILY,
     &optim::FAMILY,
     &quant::FAMILY,
