@@ -1,9 +1,10 @@
-// op:       observe, fake_quant, fake_quant_bwd, quantize, dequantize
+// op:       observe, fake_quant, fake_quant_bwd, quantize, dequantize, pack_int4
 // math:     y = (clamp(rne(x / s) + z, low, high) - z) s, with s and z from the range of the element's group
 // grad:     fake_quant_bwd: dx = dy where low <= rne(x / s) + z <= high, else 0
 // shapes:   observe: x[N], range[G, 2]; fold: parts[P, 2], range[G, 2]; fake_quant: x[N], range[G, 2], y[N];
 //           fake_quant_bwd: x[N], range[G, 2], dy[N], dx[N]; quantize: x[N], range[G, 2], q[N] i8;
-//           scales: range[G, 2], scale[G], zero[G]; dequantize: q[N] i8, scale[G], zero[G], y[N]
+//           scales: range[G, 2], scale[G], zero[G]; dequantize: q[N] i8, scale[G], zero[G], y[N];
+//           pack_int4: x[N], range[G, 2], q[N / 8] words
 // layout:   groups are runs of `length` neighbours; i8 packed four to a word, little endian
 // launch:   linear, 64 invocations a group: 8 elements each (maps), one word (i8), one part of a group (ranges)
 // cost:     about 6 operations an element; each tensor moved once
@@ -199,4 +200,21 @@ fn dequantize_fwd(@builtin(global_invocation_id) gid: vec3<u32>) {
         let g = i / quant.length;
         dequantize_y[i] = (q[i - first] - dequantize_zero[g]) * dequantize_scale[g];
     }
+}
+
+// Eight levels of four bits to a word, plus 8; a group is a multiple of eight elements.
+@compute @workgroup_size(64)
+fn pack_int4_fwd(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let word = linear_id(gid, 64u);
+    if word * 8u >= quant.count { return; }
+    let g = word * 8u / quant.length;
+    let grid = grid_of(quant_range[2u * g], quant_range[2u * g + 1u]);
+    var packed = 0u;
+    for (var b = 0u; b < 8u; b++) {
+        let level = raw_level(ld(quant_x[word * 8u + b]), grid);
+        var q = 0.0;
+        if !is_nan(level) { q = clamp(level, quant.low, quant.high); }
+        packed |= u32(q + 8.0) << (4u * b);
+    }
+    quantize_q[word] = packed;
 }

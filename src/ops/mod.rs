@@ -19,6 +19,7 @@ pub mod optim;
 pub mod quant;
 pub mod random;
 pub mod reduce;
+pub mod quant_int4;
 pub mod quant_matmul;
 mod quantize;
 pub mod rope;
@@ -51,6 +52,7 @@ pub static FAMILIES: &[&Family] = &[
     &reduce::FAMILY,
     &rope::FAMILY,
     &softmax::FAMILY,
+    &quant_int4::FAMILY,
     &quant_matmul::FAMILY,
     &sparse24::FAMILY,
     &sparse24_matmul::FAMILY,

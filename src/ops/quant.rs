@@ -15,6 +15,7 @@ use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
+pub use super::quant_int4::{MatmulInt4, PackInt4, UnpackInt4};
 pub use super::quant_matmul::MatmulInt8;
 pub use super::quantize::{Dequantize, Quantize};
 
