@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::Args;
 use super::simd::multiversion;
-use super::sparse24_matmul::expand_bytes;
+use super::sparse24::expand_row;
 
 /// Weight rows of one parallel task: with 768 columns they are 48 KB, in the second-level cache.
 const STRIP: usize = 64;
@@ -60,6 +60,7 @@ mod vnni {
     /// # Safety
     /// AVX-512 F, BW and VNNI are present; every pointer starts `k` readable bytes.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    #[allow(clippy::needless_range_loop)] // the index names the register
     pub(super) unsafe fn tile<const MR: usize, const NR: usize>(
         x: [*const i8; MR],
         w: [*const i8; NR],
@@ -68,22 +69,36 @@ mod vnni {
     ) -> [i32; 16] {
         let flip = _mm512_set1_epi8(-128);
         let mut acc = [_mm512_setzero_si512(); 16];
-        let mut at = 0;
-        while at < k {
-            let left = k - at;
-            // Lanes past the end are zero in x, so whatever the flip makes of w there adds nothing.
-            let mask = if left >= 64 { u64::MAX } else { (1 << left) - 1 };
-            // SAFETY: `mask` covers bytes at .. min(at + 64, k) of rows of k bytes.
-            let (xs, ws) = unsafe {
-                let load = |p: *const i8| _mm512_maskz_loadu_epi8(mask, p.add(at));
-                (x.map(load), w.map(|p| _mm512_xor_si512(load(p), flip)))
-            };
+        // Plain loops: a closure handed to `map` is not compiled for this function's instruction set.
+        let mut ws = [_mm512_setzero_si512(); NR];
+        let whole = k / 64 * 64;
+        for at in (0..whole).step_by(64) {
+            for j in 0..NR {
+                // SAFETY: at + 64 <= k.
+                ws[j] = _mm512_xor_si512(unsafe { _mm512_loadu_si512(w[j].add(at).cast()) }, flip);
+            }
             for i in 0..MR {
+                // SAFETY: at + 64 <= k.
+                let xs = unsafe { _mm512_loadu_si512(x[i].add(at).cast()) };
                 for j in 0..NR {
-                    acc[i * NR + j] = _mm512_dpbusd_epi32(acc[i * NR + j], ws[j], xs[i]);
+                    acc[i * NR + j] = _mm512_dpbusd_epi32(acc[i * NR + j], ws[j], xs);
                 }
             }
-            at += 64;
+        }
+        if whole < k {
+            // Lanes past the end are zero in x, so whatever the flip makes of w there adds nothing.
+            let mask = (1u64 << (k - whole)) - 1;
+            for j in 0..NR {
+                // SAFETY: the mask covers bytes whole .. k.
+                ws[j] = _mm512_xor_si512(unsafe { _mm512_maskz_loadu_epi8(mask, w[j].add(whole)) }, flip);
+            }
+            for i in 0..MR {
+                // SAFETY: as above.
+                let xs = unsafe { _mm512_maskz_loadu_epi8(mask, x[i].add(whole)) };
+                for j in 0..NR {
+                    acc[i * NR + j] = _mm512_dpbusd_epi32(acc[i * NR + j], ws[j], xs);
+                }
+            }
         }
         let mut out = [0i32; 16];
         // SAFETY: `out` is 64 bytes.
@@ -181,7 +196,7 @@ impl Product<'_> {
                     let end = (first + EXPANDED).min(end);
                     let dense = &mut dense[..(end - first) * self.k];
                     for (j, w) in (first..).zip(dense.chunks_mut(self.k.max(1))) {
-                        expand_bytes(&values[j * half..][..half], &meta[j * words..][..words], w);
+                        expand_row(&values[j * half..][..half], &meta[j * words..][..words], w);
                     }
                     // SAFETY: as promised by the caller.
                     unsafe { self.columns(first..end, dense, row, sums, out) };

@@ -4,6 +4,7 @@ mod attention;
 mod embed;
 mod distill;
 mod ffn;
+mod dot_tile;
 pub(crate) mod gemm;
 mod layout;
 mod matmul;

@@ -2,18 +2,20 @@
 
 use std::ops::Range;
 
+use super::dot_tile;
 use super::gemm::{Activation, Product as Dense, View, gemm};
 use super::int8::{Product, Weights};
 use super::matmul::floats;
-use super::simd::{self, multiversion};
 use super::{Args, float_kernel};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
 
 /// Sorted rows of one parallel task. Fixed, so that sums do not depend on the number of threads.
 const TASK: usize = 64;
-/// Rows of one expert below which dot products against its weight as it lies beat packing it.
-const FEW: usize = 4;
+/// Rows of one expert up to which dot products against its weight as it lies beat packing it.
+const FEW: usize = 64;
+/// Sorted rows of a task where there are few: weights are then what is read, and each expert's go to one thread.
+const FINE: usize = 4;
 
 /// Parameters of every kernel here: rows, n, d, k, gather, experts (, relu, bias).
 struct Grouped<'a> {
@@ -62,15 +64,6 @@ impl<'a> Grouped<'a> {
     }
 }
 
-multiversion! {
-    /// out[j] = x . w[j] for rows of w.
-    fn dots(x: &[f32], w: &[f32], out: &mut [f32]) {
-        for (out, w) in out.iter_mut().zip(w.chunks_exact(x.len().max(1))) {
-            *out = simd::sums2(x, w, |a, b| [a * b])[0];
-        }
-    }
-}
-
 pub(crate) fn grouped_matmul(args: &Args) -> Result<()> {
     float_kernel!(args, forward)
 }
@@ -83,19 +76,18 @@ fn forward<T: Float>(args: &Args) -> Result<()> {
     let bias = has_bias.then(|| floats(args.read::<T>(2), &mut wide));
     let g = Grouped::new(args, args.read(last - 2), args.read(last - 1));
     let (n, d) = (g.n, g.d);
-    // A few rows are bound by reading weights: each then is a task of its own.
-    let task = if g.order.len() < TASK && T::DTYPE == DType::F32 && n * d >= 4096 { FEW } else { TASK };
+    let task = if g.order.len() < TASK && n * d >= 4096 { FINE } else { TASK };
     args.rows(args.write::<T>(last), n, task, |first, out| {
         let mut buffer = Vec::new();
         g.segments(first..first + out.len() / n.max(1), |e, rows| {
             let y = &mut out[(rows.start - first) * n..(rows.end - first) * n];
             let w = &weight[e * n * d..][..n * d];
             let bias = bias.map(|b| &b[e * n..][..n]);
-            if rows.len() < FEW && T::DTYPE == DType::F32 {
-                for (r, y) in rows.zip(bytemuck::cast_slice_mut::<T, f32>(y).chunks_mut(n.max(1))) {
-                    dots(bytemuck::cast_slice(&x[g.row(r) * d..][..d]), bytemuck::cast_slice(w), y);
-                    finish(y, bias, relu);
-                }
+            if rows.len() <= FEW && T::DTYPE == DType::F32 {
+                let (x, w): (&[f32], &[f32]) = (bytemuck::cast_slice(x), bytemuck::cast_slice(w));
+                let y: &mut [f32] = bytemuck::cast_slice_mut(y);
+                dot_tile::product(|i| &x[g.row(rows.start + i) * d..][..d], rows.len(), w, n, y);
+                y.chunks_mut(n.max(1)).for_each(|y| finish(y, bias, relu));
                 return;
             }
             let a = g.rows_of(x, rows.clone(), &mut buffer);

@@ -114,7 +114,11 @@ multiversion! {
 
     fn store_row(x: &[f32], q: &mut [i8], grid: &Grid, shift: f32) {
         for (q, x) in q.iter_mut().zip(x) {
-            *q = (grid.level(*x) - shift) as i32 as i8;
+            let level = grid.level(*x) - shift;
+            let level = if level.is_nan() { 0.0 } else { level };
+            // SAFETY: levels of at most 8 bits, shifted, lie in -128 ..= 127; NaN was replaced. The checked cast of `as`
+            // does not vectorise.
+            *q = unsafe { level.to_int_unchecked::<i32>() } as i8;
         }
     }
 

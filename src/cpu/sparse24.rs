@@ -139,13 +139,76 @@ fn decompress<W: Element>(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// One bit per column from two-bit places: the nibbles of `meta` hold (first, second) with first < second.
+pub(super) fn column_bits(meta: u64) -> u64 {
+    const ONES: u64 = 0x1111_1111_1111_1111;
+    let (a0, a1, b0, b1) = (meta & ONES, meta >> 1 & ONES, meta >> 2 & ONES, meta >> 3 & ONES);
+    let zero = !a1 & !a0 & ONES;
+    let one = (!a1 & a0) | (!b1 & b0);
+    let two = (a1 & !a0) | (b1 & !b0);
+    zero | one << 1 | two << 2 | (b1 & b0) << 3
+}
+
 /// One compressed row as a dense one.
 pub(super) fn expand_row<W: Element>(values: &[W], meta: &[u32], w: &mut [W]) {
-    w.fill(W::zeroed());
-    for (group, (w, pair)) in w.chunks_exact_mut(4).zip(values.chunks_exact(2)).enumerate() {
-        let [first, second] = places(meta, group);
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if expand::available() && values.len() * 2 >= w.len() && meta.len() >= w.len().div_ceil(32) {
+        // SAFETY: the features were found and the rows have the lengths that are read.
+        done = unsafe { expand::whole_runs(values, meta, w) };
+    }
+    let rest = &mut w[done..];
+    rest.fill(W::zeroed());
+    for (group, (w, pair)) in rest.chunks_exact_mut(4).zip(values[done / 2..].chunks_exact(2)).enumerate() {
+        let [first, second] = places(&meta[done / 32..], group);
         w[first] = pair[0];
         w[second] = pair[1];
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod expand {
+    use std::arch::x86_64::*;
+    use std::sync::LazyLock;
+
+    use crate::dtype::Element;
+
+    pub(super) fn available() -> bool {
+        static FOUND: LazyLock<bool> = LazyLock::new(|| {
+            is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vbmi2")
+        });
+        *FOUND
+    }
+
+    /// Expands whole runs of 64 columns; returns how many columns are done.
+    ///
+    /// # Safety
+    /// AVX-512 F, BW and VBMI2 are present; `values` has at least half as many elements as `w`, `meta` its words.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,avx2")]
+    pub(super) unsafe fn whole_runs<W: Element>(values: &[W], meta: &[u32], w: &mut [W]) -> usize {
+        let whole = w.len() / 64 * 64;
+        // Half a register of values fills a whole one of columns.
+        let lanes = 64 / size_of::<W>();
+        for at in (0..whole).step_by(64) {
+            // SAFETY: 64 columns are two words of meta, 32 values and 64 elements of w, in range for at + 64 <= len.
+            unsafe {
+                let bits = super::column_bits(meta.as_ptr().add(at / 32).cast::<u64>().read_unaligned());
+                for part in 0..64 / lanes {
+                    let column = at + part * lanes;
+                    let pairs = _mm512_zextsi256_si512(_mm256_loadu_si256(values.as_ptr().add(column / 2).cast()));
+                    let mask = bits >> (part * lanes);
+                    let dense = match size_of::<W>() {
+                        1 => _mm512_maskz_expand_epi8(mask, pairs),
+                        2 => _mm512_maskz_expand_epi16(mask as u32, pairs),
+                        _ => _mm512_maskz_expand_epi32(mask as u16, pairs),
+                    };
+                    _mm512_storeu_si512(w.as_mut_ptr().add(column).cast(), dense);
+                }
+            }
+        }
+        whole
     }
 }
 
@@ -167,4 +230,52 @@ fn gather24_of<T: Float>(args: &Args) -> Result<()> {
         }
     });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn column_bits_of_every_pair() {
+        for (a, b) in [(0u64, 1u64), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)] {
+            for group in 0..16 {
+                let filler = 0x4444_4444_4444_4444 & !(15 << (4 * group));
+                let bits = column_bits(filler | (a | b << 2) << (4 * group));
+                assert_eq!(bits >> (4 * group) & 15, 1 << a | 1 << b);
+            }
+        }
+    }
+
+    fn expanded_as_gathered<W: Element + PartialEq + std::fmt::Debug>(value: impl Fn(usize) -> W) {
+        let k = 64 * 3 + 20;
+        let mut stream = crate::rng::Stream::new(4, 0);
+        let nibbles = [0x4u32, 0x8, 0xc, 0x9, 0xd, 0xe];
+        let mut word = || (0..8).fold(0, |w, i| w | nibbles[stream.below(6)] << (4 * i));
+        let meta: Vec<u32> = (0..k / 32 + 1).map(|_| word()).collect();
+        let values: Vec<W> = (0..k / 2).map(value).collect();
+        let mut fast = vec![W::zeroed(); k];
+        expand_row(&values, &meta, &mut fast);
+        for group in 0..k / 4 {
+            let [a, b] = places(&meta, group);
+            for i in 0..4 {
+                let zero = W::zeroed();
+                let want = if i == a {
+                    values[2 * group]
+                } else if i == b {
+                    values[2 * group + 1]
+                } else {
+                    zero
+                };
+                assert_eq!(fast[4 * group + i], want, "group {group}");
+            }
+        }
+    }
+
+    #[test]
+    fn expansion_puts_every_value_in_its_place() {
+        expanded_as_gathered(|i| (i % 100) as i8 + 1);
+        expanded_as_gathered(|i| half::f16::from_f32(i as f32 + 1.0));
+        expanded_as_gathered(|i| i as f32 + 1.0);
+    }
 }

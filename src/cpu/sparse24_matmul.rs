@@ -138,21 +138,12 @@ fn gathered<T: Float>(x: &[f32], values: &[T], meta: &[u32], first: usize) -> f3
     sum
 }
 
-/// One bit per column from two-bit places: the nibbles of `meta` hold (first, second) with first < second.
-pub(super) fn column_bits(meta: u64) -> u64 {
-    const ONES: u64 = 0x1111_1111_1111_1111;
-    let (a0, a1, b0, b1) = (meta & ONES, meta >> 1 & ONES, meta >> 2 & ONES, meta >> 3 & ONES);
-    let zero = !a1 & !a0 & ONES;
-    let one = (!a1 & a0) | (!b1 & b0);
-    let two = (a1 & !a0) | (b1 & !b0);
-    zero | one << 1 | two << 2 | (b1 & b0) << 3
-}
-
 #[cfg(target_arch = "x86_64")]
 mod expand {
     use std::arch::x86_64::*;
 
-    use super::{column_bits, gathered};
+    use super::gathered;
+    use crate::cpu::sparse24::column_bits;
     use crate::dtype::{DType, Float};
 
     /// Eight values as f32 in the low half.
@@ -176,6 +167,7 @@ mod expand {
     /// # Safety
     /// The features are present; x rows have k elements, values k/2, meta ceil(k/32), k a multiple of 4.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")]
+    #[allow(clippy::needless_range_loop)] // the index names the register
     pub(super) unsafe fn tile<T: Float, const MR: usize, const NR: usize>(
         x: [&[f32]; MR],
         values: [&[T]; NR],
@@ -202,9 +194,13 @@ mod expand {
             }
             at += 64;
         }
-        std::array::from_fn(|i| {
-            std::array::from_fn(|j| _mm512_reduce_add_ps(acc[i][j]) + gathered(x[i], values[j], meta[j], at / 4))
-        })
+        let mut sums = [[0.0; NR]; MR];
+        for i in 0..MR {
+            for j in 0..NR {
+                sums[i][j] = _mm512_reduce_add_ps(acc[i][j]) + gathered(x[i], values[j], meta[j], at / 4);
+            }
+        }
+        sums
     }
 }
 
@@ -224,78 +220,4 @@ pub(crate) fn matmul_sparse24_int8(args: &Args) -> Result<()> {
     };
     product.run(args, |i| i, args.write(args.len() - 1));
     Ok(())
-}
-
-/// A compressed row of bytes as a dense one.
-pub(super) fn expand_bytes(values: &[i8], meta: &[u32], w: &mut [i8]) {
-    #[cfg(target_arch = "x86_64")]
-    if bytes::available() && values.len() * 2 >= w.len() && meta.len() >= w.len().div_ceil(32) {
-        // SAFETY: the features were found and the rows have the lengths that are read.
-        let done = unsafe { bytes::expand(values, meta, w) };
-        return expand_row(&values[done / 2..], &meta[done / 32..], &mut w[done..]);
-    }
-    expand_row(values, meta, w);
-}
-
-#[cfg(target_arch = "x86_64")]
-mod bytes {
-    use std::arch::x86_64::*;
-    use std::sync::LazyLock;
-
-    pub(super) fn available() -> bool {
-        static FOUND: LazyLock<bool> = LazyLock::new(|| {
-            is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vbmi2")
-        });
-        *FOUND
-    }
-
-    /// Expands whole runs of 64 columns; returns how many columns are done.
-    ///
-    /// # Safety
-    /// AVX-512 F, BW and VBMI2 are present; `values` has at least half as many elements as `w`, `meta` its words.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,avx2")]
-    pub(super) unsafe fn expand(values: &[i8], meta: &[u32], w: &mut [i8]) -> usize {
-        let whole = w.len() / 64 * 64;
-        for at in (0..whole).step_by(64) {
-            // SAFETY: 64 columns are two words of meta, 32 values and 64 bytes of w, all in range for at + 64 <= len.
-            unsafe {
-                let bits = super::column_bits(meta.as_ptr().add(at / 32).cast::<u64>().read_unaligned());
-                let pairs = _mm512_zextsi256_si512(_mm256_loadu_si256(values.as_ptr().add(at / 2).cast()));
-                _mm512_storeu_si512(w.as_mut_ptr().add(at).cast(), _mm512_maskz_expand_epi8(bits, pairs));
-            }
-        }
-        whole
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn column_bits_of_every_pair() {
-        for (a, b) in [(0u64, 1u64), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)] {
-            for group in 0..16 {
-                let filler = 0x4444_4444_4444_4444 & !(15 << (4 * group));
-                let bits = column_bits(filler | (a | b << 2) << (4 * group));
-                assert_eq!(bits >> (4 * group) & 15, 1 << a | 1 << b);
-            }
-        }
-    }
-
-    #[test]
-    fn expanded_bytes_are_the_gathered_ones() {
-        let k = 64 * 3 + 20;
-        let mut stream = crate::rng::Stream::new(4, 0);
-        let nibbles = [0x4u32, 0x8, 0xc, 0x9, 0xd, 0xe];
-        let meta: Vec<u32> =
-            (0..k / 32 + 1).map(|_| (0..8).fold(0, |w, i| w | nibbles[stream.below(6)] << (4 * i))).collect();
-        let values: Vec<i8> = (0..k / 2).map(|_| (stream.below(255) as i32 - 127) as i8).collect();
-        let (mut plain, mut fast) = (vec![0i8; k], vec![1i8; k]);
-        expand_row(&values, &meta, &mut plain);
-        expand_bytes(&values, &meta, &mut fast);
-        assert_eq!(plain, fast);
-    }
 }

@@ -1,0 +1,115 @@
+//! x W^T for few rows: both operands have their reduction axis contiguous, so tiles of 16 dot products run along it
+//! without packing either. What packing costs is only won back over many rows.
+
+use super::simd;
+
+/// y[i, j] = x[i] . w[j] for rows of x and rows of `w`, `n` to a row of y.
+pub(super) fn product<'x>(x: impl Fn(usize) -> &'x [f32], m: usize, w: &[f32], n: usize, y: &mut [f32]) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    match m {
+        1 => tiles::<1, 16>(x, m, w, n, y),
+        2 | 3 => tiles::<2, 8>(x, m, w, n, y),
+        _ => tiles::<4, 4>(x, m, w, n, y),
+    }
+}
+
+fn tiles<'x, const MR: usize, const NR: usize>(
+    x: impl Fn(usize) -> &'x [f32],
+    m: usize,
+    w: &[f32],
+    n: usize,
+    y: &mut [f32],
+) {
+    let k = w.len() / n;
+    for i in (0..m).step_by(MR) {
+        // Tiles that reach over an edge repeat its last row; what that makes is not stored.
+        let rows: [&[f32]; MR] = std::array::from_fn(|r| &x((i + r).min(m - 1))[..k]);
+        for j in (0..n).step_by(NR) {
+            let columns: [&[f32]; NR] = std::array::from_fn(|c| &w[(j + c).min(n - 1) * k..][..k]);
+            let sums = tile(rows, columns);
+            for r in 0..MR.min(m - i) {
+                for c in 0..NR.min(n - j) {
+                    y[(i + r) * n + j + c] = sums[r * NR + c];
+                }
+            }
+        }
+    }
+}
+
+/// x[i] . w[j] at i * NR + j; all rows have one length.
+fn tile<const MR: usize, const NR: usize>(x: [&[f32]; MR], w: [&[f32]; NR]) -> [f32; 16] {
+    let k = x[0].len();
+    assert!(MR * NR == 16 && x.iter().chain(&w).all(|row| row.len() == k), "rows of one length");
+    #[cfg(target_arch = "x86_64")]
+    if simd::level() == simd::Level::Avx512 {
+        // SAFETY: the features were found, and every row has k elements.
+        return unsafe { avx512::tile::<MR, NR>(x, w) };
+    }
+    std::array::from_fn(|id| portable(x[id / NR], w[id % NR]))
+}
+
+simd::multiversion! {
+    fn portable(x: &[f32], w: &[f32]) -> f32 {
+        simd::sums2(x, w, |a, b| [a * b])[0]
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::*;
+
+    /// # Safety
+    /// AVX-512 F is present; all rows have the length of the first.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    #[allow(clippy::needless_range_loop)] // the index names the register
+    pub(super) unsafe fn tile<const MR: usize, const NR: usize>(x: [&[f32]; MR], w: [&[f32]; NR]) -> [f32; 16] {
+        let k = x[0].len();
+        let mut acc = [_mm512_setzero_ps(); 16];
+        let mut ws = [_mm512_setzero_ps(); NR];
+        let mut at = 0;
+        while at < k {
+            let left = k - at;
+            let mask = if left >= 16 { u16::MAX } else { (1 << left) - 1 };
+            for j in 0..NR {
+                // SAFETY: the mask covers elements at .. min(at + 16, k).
+                ws[j] = unsafe { _mm512_maskz_loadu_ps(mask, w[j].as_ptr().add(at)) };
+            }
+            for i in 0..MR {
+                // SAFETY: as above.
+                let xs = unsafe { _mm512_maskz_loadu_ps(mask, x[i].as_ptr().add(at)) };
+                for j in 0..NR {
+                    acc[i * NR + j] = _mm512_fmadd_ps(xs, ws[j], acc[i * NR + j]);
+                }
+            }
+            at += 16;
+        }
+        let mut out = [0.0; 16];
+        for (out, acc) in out.iter_mut().zip(acc) {
+            *out = _mm512_reduce_add_ps(acc);
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_shape_of_tile() {
+        for (m, n, k) in [(1, 1, 1), (1, 17, 31), (2, 9, 16), (3, 5, 33), (5, 6, 7), (9, 33, 100)] {
+            let value = |i: usize| (i * 37 % 23) as f32 - 11.0;
+            let x: Vec<f32> = (0..m * k).map(value).collect();
+            let w: Vec<f32> = (0..n * k).map(|i| value(i + 5)).collect();
+            let mut y = vec![f32::NAN; m * n];
+            product(|i| &x[i * k..][..k], m, &w, n, &mut y);
+            for (id, got) in y.iter().enumerate() {
+                // Sums of small whole numbers are exact in any order.
+                let want: f32 = (0..k).map(|c| x[id / n * k + c] * w[id % n * k + c]).sum();
+                assert_eq!(*got, want, "{m} {n} {k} at {id}");
+            }
+        }
+    }
+}
