@@ -3,7 +3,7 @@
 //           word >> 8 >= threshold, else 0; uniform: y = low + span u; normal: y = mean + deviation z, z = probit(q),
 //           q = (2 (word mod 2^31) + 1) / 2^33, below the mean where the word's top bit is set
 // grad:     dropout: the same op on dy; the others have no input
-// shapes:   dropout: x[N], y[N]; uniform, normal: y[N]
+// shapes:   dropout: x[N], dropped[N]; uniform, normal: y[N]
 // layout:   contiguous; base is the index of the first bound element, a multiple of 4
 // launch:   linear, 64 invocations a group, 4 elements (one Philox block) each
 // cost:     about 100 (normal 200) integer and float operations per element; N or 2 N elements moved

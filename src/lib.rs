@@ -2,6 +2,7 @@
 
 pub mod atomic;
 pub mod cli;
+pub mod compress;
 pub mod cpu;
 pub mod data;
 pub mod device;
@@ -10,11 +11,14 @@ pub mod dtype;
 pub mod error;
 pub mod kernel;
 pub mod metrics;
+pub mod nn;
 pub mod op;
 pub mod ops;
+pub mod recipe;
 pub mod report;
 pub mod rng;
 pub mod shape;
+pub mod tape;
 pub mod tensor;
 pub mod train;
 pub mod verify;

@@ -143,13 +143,25 @@ impl Gradient<'_> {
 /// How test values are drawn.
 #[derive(Clone, Debug)]
 pub enum Fill {
-    Normal { mean: f64, deviation: f64 },
-    Uniform { low: f64, high: f64 },
+    Normal {
+        mean: f64,
+        deviation: f64,
+    },
+    Uniform {
+        low: f64,
+        high: f64,
+    },
     /// Whole numbers in low..=high.
-    Integers { low: i64, high: i64 },
+    Integers {
+        low: i64,
+        high: i64,
+    },
     Values(Vec<f64>),
     /// Normal draws pushed at least `gap` away from every kink, so that differences see one branch.
-    Away { kinks: &'static [f64], gap: f64 },
+    Away {
+        kinks: &'static [f64],
+        gap: f64,
+    },
     /// Anything else: seed in, values out.
     Custom(fn(seed: u64, shape: &Shape) -> Vec<f64>),
 }

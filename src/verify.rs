@@ -118,12 +118,25 @@ fn unguarded(tensor: &Tensor, what: &str) -> Result<Vec<u8>, String> {
 
 type Outputs = std::result::Result<Vec<Vec<f64>>, String>;
 
-fn run_guarded(case: &Case, kernel: &Kernel, device: &Arc<dyn Device>, values: &[Vec<f64>], out: &[Meta]) -> Result<Vec<Vec<f64>>> {
-    let fail = |reason: String| Error::Invariant { stage: kernel.name.into(), rule: "guarded run".into(), measured: reason };
+fn run_guarded(
+    case: &Case,
+    kernel: &Kernel,
+    device: &Arc<dyn Device>,
+    values: &[Vec<f64>],
+    out: &[Meta],
+) -> Result<Vec<Vec<f64>>> {
+    let fail =
+        |reason: String| Error::Invariant { stage: kernel.name.into(), rule: "guarded run".into(), measured: reason };
     run_poisoned(case, kernel, device, values, out)?.map_err(fail)
 }
 
-fn run_poisoned(case: &Case, kernel: &Kernel, device: &Arc<dyn Device>, values: &[Vec<f64>], out: &[Meta]) -> Result<Outputs> {
+fn run_poisoned(
+    case: &Case,
+    kernel: &Kernel,
+    device: &Arc<dyn Device>,
+    values: &[Vec<f64>],
+    out: &[Meta],
+) -> Result<Outputs> {
     let encoded: Vec<Vec<u8>> = case.inputs.iter().zip(values).map(|(i, v)| i.meta.dtype.encode(v)).collect();
     let inputs: Vec<Tensor> =
         case.inputs.iter().zip(&encoded).map(|(i, bytes)| guarded(device, i.meta, bytes)).collect::<Result<_>>()?;
@@ -206,7 +219,9 @@ pub fn judge(tolerance: Tolerance, factor: f64, dtype: DType, want: &[f64], have
         let (target, error) = if exact { (r, (h - r).abs()) } else { (w, (h - w).abs()) };
         let bound = factor * (relative * w.abs() + absolute) + storage * w.abs() + tiny;
         if error > bound {
-            return Err(format!("element {index}: {h} where the reference has {target}, error {error:.3e} above {bound:.3e}"));
+            return Err(format!(
+                "element {index}: {h} where the reference has {target}, error {error:.3e} above {bound:.3e}"
+            ));
         }
         error_power += error * error;
     }
@@ -288,8 +303,7 @@ fn device_gradient(
     seeds: &[Option<Vec<f64>>],
 ) -> Result<Vec<Option<Vec<f64>>>> {
     let upload = |meta: Meta, v: &[f64]| Tensor::from_f64(device, meta.dims(), meta.dtype, v);
-    let inputs: Vec<Tensor> =
-        case.inputs.iter().zip(values).map(|(i, v)| upload(i.meta, v)).collect::<Result<_>>()?;
+    let inputs: Vec<Tensor> = case.inputs.iter().zip(values).map(|(i, v)| upload(i.meta, v)).collect::<Result<_>>()?;
     let outputs = dispatch::run_on(device, case.op.as_ref(), &inputs.iter().collect::<Vec<_>>())?;
     let grads: Vec<Option<Tensor>> = outputs
         .iter()

@@ -3,6 +3,7 @@
 
 mod data;
 mod doctor;
+mod flow;
 mod kernels;
 
 use std::fmt::Display;
@@ -80,8 +81,16 @@ enum Command {
     /// Text that is already on this machine
     #[command(subcommand)]
     Data(data::Data),
+    Run(flow::Run),
+    Eval(flow::Eval),
+    Translate(flow::Translate),
+    Info(flow::Info),
+    Report(flow::Report),
+    TrainTagger(flow::TrainTagger),
     /// Completion script for a shell, on standard output
-    Completions { shell: clap_complete::Shell },
+    Completions {
+        shell: clap_complete::Shell,
+    },
 }
 
 /// Runs the command line of this process.
@@ -107,6 +116,12 @@ fn run(cli: Cli) -> Result<()> {
         Command::Doctor => doctor::run(&cli.global),
         Command::Kernels(command) => kernels::run(&cli.global, command),
         Command::Data(command) => data::run(&cli.global, command),
+        Command::Run(args) => flow::run(&cli.global, args),
+        Command::Eval(args) => flow::eval(&cli.global, args),
+        Command::Translate(args) => flow::translate(&cli.global, args),
+        Command::Info(args) => flow::info(&cli.global, args),
+        Command::Report(args) => flow::compare_runs(&cli.global, args),
+        Command::TrainTagger(args) => flow::train_tagger(&cli.global, args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "espalier", &mut script);

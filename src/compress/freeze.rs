@@ -54,8 +54,10 @@ fn convert(model: &mut Model, linear: &str, form: Form) -> Result<()> {
         put("metadata", metadata);
     } else if form.int8 {
         let (q, scale) = quantize_weight(&weight, 8)?;
+        // One scale per output channel: [n], or [E, n] of experts.
+        let dims = weight.dims();
         put("int8", q);
-        put("scale", scale);
+        put("scale", scale.reshape(&dims[..dims.len() - 1])?);
     } else {
         return Ok(());
     }

@@ -4,7 +4,8 @@ use super::forward::Pass;
 use super::model::missing;
 use crate::error::Result;
 use crate::ops::matmul::{Epilogue, Matmul};
-use crate::ops::quant::{Granularity, MatmulInt4, MatmulInt8, Quantize, Scheme};
+use crate::ops::quant::{Granularity, MatmulInt8, Quantize, Scheme};
+use crate::ops::quant_int4::MatmulInt4;
 use crate::ops::sparse24::{MatmulSparse24, MatmulSparse24Int8};
 use crate::tape::Var;
 

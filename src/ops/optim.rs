@@ -62,7 +62,8 @@ pub struct ClipFactor {
 /// All but the factor have the first input's shape `[N]`; the factor, at `factor`, is `[1]`.
 fn check(op: &'static str, inputs: &[Meta], count: usize, factor: usize) -> Result<()> {
     let fits = |(i, m): (usize, &Meta)| {
-        m.dtype == DType::F32 && if i == factor { m.dims() == [1] } else { m.shape == inputs[0].shape && m.shape.rank() == 1 }
+        m.dtype == DType::F32
+            && if i == factor { m.dims() == [1] } else { m.shape == inputs[0].shape && m.shape.rank() == 1 }
     };
     if inputs.len() == count && inputs.iter().enumerate().all(fits) {
         return Ok(());
@@ -101,14 +102,14 @@ impl Op for AdamW {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] =
-            &[Kernel::cpu("adamw", &[DType::F32], cpu::adamw), wgsl("adamw", plan_adamw)];
+        const KERNELS: &[Kernel] = &[Kernel::cpu("adamw", &[DType::F32], cpu::adamw), wgsl("adamw", plan_adamw)];
         KERNELS
     }
 
     fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
         let (c1, c2) = self.corrections();
-        let rates = Params::new().u(inputs[0].count()).flag(self.masked).f(self.learning_rate).f(self.beta1).f(self.beta2);
+        let rates =
+            Params::new().u(inputs[0].count()).flag(self.masked).f(self.learning_rate).f(self.beta1).f(self.beta2);
         rates.f(self.epsilon).f(self.weight_decay).f(c1).f(c2)
     }
 
@@ -248,9 +249,18 @@ fn cases() -> Vec<Case> {
     let positive = Fill::Uniform { low: 0.0, high: 2.0 };
     for n in [1usize, 7, 63, 65, 1024, 100_003] {
         for (masked, step) in [(false, 1), (true, 1), (false, 1000), (true, 17)] {
-            let op = AdamW { learning_rate: 1e-2, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.05, step, masked };
+            let op = AdamW {
+                learning_rate: 1e-2,
+                beta1: 0.9,
+                beta2: 0.999,
+                epsilon: 1e-8,
+                weight_decay: 0.05,
+                step,
+                masked,
+            };
             // The direction m / sqrt(v) is a quotient of sums of two terms each, so its error is a contraction's.
-            let case = Case::new(op, Tolerance::Contraction { k: 16 }).normal(&[n], DType::F32).normal(&[n], DType::F32);
+            let case =
+                Case::new(op, Tolerance::Contraction { k: 16 }).normal(&[n], DType::F32).normal(&[n], DType::F32);
             let case = case.normal(&[n], DType::F32).input(&[n], DType::F32, positive.clone());
             let case = case.input(&[1], DType::F32, Fill::Values(vec![0.37]));
             cases.push(if masked { case.input(&[n], DType::F32, bits.clone()) } else { case });
@@ -262,13 +272,23 @@ fn cases() -> Vec<Case> {
             cases.push(if masked { case.input(&[n], DType::F32, bits.clone()) } else { case });
         }
     }
-    for (max_norm, scale, squares) in [(1.0, 1.0, 4.0), (1.0, 0.01, 4.0), (0.0, 0.5, 9.0), (1.0, 1e-3, 0.0), (5.0, 1.0, 1e8)] {
+    for (max_norm, scale, squares) in
+        [(1.0, 1.0, 4.0), (1.0, 0.01, 4.0), (0.0, 0.5, 9.0), (1.0, 1e-3, 0.0), (5.0, 1.0, 1e8)]
+    {
         let case = Case::new(ClipFactor { max_norm, scale }, Tolerance::Transcendental);
         cases.push(case.input(&[1], DType::F32, Fill::Values(vec![squares])));
     }
     // GPT-2 small's largest matrix group.
     let n = 7_077_888;
-    let op = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.05, step: 10, masked: false };
+    let op = AdamW {
+        learning_rate: 1e-3,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.05,
+        step: 10,
+        masked: false,
+    };
     let case = Case::new(op, Tolerance::Contraction { k: 16 }).normal(&[n], DType::F32).normal(&[n], DType::F32);
     let case = case.normal(&[n], DType::F32).input(&[n], DType::F32, positive);
     cases.push(case.input(&[1], DType::F32, Fill::Values(vec![0.37])).bench());

@@ -198,8 +198,10 @@ impl Op for UnaryBackward {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] =
-            &[Kernel::cpu("unary_bwd", DType::FLOATS, cpu::unary_backward), wgsl("unary_bwd", "unary_bwd", DType::FLOATS)];
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("unary_bwd", DType::FLOATS, cpu::unary_backward),
+            wgsl("unary_bwd", "unary_bwd", DType::FLOATS),
+        ];
         KERNELS
     }
 
@@ -220,7 +222,9 @@ impl Op for Cast {
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
         match inputs {
             [x] if x.dtype.is_float() && self.to.is_float() => Ok(vec![Meta { dtype: self.to, ..*x }]),
-            [_] => Err(Error::Dtype { op: "cast", expected: "float types", got: format!("{} to {}", inputs[0], self.to) }),
+            [_] => {
+                Err(Error::Dtype { op: "cast", expected: "float types", got: format!("{} to {}", inputs[0], self.to) })
+            }
             _ => Err(Error::Shape { op: "cast", rule: "one input", got: shape::list(inputs) }),
         }
     }
@@ -283,7 +287,13 @@ fn bf16_to_f16(p: &Problem) -> bool {
 }
 
 const fn wgsl(name: &'static str, entry: &'static str, dtypes: &'static [DType]) -> Kernel {
-    Kernel { name, code: Code::Wgsl { file: "unary.wgsl", text: SHADER, entry, constants: &[] }, dtypes, fits: always, plan }
+    Kernel {
+        name,
+        code: Code::Wgsl { file: "unary.wgsl", text: SHADER, entry, constants: &[] },
+        dtypes,
+        fits: always,
+        plan,
+    }
 }
 
 /// Each invocation handles `PER_INVOCATION` neighbouring elements: fewer, fatter invocations suit every adapter class.
@@ -347,7 +357,9 @@ mod tests {
     #[test]
     fn erf_known_values() {
         // Abramowitz and Stegun, table 7.1, and symmetry.
-        for (x, y) in [(0.0, 0.0), (0.5, 0.520_499_877_8), (1.0, 0.842_700_792_9), (2.0, 0.995_322_265_0), (3.5, 0.999_999_256_9)] {
+        for (x, y) in
+            [(0.0, 0.0), (0.5, 0.520_499_877_8), (1.0, 0.842_700_792_9), (2.0, 0.995_322_265_0), (3.5, 0.999_999_256_9)]
+        {
             approx::assert_abs_diff_eq!(erf(x), y, epsilon = 1e-10);
             approx::assert_abs_diff_eq!(erf(-x), -y, epsilon = 1e-10);
         }

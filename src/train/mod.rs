@@ -1,4 +1,9 @@
 //! Training: what a step does, and what it leaves behind.
 
 pub mod events;
+pub mod lifecycle;
 pub mod metrics_log;
+pub mod optimizer;
+pub mod schedule;
+pub mod store;
+pub mod trainer;

@@ -241,7 +241,9 @@ struct Log {
 impl Log {
     fn open(job: &Job, done: u64) -> Result<Self> {
         let metrics = MetricsLog::open_after(job.folder.join("metrics.jsonl"), done)?;
-        let events = EventWriter::create(job.folder.join("tb"), job.stage, now())?;
+        let events = job.folder.join("tb");
+        std::fs::create_dir_all(&events).map_err(|e| Error::io(&events, e))?;
+        let events = EventWriter::create(events, job.stage, now())?;
         let bar = if job.progress { ProgressBar::new(job.steps) } else { ProgressBar::hidden() };
         let template = "{prefix:<12} [{bar:32}] {pos}/{len} {msg} ETA {eta}";
         if let Ok(style) = ProgressStyle::with_template(template) {

@@ -4,6 +4,8 @@ mod data;
 mod device;
 mod kernels;
 mod metrics;
+mod model;
 mod report;
 mod shaders;
 mod tidy;
+mod training;

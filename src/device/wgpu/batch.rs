@@ -79,15 +79,26 @@ impl Batches {
     }
 }
 
+/// Longest single wait. A software driver now and then misses the wake-up for work that ended while another thread
+/// submitted, and would sleep on until its time-out.
+const SLICE: Duration = Duration::from_millis(100);
+
 fn wait(gpu: &Gpu, submitted: &Submitted, deadline: Duration) -> Result<()> {
-    let request = wgpu::PollType::Wait { submission_index: Some(submitted.index.clone()), timeout: Some(deadline) };
-    match gpu.device.poll(request) {
-        Ok(_) => gpu.alive(),
-        Err(e) => {
-            // Work that hangs cannot be taken back: whatever follows would wait behind it.
-            let seconds = deadline.as_secs_f64();
-            let _ = gpu.lost.set(format!("no answer within {seconds} s from launches up to {} ({e})", submitted.last));
-            gpu.alive()
+    let start = std::time::Instant::now();
+    loop {
+        let left = deadline.saturating_sub(start.elapsed());
+        let index = Some(submitted.index.clone());
+        let request = wgpu::PollType::Wait { submission_index: index, timeout: Some(left.min(SLICE)) };
+        match gpu.device.poll(request) {
+            Ok(_) => return gpu.alive(),
+            Err(wgpu::PollError::Timeout) if left > SLICE => {}
+            Err(e) => {
+                // Work that hangs cannot be taken back: whatever follows would wait behind it.
+                let seconds = deadline.as_secs_f64();
+                let _ =
+                    gpu.lost.set(format!("no answer within {seconds} s from launches up to {} ({e})", submitted.last));
+                return gpu.alive();
+            }
         }
     }
 }

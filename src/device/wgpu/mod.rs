@@ -375,10 +375,17 @@ impl WgpuDevice {
             let _ = report.send(result);
         });
         self.batches.wait_all(&self.gpu)?;
-        // The work is done, but where another thread waited for it before the map was asked for, no poll has seen the map.
-        let _ = self.gpu.device.poll(wgpu::PollType::Poll);
-        // Another thread's poll may still be delivering the news.
-        let log = match mapped.recv_timeout(self.batches.deadline()) {
+        // The work is done, but a map is reported by a poll: this thread's, or another's that may have passed just before
+        // the map was asked for. So both are tried until one brings the news.
+        let started = std::time::Instant::now();
+        let news = loop {
+            let _ = self.gpu.device.poll(wgpu::PollType::Poll);
+            match mapped.recv_timeout(std::time::Duration::from_millis(5)) {
+                Err(std::sync::mpsc::RecvTimeoutError::Timeout) if started.elapsed() < self.batches.deadline() => {}
+                news => break news,
+            }
+        };
+        let log = match news {
             Ok(Ok(())) => match staging.slice(..bytes as u64).get_mapped_range() {
                 Ok(view) => {
                     take(&view);
