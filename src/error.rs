@@ -57,7 +57,7 @@ pub enum Error {
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
 
-    #[error("recipe: {key} = {value} is not allowed; allowed: {allowed}")]
+    #[error("recipe: {key}: {value} is not allowed; allowed: {allowed}")]
     Recipe { key: String, value: String, allowed: String },
 
     /// The first NaN or infinity, named before it reaches a checkpoint.
@@ -118,7 +118,7 @@ impl Error {
     /// Process exit code: 1 failure, 2 usage, 3 data or model invalid, 4 device, 5 interrupted and resumable.
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Usage { .. } | Self::Recipe { .. } => 2,
+            Self::Usage { .. } | Self::Recipe { .. } | Self::Parameter { .. } => 2,
             Self::File { .. } | Self::NonFinite { .. } => 3,
             Self::OutOfMemory { .. }
             | Self::DeviceLost { .. }

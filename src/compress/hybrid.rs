@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StudentLoss {
-    /// lambda KL(teacher || student) + (1 - lambda) CE(gold): what Eq 13 means to do.
+    /// lambda CE(gold) + (1 - lambda) T^2 KL(teacher || student): what Eq 13's prose says, a larger lambda relying more on
+    /// the student's own prediction.
     #[default]
     Corrected,
     /// Eq 13 to the letter: -(1/M) sum [lambda log f_T + (1 - lambda) log f_S]. Its first term is constant in the
@@ -17,7 +18,7 @@ pub enum StudentLoss {
 /// Factors of (soft label, gold label) on the target-language stream.
 pub fn student_factors(loss: StudentLoss, lambda: f64) -> (f64, f64) {
     match loss {
-        StudentLoss::Corrected => (lambda, 1.0 - lambda),
+        StudentLoss::Corrected => (1.0 - lambda, lambda),
         StudentLoss::Literal => (0.0, 1.0 - lambda),
     }
 }
@@ -38,6 +39,12 @@ pub fn stream_weights(alpha: f64, rows: (usize, usize)) -> (f64, f64) {
 mod tests {
     use super::*;
     use approx::assert_relative_eq;
+
+    #[test]
+    fn lambda_weighs_the_gold_labels_in_the_corrected_form_and_shrinks_them_in_the_literal_one() {
+        assert_eq!(student_factors(StudentLoss::Corrected, 0.75), (0.25, 0.75));
+        assert_eq!(student_factors(StudentLoss::Literal, 0.75), (0.0, 0.25));
+    }
 
     #[test]
     fn stream_weights_sum_to_one() {

@@ -56,6 +56,18 @@ pub fn score(model: &Model, micros: &[Micro]) -> Result<Scores> {
     Ok(scores)
 }
 
+/// Mean cross-entropy of a model on calibration micro-batches, in nats per token.
+pub fn loss(model: &Model, micros: &[Micro]) -> Result<f64> {
+    let (mut sum, mut weight) = (0.0, 0.0);
+    for micro in micros {
+        let mut pass = Pass::inference(model);
+        let hidden = pass.hidden(&micro.batch)?;
+        sum += weighted_cross_entropy(&mut pass, &hidden, &micro.targets, &micro.weights)?.tensor.to_f64()?[0];
+        weight += micro.weight;
+    }
+    Ok(sum / f64::max(weight, 1.0))
+}
+
 /// w * dL/dw of one parameter as rows.
 struct Products {
     values: Vec<f64>,

@@ -58,7 +58,7 @@ impl Corpus {
         let data = &recipe.data;
         let mut parts = read(recipe, folder)?;
         if data.limit > 0 {
-            parts.train.truncate(data.limit);
+            parts.train = super::evaluate::sample(&parts.train, data.limit).into_iter().cloned().collect();
         }
         if parts.train.is_empty() || parts.test.is_empty() || parts.validation.is_empty() {
             let counts = format!("{} / {} / {}", parts.train.len(), parts.validation.len(), parts.test.len());

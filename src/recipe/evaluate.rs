@@ -4,7 +4,6 @@ use std::time::Instant;
 
 use super::corpus::{Corpus, HeldOut, upload};
 use super::schema::Evaluate;
-use crate::compress::teacher::predictions;
 use crate::data::batch::{Batch, Example, GmaskPosition, IGNORE};
 use crate::dispatch;
 use crate::error::Result;
@@ -12,6 +11,7 @@ use crate::metrics::{Bleu, BleuTokenizer, Chrf, ExactMatch, SequenceProbability,
 use crate::nn::generate::{Decoding, generate};
 use crate::nn::{Model, Pass};
 use crate::ops::layout::GatherRows;
+use crate::ops::reduce::ArgMax;
 use crate::ops::softmax::CrossEntropy;
 use crate::report::model::{DirectionScores, Latency, Score, StageRow};
 use crate::rng::Stream;
@@ -59,8 +59,8 @@ fn force_batch(model: &Model, batch: &Batch, methods: &[Box<dyn Method>]) -> Res
     let shape = hidden.tensor.shape();
     let flat = hidden.tensor.reshape(&[shape.rows(), shape.last()])?;
     let rows = Var::constant(dispatch::run_one(&GatherRows, &[&flat, &ids])?);
-    let predicted = predictions(&mut pass, &rows)?;
     let logits = pass.logits(&rows)?;
+    let predicted = dispatch::run_one(&ArgMax, &[&logits.tensor])?.to_vec::<u32>()?;
     let targets = Tensor::from_slice(device, &[targets.len()], &targets)?;
     let losses = dispatch::run(&CrossEntropy { smoothing: 0.0 }, &[&logits.tensor, &targets])?[0].to_f64()?;
     let mut forced: Vec<Forced> =
@@ -73,11 +73,20 @@ fn force_batch(model: &Model, batch: &Batch, methods: &[Box<dyn Method>]) -> Res
     Ok(forced)
 }
 
+/// At most `limit` items (0: all) evenly spread over the list: files are sorted by package, so its head would be a few
+/// packages only.
+pub fn sample<T>(items: &[T], limit: usize) -> Vec<&T> {
+    if limit == 0 || limit >= items.len() {
+        return items.iter().collect();
+    }
+    (0..limit).map(|i| &items[i * items.len() / limit]).collect()
+}
+
 /// Mean loss in nats per token over the held-out validation examples, at most `limit` of each direction; NaN without any.
 pub fn validation_loss(model: &Model, corpus: &Corpus, limit: usize, methods: &[Box<dyn Method>]) -> Result<f64> {
     let (mut sum, mut tokens) = (0.0, 0usize);
     for held_out in &corpus.held_out {
-        let examples: Vec<&Example> = held_out.validation.iter().take(limit).collect();
+        let examples = sample(&held_out.validation, limit);
         for f in teacher_forced(model, corpus, &examples, methods)? {
             sum -= f.log_probabilities.iter().map(|&p| f64::from(p)).sum::<f64>();
             tokens += f.log_probabilities.len();
@@ -90,6 +99,8 @@ pub fn validation_loss(model: &Model, corpus: &Corpus, limit: usize, methods: &[
 pub fn evaluate(model: &Model, corpus: &Corpus, settings: &Evaluate, name: &str) -> Result<StageRow> {
     let device = model.device().clone();
     device.reset_peak();
+    // Other models of the run are alive too; only what this one adds is its own.
+    let live = device.stats().bytes_live;
     let mut all = TokenAccuracy::default();
     let mut exact = ExactMatch::default();
     let mut directions = Vec::new();
@@ -105,11 +116,10 @@ pub fn evaluate(model: &Model, corpus: &Corpus, settings: &Evaluate, name: &str)
         total_bytes: model.total_bytes() as u64,
         token_accuracy: all.value(),
         exact_match: exact.value(),
-        validation_loss: Some(validation_loss(model, corpus, settings.sentences.max(1), &[])?)
-            .filter(|l| l.is_finite()),
+        validation_loss: Some(validation_loss(model, corpus, settings.sentences, &[])?).filter(|l| l.is_finite()),
         directions,
         latency,
-        peak_memory_bytes: Some(device.stats().bytes_peak),
+        peak_memory_bytes: Some(device.stats().bytes_peak.saturating_sub(live) + model.total_bytes() as u64),
         ..StageRow::default()
     })
 }
@@ -121,8 +131,7 @@ fn direction(
     held_out: &HeldOut,
     (all, all_exact): (&mut TokenAccuracy, &mut ExactMatch),
 ) -> Result<DirectionScores> {
-    let limit = if settings.sentences == 0 { held_out.test.len() } else { settings.sentences };
-    let sentences: Vec<_> = held_out.test.iter().take(limit).collect();
+    let sentences = sample(&held_out.test, settings.sentences);
     let examples: Vec<&Example> = sentences.iter().map(|s| &s.example).collect();
     let mut accuracy = TokenAccuracy::default();
     let mut probability = SequenceProbability::default();
@@ -131,7 +140,7 @@ fn direction(
         all.add(&f.predicted, &example.labels, None)?;
         probability.add(&f.log_probabilities)?;
     }
-    let decoded = &sentences[..settings.decoded.min(sentences.len())];
+    let decoded = if settings.decoded == 0 { Vec::new() } else { sample(&sentences, settings.decoded) };
     let hypotheses = decode(model, corpus, decoded.iter().map(|s| &s.example), settings.beams)?;
     let references: Vec<String> = decoded.iter().map(|s| s.reference.clone()).collect();
     let mut exact = ExactMatch::default();
@@ -195,9 +204,10 @@ pub fn translate(
 }
 
 const WARM_UP: usize = 3;
-const SAMPLES: usize = 20;
+const SAMPLES: usize = 30;
 
-/// Time of one forward pass over random tokens `[batch, length]`, read back to the host.
+/// Time of one forward pass over random tokens `[batch, length]`: hidden states of all tokens and logits of each row's
+/// last one, read back to the host.
 pub fn latency(model: &Model, batch: usize, length: usize) -> Result<Latency> {
     let length = length.min(model.config.max_positions);
     let mut stream = Stream::new(1, batch as u32);
@@ -210,11 +220,16 @@ pub fn latency(model: &Model, batch: usize, length: usize) -> Result<Latency> {
     let special = crate::data::tokenizer::SpecialIds { pad: 0, unk: 0, bos: 0, eos: 0, gmask: 0 };
     let plain = Batch::assemble(&rows.iter().collect::<Vec<_>>(), special, GmaskPosition::MaskIndex);
     let inputs = upload(model.device(), &plain)?;
+    let last: Vec<u32> = (0..batch).map(|row| (row * plain.columns + plain.columns - 1) as u32).collect();
+    let last = Tensor::from_slice(model.device(), &[batch], &last)?;
     let mut times = Vec::with_capacity(SAMPLES);
     for sample in 0..WARM_UP + SAMPLES {
         let start = Instant::now();
-        Pass::inference(model).hidden(&inputs)?;
-        model.device().sync()?;
+        let mut pass = Pass::inference(model);
+        let hidden = pass.hidden(&inputs)?;
+        let flat = hidden.tensor.reshape(&[hidden.tensor.shape().rows(), hidden.tensor.shape().last()])?;
+        let rows = Var::constant(dispatch::run_one(&GatherRows, &[&flat, &last])?);
+        pass.logits(&rows)?.tensor.to_bytes()?;
         if sample >= WARM_UP {
             times.push(start.elapsed().as_secs_f64() * 1e3);
         }

@@ -1,6 +1,6 @@
 //! `espalier run`: the stages of a recipe in order, each resumable, each measured, each holding what it promised.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -129,14 +129,17 @@ impl Flow<'_> {
         baseline: bool,
         work: impl FnOnce(&Context) -> Result<Outcome>,
     ) -> Result<(Model, State, String)> {
-        let key = [parts, &[self.device.info().id.as_str(), env!("CARGO_PKG_VERSION")]].concat();
+        let key = [parts, &[self.device.info().name.as_str(), env!("CARGO_PKG_VERSION")]].concat();
         let fingerprint = fingerprint(&key);
-        if let Some((record, model)) = self.folder.finished(name, &fingerprint, &self.device)? {
+        if let Some((record, model)) = self.folder.finished(name, &fingerprint, &self.device)?
+            && record.row.invariants.iter().all(|i| i.ok)
+        {
             say(self.options, format!("{name}: finished before, taken from the run folder"));
             self.adopt(&record);
             return Ok((model, record.state, fingerprint));
         }
         let path = self.folder.stage(name)?;
+        self.folder.claim(&path, &fingerprint)?;
         let corpus = self.corpus;
         let context = Context { recipe: self.recipe, corpus, folder: &path, name, progress: self.options.progress };
         let started = Instant::now();
@@ -144,10 +147,16 @@ impl Flow<'_> {
         let deployed = freeze(&outcome.model, outcome.state.form())?;
         let mut row = evaluate(&deployed, corpus, &self.recipe.evaluate, name)?;
         outcome.invariants.extend(stages::invariants(&outcome.model, &outcome.state)?);
+        outcome.invariants.push(self.reloads(&path.join("deployed"), name, &deployed)?);
         row.baseline = baseline;
         row.seconds = Some(started.elapsed().as_secs_f64());
         row.sparsity = sparsity(&outcome.model)?;
         row.invariants = outcome.invariants.iter().map(as_reported).collect();
+        // Before anything is recorded: a stage that broke its promise is not finished.
+        if let Some(broken) = outcome.invariants.iter().find(|i| !i.holds) {
+            let (rule, measured) = (broken.rule.clone(), broken.measured.clone());
+            return Err(Error::Invariant { stage: name.into(), rule, measured });
+        }
         let record = StageRecord {
             fingerprint: fingerprint.clone(),
             row,
@@ -157,13 +166,6 @@ impl Flow<'_> {
         };
         self.folder.finish(name, &record, &outcome.model, &[("tokenizer.json", self.tokenizer.clone())])?;
         self.adopt(&record);
-        if let Some(broken) = outcome.invariants.iter().find(|i| !i.holds) {
-            return Err(Error::Invariant {
-                stage: name.into(),
-                rule: broken.rule.clone(),
-                measured: broken.measured.clone(),
-            });
-        }
         Ok((outcome.model, outcome.state, fingerprint))
     }
 
@@ -326,31 +328,30 @@ impl Flow<'_> {
         Ok(Student { model, state, fingerprint })
     }
 
-    /// Saves the final model in its deployable form, loads it again and holds both against each other.
-    fn deploy(&mut self, student: &Student) -> Result<()> {
-        let model = freeze(&student.model, student.state.form())?;
-        let path = self.folder.path.join("model");
-        self.folder.save_model(&path, "deployed", &model, &[("tokenizer.json", self.tokenizer.clone())])?;
-        let reloaded = store::load_model(&path, &self.device)?;
-        let probe = stages::probe(self.corpus, &model)?;
+    /// Saves a model in its deployable form, loads it again and holds both against each other.
+    fn reloads(&self, path: &Path, stage: &str, model: &Model) -> Result<Invariant> {
+        self.folder.save_model(path, stage, model, &[("tokenizer.json", self.tokenizer.clone())])?;
+        let reloaded = store::load_model(path, &self.device)?;
+        let probe = stages::probe(self.corpus, model)?;
         let mut logits = Vec::new();
-        for model in [&model, &reloaded] {
+        for model in [model, &reloaded] {
             let mut pass = Pass::inference(model);
             let hidden = pass.hidden(&probe)?;
             logits.push(pass.logits(&hidden)?.tensor.to_bytes()?);
         }
-        let invariant = Invariant {
+        let holds = logits[0] == logits[1];
+        Ok(Invariant {
             rule: "the saved model reloads and gives the same logits".into(),
-            measured: if logits[0] == logits[1] { "equal to the bit".into() } else { "different".into() },
-            holds: logits[0] == logits[1],
-        };
-        if let Some(last) = self.report.stages.iter_mut().rfind(|s| !s.baseline) {
-            last.invariants.push(as_reported(&invariant));
-        }
-        if invariant.holds {
-            return Ok(());
-        }
-        Err(Error::Invariant { stage: "deploy".into(), rule: invariant.rule, measured: invariant.measured })
+            measured: if holds { "equal to the bit".into() } else { "different".into() },
+            holds,
+        })
+    }
+
+    /// The run's result: the last stage's model in its deployable form.
+    fn deploy(&mut self, student: &Student) -> Result<()> {
+        let model = freeze(&student.model, student.state.form())?;
+        let path = self.folder.path.join("model");
+        self.folder.save_model(&path, "deployed", &model, &[("tokenizer.json", self.tokenizer.clone())])
     }
 
     fn write_report(mut self) -> Result<PathBuf> {

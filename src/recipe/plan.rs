@@ -105,11 +105,15 @@ pub fn summary(report: &RunReport) -> String {
     };
     let ratio = teacher.activated_bytes as f64 / student.activated_bytes.max(1) as f64;
     let retained = student.retained.map_or("unknown".into(), |r| format!("{:.1} %", 100.0 * r));
+    let tuned = report.stages.iter().find(|s| s.name == "hybrid-teacher").and_then(|t| t.token_accuracy);
+    let tuned = tuned.zip(student.token_accuracy).filter(|(t, _)| *t > 0.0);
+    let tuned = tuned.map_or(String::new(), |(t, s)| format!(" ({:.1} % of the tuned teacher's)", 100.0 * s / t));
     let speed = teacher.latency.first().zip(student.latency.first()).map_or(String::new(), |(t, s)| {
         format!(" and its forward pass takes {:.2}x the teacher's time at batch {}", s.p50_ms / t.p50_ms, s.batch)
     });
     format!(
-        "The compressed model keeps {retained} of the teacher's token accuracy with {ratio:.1}x fewer activated bytes{speed}."
+        "The compressed model keeps {retained} of the teacher's token accuracy{tuned} with {ratio:.1}x fewer activated bytes \
+         (attention and FFN weights that one token touches, as stored; the teacher's are f32){speed}."
     )
 }
 

@@ -85,6 +85,17 @@ impl RunFolder {
         Ok(path)
     }
 
+    /// Marks a stage's folder as working under `fingerprint`; checkpoints of another lineage go.
+    pub fn claim(&self, stage: &Path, fingerprint: &str) -> Result<()> {
+        let marker = stage.join("fingerprint");
+        let same = std::fs::read(&marker).is_ok_and(|old| old == fingerprint.as_bytes());
+        let checkpoints = stage.join("checkpoints");
+        if !same && checkpoints.exists() {
+            std::fs::remove_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
+        }
+        write_atomic(&marker, fingerprint.as_bytes())
+    }
+
     /// A finished stage with this fingerprint, with its model in training form.
     pub fn finished(
         &self,

@@ -166,8 +166,9 @@ pub fn choose(context: &Context, teacher: &Model, settings: &schema::Structure, 
     let micros = calibration(context, teacher, settings.calibration_batches)?;
     let scores = importance::score(teacher, &micros)?;
     let blocks = teacher.config.blocks.len();
+    // Judged on training text: the validation text is what the comparison with random pruning is read from.
     let losses: Vec<f64> = (0..blocks)
-        .map(|i| validation_loss(&structure::without_block(teacher, i)?, context.corpus, VALIDATION, &[]))
+        .map(|i| importance::loss(&structure::without_block(teacher, i)?, &micros))
         .collect::<Result<_>>()?;
     structure::by_importance(&teacher.config, &scores, &losses, target)
 }
@@ -222,7 +223,7 @@ pub fn hybrid_teacher(context: &Context, settings: &schema::Hybrid, alpha: f64) 
     Ok(Objective { draw, gold: 1.0, soft_on_target: false, teacher: None })
 }
 
-/// Eq 13. Corrected: lambda KL(tuned teacher || student) + (1 - lambda) CE, on both streams weighted as in Eq 12, because
+/// Eq 13. Corrected: lambda CE + (1 - lambda) T^2 KL(tuned teacher || student), on both streams weighted as in Eq 12, because
 /// the target-language stream alone forgets the other direction. Literal: the target-language stream alone, where the
 /// teacher's term is constant.
 pub fn hybrid_student<'a>(

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::schedule::Schedule;
-use crate::device::Device;
+use crate::device::{Device, Kind};
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
-use crate::ops::binary::{ADD, AccumulateScaled};
+use crate::ops::binary::{ADD, AccumulateScaled, Binary, BinaryFunction};
 use crate::ops::optim::{AdamW, ClipFactor, Sgd};
 use crate::ops::reduce::{Axis, CountNonFinite, Reduce, ReduceFunction};
 use crate::shape::Meta;
@@ -51,6 +51,8 @@ pub struct Settings {
     pub clip: f32,
 }
 
+const MUL: Binary = Binary(BinaryFunction::Mul);
+
 /// Offsets of parameters are multiples of this many bytes, what a binding needs.
 const ALIGNMENT: usize = 256;
 
@@ -84,11 +86,18 @@ impl Optimizer {
     /// Moves the f32 parameters that `trained` accepts into flat buffers; the model's tensors become views of them.
     pub fn new(model: &mut Model, settings: Settings, trained: impl Fn(&str) -> bool) -> Result<Self> {
         let device = model.device().clone();
+        if device.info().kind == Kind::Reference {
+            let reason = "it stores f64, flat parameter buffers are f32: train on cpu, wgpu or cuda".into();
+            return Err(Error::NotAvailable { device: "reference".into(), reason });
+        }
         let mut groups = Vec::new();
         for decayed in [true, false] {
             let wanted = |name: &str, tensor: &Tensor| {
                 let matrix = tensor.dims().len() > 1;
-                tensor.dtype() == DType::F32 && matrix == decayed && !name.contains(".router.") && trained(name)
+                tensor.dtype() == DType::F32
+                    && (matrix && !name.ends_with(".bias")) == decayed
+                    && !name.contains(".router.")
+                    && trained(name)
             };
             let names: Vec<String> =
                 model.tensors.iter().filter(|(n, t)| wanted(n, t)).map(|(n, _)| n.clone()).collect();
@@ -136,6 +145,10 @@ impl Optimizer {
         let mut squares: Option<Tensor> = None;
         for group in &mut self.groups {
             group.clear_unfilled()?;
+            // Gradients of pruned weights must not count in the norm that the kept ones are clipped by.
+            if let Some(mask) = &group.mask {
+                group.gradients = dispatch::run_one(&MUL, &[&group.gradients, mask])?;
+            }
             let sum = Reduce { function: ReduceFunction::SumSquares, axis: Axis::All };
             let part = dispatch::run_one(&sum, &[&group.gradients])?.reshape(&[1])?;
             squares = Some(match squares {
@@ -166,9 +179,23 @@ impl Optimizer {
         self.settings.schedule.rate(self.step + 1, total_steps)
     }
 
-    /// Names the first parameter whose gradient, or that itself, is not finite.
-    fn find_non_finite(&self, step: u64) -> Result<Error> {
-        for (kind, flat) in [("gradient", true), ("value", false)] {
+    /// Refuses parameters or moments that are not finite: nothing of the kind may reach a file.
+    pub fn check_finite(&self) -> Result<()> {
+        for group in &self.groups {
+            for flat in
+                [Some(&group.parameters), Some(&group.first_moment), group.second_moment.as_ref()].into_iter().flatten()
+            {
+                if dispatch::run_one(&CountNonFinite, &[flat])?.to_vec::<u32>()?.first() != Some(&0) {
+                    return Err(self.find_non_finite(self.step)?);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Names the first parameter that is not finite, or whose gradient is not: values first, they are the cause.
+    pub fn find_non_finite(&self, step: u64) -> Result<Error> {
+        for (kind, flat) in [("value", false), ("gradient", true)] {
             for group in &self.groups {
                 for slot in &group.slots {
                     let tensor = view(if flat { &group.gradients } else { &group.parameters }, slot)?;

@@ -126,8 +126,7 @@ pub fn step(
         optimizer.accumulate(&leaves, &grads)?;
     }
     if !losses.is_finite() {
-        let (layer, tensor) = ("loss".to_string(), "sum over the step".to_string());
-        return Err(Error::NonFinite { step: optimizer.steps() + 1, layer, tensor, count: 1, index: 0 });
+        return Err(optimizer.find_non_finite(optimizer.steps() + 1)?);
     }
     let norm = optimizer.update(weight, steps)?;
     Ok((losses / weight.max(f64::MIN_POSITIVE), norm))
@@ -170,6 +169,10 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
         let validated =
             (due(job.validate_every) || now == job.steps).then(|| (job.validate)(model, methods)).transpose()?;
         if let Some(loss) = validated {
+            // NaN alone is a corpus without validation text; infinity is a model that went wrong.
+            if loss.is_infinite() {
+                return Err(optimizer.find_non_finite(now)?);
+            }
             summary.validation_loss = loss;
             log.write(now, "validation", "loss", loss, "nats/token")?;
         }
@@ -186,6 +189,7 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
         }
     }
     log.bar.finish_and_clear();
+    optimizer.check_finite()?;
     for method in methods.iter_mut() {
         method.on_finish(model)?;
     }
@@ -196,6 +200,7 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
 const OPTIMIZER: &str = "optimizer.safetensors";
 
 fn save(model: &Model, optimizer: &Optimizer, checkpoints: &Path, step: u64, job: &Job) -> Result<()> {
+    optimizer.check_finite()?;
     let mut files = store::model_files(model)?;
     files.push((OPTIMIZER, store::encode(&optimizer.state())?));
     let summary = [

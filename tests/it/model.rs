@@ -219,3 +219,39 @@ fn padding_changes_nothing() {
         assert!(nmse(&alone[..n], &states[start..start + n]) < 1e-10);
     }
 }
+
+/// A recomputed segment keeps only its inputs and gives the gradients of the plain tape, to the bit.
+#[test]
+fn recomputed_segments_give_the_same_gradients() {
+    use espalier::ops::matmul::Matmul;
+    use espalier::ops::unary::{Function, Unary};
+    use espalier::tape::{Tape, Var};
+
+    let device = cpu();
+    let mut stream = Stream::new(3, 0);
+    let mut draw = |dims: &[usize]| {
+        let values: Vec<f64> = (0..dims.iter().product()).map(|_| stream.normal()).collect();
+        Tensor::from_f64(&device, dims, espalier::DType::F32, &values).unwrap()
+    };
+    let (x, w, dy) = (draw(&[5, 8]), draw(&[8, 8]), draw(&[5, 8]));
+    let block = |tape: &mut Tape, v: &[Var]| -> espalier::Result<Vec<Var>> {
+        let h = tape.first(Matmul::linear(), &[&v[0], &v[1]])?;
+        let h = tape.first(Unary(Function::GeluTanh), &[&h])?;
+        Ok(vec![tape.first(Matmul::linear(), &[&h, &v[1]])?])
+    };
+    let run = |recompute: bool| {
+        let mut tape = Tape::new();
+        let leaves = [tape.leaf(&x), tape.leaf(&w)];
+        let y = if recompute {
+            tape.segment(Arc::new(block), &[&leaves[0], &leaves[1]]).unwrap()
+        } else {
+            block(&mut tape, &leaves).unwrap()
+        };
+        let nodes = tape.len();
+        let grads = tape.backward(&[(&y[0], &dy)]).unwrap();
+        (nodes, leaves.map(|l| grads.of(&l).unwrap().unwrap().to_bytes().unwrap()))
+    };
+    let (plain, segment) = (run(false), run(true));
+    assert_eq!((plain.0, segment.0), (3, 1));
+    assert!(plain.1 == segment.1);
+}
