@@ -291,7 +291,11 @@ impl Flow<'_> {
         };
         let parts = [&student.fingerprint, &text(settings)?, "experts"];
         let (model, state, fingerprint) = self.stage("experts", &parts, false, |context| {
-            let (model, state, notes, invariants) = stages::moefy(context, &student.model, &student.state, settings)?;
+            let (model, state, mut notes, invariants) =
+                stages::moefy(context, &student.model, &student.state, settings)?;
+            if !state.sparse.is_empty() {
+                notes.push("expert weights keep their 2:4 zeros but run on the dense grouped kernels".into());
+            }
             Ok(Outcome { model, state, curves: Vec::new(), notes, invariants })
         })?;
         Ok(Student { model, state, fingerprint })

@@ -1,5 +1,6 @@
 //! The flow: a recipe of stages from text to a compressed, measured model.
 
+mod check;
 pub mod corpus;
 pub mod evaluate;
 pub mod flow;
