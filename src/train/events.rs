@@ -20,16 +20,27 @@ pub struct EventWriter {
 impl EventWriter {
     /// Creates the file `events.out.tfevents.<seconds>.<name>` in `directory` (which must exist), where TensorBoard
     /// finds it, and writes the version record. `wall_time` is in seconds since the Unix epoch. A run that is resumed
-    /// opens a further file; TensorBoard reads them in the order of their names.
+    /// opens a further file, within the same second one with a number behind its name; TensorBoard reads them in the order
+    /// of their names.
     ///
     /// # Errors
-    /// `Error::Io`, also when the file exists already.
+    /// `Error::Io`.
     pub fn create(directory: impl AsRef<Path>, name: &str, wall_time: f64) -> Result<Self> {
         // The name becomes part of a path, so only what is safe in one stays.
         let name: String = name.chars().filter(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_')).collect();
-        let path = directory.as_ref().join(format!("events.out.tfevents.{:010}.{name}", wall_time as u64));
-        let mut options = OpenOptions::new();
-        let file = options.append(true).create_new(true).open(&path).map_err(|source| Error::io(&path, source))?;
+        let stem = format!("events.out.tfevents.{:010}.{name}", wall_time as u64);
+        let mut path = directory.as_ref().join(&stem);
+        let mut more = 0;
+        let file = loop {
+            match OpenOptions::new().append(true).create_new(true).open(&path) {
+                Ok(file) => break file,
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && more < 1000 => {
+                    more += 1;
+                    path = directory.as_ref().join(format!("{stem}.{more}"));
+                }
+                Err(e) => return Err(Error::io(&path, e)),
+            }
+        };
         let mut writer = Self { path, file };
         let mut event = Vec::new();
         double_field(&mut event, 1, wall_time);
@@ -210,7 +221,12 @@ mod tests {
     #[test]
     fn an_existing_file_is_not_overwritten() {
         let directory = tempfile::tempdir().unwrap();
-        EventWriter::create(directory.path(), "run", 5.0).unwrap();
-        assert!(EventWriter::create(directory.path(), "run", 5.0).is_err());
+        let create = || EventWriter::create(directory.path(), "run", 5.0).unwrap();
+        let (mut first, second) = (create(), create());
+        first.scalar("loss", 1, 2.0, 5.0).unwrap();
+        let names = [&first, &second].map(|w| w.path().file_name().unwrap().to_str().unwrap().to_string());
+        assert_eq!(names, ["events.out.tfevents.0000000005.run", "events.out.tfevents.0000000005.run.1"]);
+        let read = |w: &EventWriter| reader::records(&std::fs::read(w.path()).unwrap()).len();
+        assert_eq!((read(&first), read(&second)), (2, 1));
     }
 }
