@@ -89,7 +89,7 @@ fn wait(gpu: &Gpu, submitted: &Submitted, deadline: Duration) -> Result<()> {
         let left = deadline.saturating_sub(start.elapsed());
         let index = Some(submitted.index.clone());
         let request = wgpu::PollType::Wait { submission_index: index, timeout: Some(left.min(SLICE)) };
-        match gpu.device.poll(request) {
+        match gpu.poll(request) {
             Ok(_) => return gpu.alive(),
             Err(wgpu::PollError::Timeout) if left > SLICE => {}
             Err(e) => {
@@ -153,7 +153,7 @@ impl Batch {
         if let Some(encoder) = encoder {
             let submitted = scoped(&gpu.device, || {
                 drop(pass);
-                gpu.queue.submit([encoder.finish()])
+                gpu.submit(encoder.finish())
             });
             let index = submitted.map_err(|e| gpu.failure(e, "submit", 0))?;
             self.in_flight.push_back(Submitted { number: self.number, index, last: self.last });

@@ -9,7 +9,7 @@ mod probe;
 pub mod shader;
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use self::adapter::{PARAMETER_BYTES, Wanted};
@@ -36,9 +36,22 @@ struct Gpu {
     checks: bool,
     /// Why the device cannot be used any more.
     lost: Arc<OnceLock<String>>,
+    /// Held by whoever polls or submits. wgpu-core 30 reads the fence before it empties its list of submissions; where
+    /// another thread empties the list in between, a wait that ran into its time-out ends the process by an assertion.
+    polling: Mutex<()>,
 }
 
 impl Gpu {
+    fn poll(&self, request: wgpu::PollType) -> std::result::Result<wgpu::PollStatus, wgpu::PollError> {
+        let _one = self.polling.lock().unwrap_or_else(PoisonError::into_inner);
+        self.device.poll(request)
+    }
+
+    fn submit(&self, commands: wgpu::CommandBuffer) -> wgpu::SubmissionIndex {
+        let _one = self.polling.lock().unwrap_or_else(PoisonError::into_inner);
+        self.queue.submit([commands])
+    }
+
     fn alive(&self) -> Result<()> {
         match self.lost.get() {
             None => Ok(()),
@@ -133,7 +146,14 @@ impl WgpuDevice {
         // must not end the process, which is wgpu's default.
         opened.device.on_uncaptured_error(Arc::new(|error| eprintln!("warning: wgpu: {error}")));
         let checks = std::env::var_os("ESPALIER_SHADER_CHECKS").is_none_or(|v| v != "0");
-        let gpu = Gpu { device: opened.device, queue: opened.queue, id: opened.info.id.clone(), checks, lost };
+        let gpu = Gpu {
+            device: opened.device,
+            queue: opened.queue,
+            id: opened.info.id.clone(),
+            checks,
+            lost,
+            polling: Mutex::new(()),
+        };
         let mut device = Self {
             info: opened.info,
             gpu,
@@ -160,7 +180,7 @@ impl WgpuDevice {
     pub fn destroy(&self) {
         self.gpu.device.destroy();
         // The callback runs at the next poll.
-        let _ = self.gpu.device.poll(wgpu::PollType::Poll);
+        let _ = self.gpu.poll(wgpu::PollType::Poll);
         let _ = self.gpu.lost.set("Destroyed".into());
     }
 
@@ -379,7 +399,7 @@ impl WgpuDevice {
         // the map was asked for. So both are tried until one brings the news.
         let started = std::time::Instant::now();
         let news = loop {
-            let _ = self.gpu.device.poll(wgpu::PollType::Poll);
+            let _ = self.gpu.poll(wgpu::PollType::Poll);
             match mapped.recv_timeout(std::time::Duration::from_millis(5)) {
                 Err(std::sync::mpsc::RecvTimeoutError::Timeout) if started.elapsed() < self.batches.deadline() => {}
                 news => break news,
