@@ -246,8 +246,8 @@ multiversion! {
         for (zs, zt) in zs.chunks(BLOCK).zip(zt.chunks(BLOCK)) {
             let [p, q] = sums2(zs, zt, |zs, zt| {
                 let (log_q, log_p) = (form.inverse * zs - lse_s, form.inverse * zt - lse_t);
-                let m = log_mixture(log_p + log_beta, log_q + log_rest);
-                [exp(log_p) * (log_p - m), exp(log_q) * (log_q - m)]
+                let [over_p, over_q] = log_mixture(log_p - log_q, log_beta, log_rest);
+                [-exp(log_p) * over_p, -exp(log_q) * over_q]
             });
             total = [total[0] + p, total[1] + q];
         }
@@ -269,19 +269,21 @@ multiversion! {
                 let (log_beta, log_rest, rest) = (form.beta.ln(), (1.0 - form.beta).ln(), 1.0 - form.beta);
                 pairs.for_each(|(z, zt)| {
                     let (log_q, log_p) = (form.inverse * *z - lse_s, form.inverse * zt - lse_t);
-                    let m = log_mixture(log_p + log_beta, log_q + log_rest);
-                    *z = factor * exp(log_q) * (rest * (log_q - m) - expectation);
+                    let [_, over_q] = log_mixture(log_p - log_q, log_beta, log_rest);
+                    *z = factor * exp(log_q) * (-rest * over_q - expectation);
                 })
             }
         }
     }
 }
 
-/// log(e^a + e^b).
+/// log(m / p) and log(m / q) of m = beta p + (1 - beta) q from log(p / q): where p and q are close these are small, and
+/// log m would have lost their digits.
 #[inline(always)]
-fn log_mixture(a: f32, b: f32) -> f32 {
-    let (most, least) = if a > b { (a, b) } else { (b, a) };
-    most + ln_1p(exp(least - most))
+fn log_mixture(ratio: f32, log_beta: f32, log_rest: f32) -> [f32; 2] {
+    let apart = ratio + log_beta - log_rest;
+    let rest = ln_1p(exp(-apart.abs()));
+    if apart > 0.0 { [log_beta + rest, ratio + log_beta + rest] } else { [log_rest - ratio + rest, log_rest + rest] }
 }
 
 /// Loss without its weight, and expectation, from the sums of a row.
