@@ -40,7 +40,7 @@ fn compare(n: usize, form: &str, (transpose_a, transpose_b): (bool, bool), threa
     // Row and column steps of a row-major matrix, swapped where it is transposed.
     let steps = |transposed: bool| if transposed { (1, n as isize) } else { (n as isize, 1) };
     let ((a_row, a_column), (b_row, b_column)) = (steps(transpose_a), steps(transpose_b));
-    let mut run_peer = |out: &mut [f32]| {
+    let run_peer = |out: &mut [f32]| {
         // SAFETY: all three matrices hold n x n elements at the given steps, and `out` overlaps neither input.
         unsafe {
             gemm::gemm(

@@ -6,10 +6,11 @@
 //           jsd beta KL(p||m) + (1-beta) KL(q||m); loss = w F kl; dz = dloss w F / T slope, slope: q - p;
 //           q (log q - log p - kl); q ((1-beta) log(q/m) - (1-beta) KL(q||m))
 // grad:     hidden_mse_bwd, cosine_bwd, kl_bwd (student side; cosine both)
-// shapes:   hidden_mse: s[R,D], t[R,D], w[R], loss[], stats[4], norms[R], sums[R]; bwd: s[R,D], t[R,D], w[R], stats[4], dloss[], ds[R,D]
+// shapes:   student s, teacher t and weight w of all; hidden_mse: s[R,D], t[R,D], w[R], loss[], stats[4], norms[R], sums[R];
+//           bwd: s[R,D], t[R,D], w[R], saved stats[4], dloss[], ds[R,D]
 //           cosine: a[R,D], b[R,D], w[R], loss[R]; bwd: a[R,D], b[R,D], w[R], dloss[R], da[R,D], db[R,D]
 //           kl: zs[R,V], zt[R,V], w[R], loss[R], lse_s[R], lse_t[R], expectation[R]
-//           kl_bwd: zs[R,V], zt[R,V], w[R], lse_s[R], lse_t[R], expectation[R], dloss[R], dz[R,V]
+//           kl_bwd: zs[R,V], zt[R,V], w[R], saved lse_s[R], lse_t[R], expectation[R], dloss[R], dz[R,V]
 // layout:   row-major; stats: sum w, ms, mt, sum_i w_i u_i . (u_i - v_i)
 // launch:   rows linear, 64 a group; means and totals one group of 128; kl v2: one group of 128 per row; kl_bwd linear, 4 elements each
 // cost:     hidden_mse 3 R D flops, cosine 6 R D, kl 12 R V

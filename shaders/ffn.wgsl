@@ -2,8 +2,8 @@
 // math:     z = x w1ᵀ + b1, h = relu(z), gelu(z) or gelu(z_gate) z_value, y = h w2ᵀ + b2;
 //           dh = dy w2, dz = dh act'(z), dx = dz w1, dw1 = dzᵀ x, dw2 = dyᵀ h, db1 = sum dz, db2 = sum dy
 // grad:     ffn_bwd
-// shapes:   up: a[R, K], b[K, C], bias[C], sums[R, C]; down: h[R, K], b[K, C], bias[C], y[R, C]; act: sums[R, F'], z[R, F'], h[R, F];
-//           slope: z[R, F'], dh[R, F], h[R, F], dz[R, F']; sum: values[R, C] (E or f32), bias gradient[C]; F' = F or 2 F
+// shapes:   up: a[R, K], b[K, C], bias[C], sums[R, C]; down: a[R, K] (h, dz), b[K, C], bias[C], c[R, C] (y, dx, dw1, dw2); act: sums[R, F'], z[R, F'], h[R, F];
+//           slope: z[R, F'], dh[R, F], h[R, F], dz[R, F']; sum: values[R, C] (E or f32), db[C] (db1, db2); F' = F or 2 F
 // layout:   products by strides of both sides and of the result; the hidden layer in f32 scratch
 // launch:   products 8x8 invocations of 8x8 outputs; act, slope one element, sum one column per invocation
 // cost:     forward 2 R D (F' + F) flop, backward twice that

@@ -2,12 +2,12 @@
 // math:     z = hidden weightᵀ, one tile of tokens and words at a time; per row a running maximum and sums (softmax.wgsl,
 //           distill.wgsl hold the losses' formulas); backward: z again, dz in its place, dhidden += dz weight, dweight += dzᵀ hidden
 // grad:     linear_cross_entropy_bwd, linear_kl_bwd
-// shapes:   tile_logits: hidden[R,D], weight[W,D], z[C,W]; tile_product: dz[C,W], b[..], sums[..]; tile_store: sums[..], out[..]
+// shapes:   tile_logits: a[R,D] (hidden), b[W,D] (weight), c[C,W] (z); tile_product: dz[C,W], b[..], c[..] (sums); tile_store: sums[..], out[..]
 //           entropy_tile: z[C,W], target[R], state[R,8]; entropy_done: state[R,8], target[R], loss[R], lse[R]
 //           predict_done: state[R,8], target[R], prediction[R], log_probability[R]
 //           entropy_slopes: z[C,W], target[R], lse[R], dloss[R]
 //           kl_tile, jsd_tile: zs[C,W], zt[C,W], state[R,8]; kl_done: state[R,8], weight[R], loss[R], lse_s[R], lse_t[R], expectation[R]
-//           kl_slopes: zs[C,W], zt[C,W], weight[R], lse_s[R], lse_t[R], expectation[R], dloss[R]
+//           kl_slopes: zs[C,W], zt[C,W], weight[R], lse_s[R], lse_t[R], expectation[R], row[R] (dloss)
 // layout:   bindings are slots (the plan says which argument is where); W words of the head from `word` on, weight and its
 //           gradient bound from there; C tokens from `row` on; z row-major f32; state: 8 f32 per row
 // launch:   tile_logits, tile_product: 8x8 invocations, 4x4 outputs each; rows linear, 64 a group; store and slopes linear, 4 elements each

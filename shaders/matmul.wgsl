@@ -1,7 +1,7 @@
 // op:       matmul
 // math:     y = f(sum_k a[i, k] b[k, j] + bias[j]) or y += sum_k a[i, k] b[k, j] (+ bias[j]), f: identity, ReLU, GELU (tanh)
 // grad:     da = dz bᵀ, db = aᵀ dz by matmul itself; dbias = column sums of dz
-// shapes:   fwd: a[B, M, K], b[B, K, N], bias[N], y[B, M, N]; part: a, b, sums[B, M, N]; finish: sums[B, M, N], bias[N], y[B, M, N]
+// shapes:   fwd: a[B, M, K], b[B, K, N] (a4, b4: the same in fours), bias[N], y[B, M, N]; part: a, b, sums[B, M, N]; finish: sums[B, M, N], bias[N], y[B, M, N]
 // layout:   a and b by strides (any transpose; a shared matrix has batch stride 0), y contiguous
 // launch:   8x8 invocations, one output (v1), 16x8 (v3) or 8x8 each; batch in z; blocks of rows, columns and batch above 65,535 groups
 // cost:     2 B M N K flop

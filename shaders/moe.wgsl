@@ -1,9 +1,9 @@
 // op:       moe_gate, moe_gate_bwd, moe_dispatch, moe_combine, moe_combine_bwd
 // math:     gate: top-k of each row; dispatch: stable sort of slots by expert; combine: out[t] = sum_j g[t, j] y[inv[t k + j]]
 // grad:     gate: dscores[t, e] = dgate where chosen; combine: dy[r] = g dout[t], dgate[slot] = dout[t] . y[r]
-// shapes:   gate: scores[M, E], indices[M, k], gate[M, k]; gate_bwd: indices, dgate, dscores; count: indices[S], counts[C, E];
+// shapes:   gate: scores[M, E], indices[M, k], gate[M, k]; gate_bwd: indices, dgate, dscores; count: chosen indices[S], counts[C, E];
 //           scan: counts, offsets[E + 1]; scatter: indices, counts, order[S]; inverse: order[S], inverse[S];
-//           combine: y[S, D], inverse, gate, out[M, D]; combine_bwd: dout[M, D], order, gate, dy; bwd_gate: dout, order, y, dgate
+//           combine: y[S, D], rows (inverse), gate, out[M, D]; combine_bwd: dout[M, D], order, gate, dy; bwd_gate: dout, order, y, dgate
 // layout:   rows contiguous; slot = token k + choice
 // launch:   linear, 64 invocations a group: a row (gate), an element (backward, combine), a chunk of slots (dispatch)
 // cost:     gate k E comparisons a row; dispatch 2 S steps; combine k multiply-adds an element

@@ -1,7 +1,7 @@
 // op:       unpack_int4, matmul_int4 (pack_int4 stands in quant.wgsl, beside the scale rule)
 // math:     w[j, k] = (nibble[j, k] - 8) scale[j, k / group]; y[i, j] = sum_k x[i, k] w[j, k] (+ bias[j])
 // grad:     dx = dy W with W unpacked; the packed weight is fixed
-// shapes:   unpack: packed[N, K/8], scales[N, K/group], w[N, K]; matmul: x[M, K], packed, scales, bias[N], y[M, N]
+// shapes:   unpack: words[N, K/8] (packed), scales[N, K/group], w[N, K]; matmul: x[M, K], words, scales, bias[N], y[M, N]
 // layout:   eight weights to a word, the lowest column in the lowest four bits
 // launch:   linear, 64 invocations a group; one word (unpack) or one element of y
 // cost:     2 M N K operations; N K / 2 bytes of weights

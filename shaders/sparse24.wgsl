@@ -2,7 +2,7 @@
 // math:     1d: keep the two largest |w| of every four along k; 2d: keep the best of the 90 patterns of each 4 x 4 block
 // grad:     masks none; compress24, decompress24 and gather24 are each other's
 // shapes:   mask: w[N, K], mask[N, K]; compress: w[N, K], mask[N, K], values[N, K/2]; meta: mask[N, K], meta[N, ceil(K/32)];
-//           decompress: values[N, K/2], meta, w[N, K]; gather: w[N, K], meta, values[N, K/2]; i8 forms on packed words
+//           decompress: values[N, K/2], meta, w[N, K]; gather: w[N, K], meta, values[N, K/2]; i8 forms: bytes[N, K/4] or [N, K/8] words; meta is read as places[N, ceil(K/32)]
 // layout:   meta: two bits per kept place, ascending, low bits first, eight groups of four to a word
 // launch:   linear, 64 invocations a group; one invocation per group of four, 4 x 4 block, or word of bytes or meta
 // cost:     3 comparisons an element (1d), 17 additions (2d)

@@ -3,11 +3,10 @@
 use super::distill::{Form, Online, jsd_sums, kl_online, kl_slopes, kl_value};
 use super::gemm::{Product, View, gemm_threaded};
 use super::simd::{self, narrow};
-use super::softmax::{entropy_row_backward, online_exp_sum, row_sum};
+use super::softmax::{IGNORE, entropy_row_backward, online_exp_sum, row_sum};
 use super::{Args, float_kernel, grain};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
-use crate::ops::softmax::IGNORE;
 
 /// Words of a tile: a chunk of 256 tokens against them is 2 MB of logits.
 const TILE: usize = 2048;

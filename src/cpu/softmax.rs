@@ -4,7 +4,7 @@ use super::simd::{self, exp, largest, multiversion, sums, sums2, widened};
 use super::{Args, float_kernel, grain};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
-use crate::ops::softmax::IGNORE;
+pub(super) use crate::ops::softmax::IGNORE;
 
 pub(crate) fn softmax(args: &Args) -> Result<()> {
     float_kernel!(args, forward)
