@@ -226,7 +226,7 @@ fn the_tagger_preset_trains() {
         size: espalier::nn::config::Size { layers: 1, heads: 2, head_size: 16, ffn_width: 64, max_positions: 64 },
         sentences: 400,
         vocabulary: 700,
-        steps: 60,
+        steps: 150,
         batch: 16,
         learning_rate: 5e-3,
         ..Default::default()
