@@ -191,11 +191,12 @@ pub struct Distil {
 }
 
 fn default_distil_weights() -> Weights {
-    Weights { hidden: 0.9, soft: 0.5, hard: 0.5 }
+    // Hard labels of a small teacher are often wrong: at 0.5 they cost 0.07 nats on real text, at 0.1 they do not.
+    Weights { hidden: 0.9, soft: 0.5, hard: 0.1 }
 }
 
 fn default_gold() -> f32 {
-    0.5
+    1.0
 }
 
 fn default_temperature() -> f32 {
