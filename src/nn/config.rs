@@ -180,6 +180,11 @@ impl Config {
         if !(self.norm_epsilon.is_finite() && self.norm_epsilon > 0.0) {
             return rule("norm_epsilon".into(), "must be finite and above 0");
         }
+        if let Residual::Normalised { scale } = self.residual
+            && !scale.is_finite()
+        {
+            return rule("residual.scale".into(), "must be finite");
+        }
         for (i, b) in self.blocks.iter().enumerate() {
             let sizes = [b.heads, b.head_size, b.ffn_width];
             if sizes.iter().any(|&n| n == 0 || n > 1_000_000) {
@@ -195,6 +200,13 @@ impl Config {
             }
             if self.positions == Positions::Rotary2d && b.head_size % 4 != 0 {
                 return rule(format!("blocks[{i}].head_size"), "2-D rotary needs a multiple of 4");
+            }
+            let finite = b.attention_scale.is_finite() && b.inverse_frequencies.iter().all(|f| f.is_finite());
+            if !finite || self.max_positions.saturating_mul(pairs) > 1 << 26 {
+                return rule(
+                    format!("blocks[{i}]"),
+                    "a finite attention_scale and frequencies; rotary tables of at most 2^26 entries",
+                );
             }
             if let Some(e) = b.experts
                 && (e.count == 0 || e.selected == 0 || e.selected > e.count || b.ffn_width % e.count != 0)

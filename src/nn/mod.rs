@@ -5,6 +5,7 @@ mod forward;
 pub mod generate;
 mod linear;
 pub mod model;
+mod shapes;
 
 pub use config::{Activation, AttentionKind, Block, Config, Experts, Head, NormKind, Positions, Residual};
 pub use forward::{Batch, OutputHook, Pass};

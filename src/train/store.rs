@@ -176,17 +176,7 @@ pub fn model_from(path: &Path, files: &BTreeMap<String, Vec<u8>>, device: &Arc<d
     config.check(&path.join(CONFIG))?;
     let weights = path.join(WEIGHTS);
     let tensors = decode(&weights, file(WEIGHTS)?, device)?;
-    for (name, dims) in config.parameters() {
-        if let Some(tensor) = tensors.get(&name)
-            && tensor.dims() != dims
-        {
-            return Err(Error::file(
-                &weights,
-                name,
-                format!("shape {:?} where the config needs {dims:?}", tensor.dims()),
-            ));
-        }
-    }
+    config.check_tensors(&weights, &tensors)?;
     Model::new(config, tensors, device)
 }
 

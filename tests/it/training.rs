@@ -120,7 +120,7 @@ fn truncated_and_tampered_model_files_are_refused_with_their_place() {
     let files = [("config.json", serde_json::to_vec(&config).unwrap()), ("model.safetensors", weights)];
     store::save(&path, &files, Default::default()).unwrap();
     let error = store::load_model(&path, &device).err().unwrap();
-    assert!(error.to_string().contains("shape"), "{error}");
+    assert!(error.to_string().contains("is needed"), "{error}");
     // A manifest that points outside its folder.
     let manifest = std::fs::read_to_string(path.join("manifest.json")).unwrap();
     std::fs::write(path.join("manifest.json"), manifest.replace("config.json", "../config.json")).unwrap();

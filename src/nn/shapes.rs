@@ -1,0 +1,124 @@
+//! Whether a set of named tensors is the model that a config describes, in any representation: what a loaded file must
+//! satisfy before a forward pass may trust it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::config::{Block, Config};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+struct Checker<'a> {
+    path: &'a Path,
+    tensors: &'a BTreeMap<String, Tensor>,
+}
+
+impl Checker<'_> {
+    fn refuse<T>(&self, name: &str, rule: String) -> Result<T> {
+        Err(Error::file(self.path, name, rule))
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// A tensor of this name, type and shape.
+    fn need(&self, name: &str, types: &[DType], dims: &[usize]) -> Result<()> {
+        let Some(tensor) = self.tensors.get(name) else {
+            return self.refuse(name, "is missing".into());
+        };
+        if tensor.dims() != dims || !types.contains(&tensor.dtype()) {
+            let types: Vec<&str> = types.iter().map(|t| t.name()).collect();
+            return self.refuse(name, format!("{} where {}{dims:?} is needed", tensor.meta(), types.join(" or ")));
+        }
+        Ok(())
+    }
+
+    /// A linear `[n, k]` in one of its representations.
+    fn linear(&self, name: &str, n: usize, k: usize) -> Result<()> {
+        let part = |suffix: &str| format!("{name}.{suffix}");
+        self.need(&part("bias"), DType::FLOATS, &[n])?;
+        if self.has(&part("weight")) {
+            self.need(&part("weight"), DType::FLOATS, &[n, k])
+        } else if self.has(&part("int8")) {
+            self.need(&part("int8"), &[DType::I8], &[n, k])?;
+            self.need(&part("scale"), &[DType::F32], &[n])
+        } else if self.has(&part("values")) {
+            self.need(&part("metadata"), &[DType::U32], &[n, (k / 2).div_ceil(16)])?;
+            if self.has(&part("scale")) {
+                self.need(&part("scale"), &[DType::F32], &[n])?;
+                self.need(&part("values"), &[DType::I8], &[n, k / 2])
+            } else {
+                self.need(&part("values"), DType::FLOATS, &[n, k / 2])
+            }
+        } else if self.has(&part("int4")) {
+            self.need(&part("int4"), &[DType::U32], &[n, k / 8])?;
+            let groups = self.tensors.get(&part("scale")).map_or(0, |t| t.shape().last());
+            if groups == 0 || k % groups != 0 {
+                return self.refuse(&part("scale"), format!("needs a number of groups that divides {k}"));
+            }
+            self.need(&part("scale"), &[DType::F32], &[n, groups])
+        } else {
+            self.refuse(&part("weight"), "is missing in every representation".into())
+        }
+    }
+
+    fn experts(&self, prefix: &str, block: &Block, width: usize) -> Result<()> {
+        let Some(experts) = block.experts else {
+            return Ok(());
+        };
+        let (e, n) = (experts.count, block.ffn_width / experts.count.max(1));
+        let name = |part: &str| format!("{prefix}.{part}");
+        self.need(&name("experts.in.bias"), DType::FLOATS, &[e, n])?;
+        self.need(&name("out.bias"), DType::FLOATS, &[width])?;
+        for (part, rows, columns) in [("experts.in", n, width), ("experts.out", width, n)] {
+            if self.has(&name(&format!("{part}.weight"))) {
+                self.need(&name(&format!("{part}.weight")), DType::FLOATS, &[e, rows, columns])?;
+            } else {
+                self.need(&name(&format!("{part}.int8")), &[DType::I8], &[e, rows, columns])?;
+                self.need(&name(&format!("{part}.scale")), &[DType::F32], &[e, rows])?;
+            }
+        }
+        for (part, dims) in [
+            ("router.in.weight", vec![e, width]),
+            ("router.in.bias", vec![e]),
+            ("router.out.weight", vec![e, e]),
+            ("router.out.bias", vec![e]),
+        ] {
+            self.need(&name(part), DType::FLOATS, &dims)?;
+        }
+        Ok(())
+    }
+}
+
+impl Config {
+    /// Holds tensors against this config.
+    ///
+    /// # Errors
+    /// `Error::File` naming `path`, the tensor and the shape it should have.
+    pub fn check_tensors(&self, path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+        let checker = Checker { path, tensors };
+        let linears: Vec<String> = (0..self.blocks.len()).flat_map(Self::linears).collect();
+        let of_linear =
+            |name: &str| linears.iter().any(|l| name.strip_prefix(l.as_str()).is_some_and(|r| r.starts_with('.')));
+        for (name, dims) in self.parameters().into_iter().filter(|(name, _)| !of_linear(name)) {
+            checker.need(&name, DType::FLOATS, &dims)?;
+        }
+        let d = self.width;
+        for (i, block) in self.blocks.iter().enumerate() {
+            let inner = block.heads * block.head_size;
+            let [query, key, value, output, ffn_in, ffn_out] = Self::linears(i);
+            for (name, n, k) in [(&query, inner, d), (&key, inner, d), (&value, inner, d), (&output, d, inner)] {
+                checker.linear(name, n, k)?;
+            }
+            if block.experts.is_some() {
+                checker.experts(&format!("blocks.{i}.ffn"), block, d)?;
+            } else {
+                checker.linear(&ffn_in, Self::ffn_rows(block), d)?;
+                checker.linear(&ffn_out, d, block.ffn_width)?;
+            }
+        }
+        Ok(())
+    }
+}
