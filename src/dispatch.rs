@@ -84,7 +84,7 @@ fn runs_here(kernel: &Kernel, info: &Info) -> bool {
     kernel.kind() == info.kind
 }
 
-/// The kernel that `run` takes: the tuned one of this op, element type and device, else the first that fits.
+/// The kernel that `run` takes: the first record that fits.
 pub fn choose(problem: &Problem) -> Result<&'static Kernel> {
     let first = if problem.info.stores(problem.element) {
         let fits = |k: &&Kernel| runs_here(k, problem.info) && k.dtypes.contains(&problem.element) && (k.fits)(problem);
