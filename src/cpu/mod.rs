@@ -59,6 +59,7 @@ pub(crate) use unary::{cast, unary, unary_backward};
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
@@ -163,29 +164,30 @@ impl<'a> Args<'a> {
         self.threads.install(work)
     }
 
+    /// Calls `work(chunk)` for every chunk. Not generic, so that hundreds of kernels share one copy of the machinery.
+    fn chunks(&self, chunks: usize, work: &(dyn Fn(usize) + Sync)) {
+        if chunks <= 1 || self.threads() == 1 {
+            (0..chunks).for_each(work);
+        } else {
+            self.threads.install(|| (0..chunks).into_par_iter().for_each(work));
+        }
+    }
+
     /// Calls `work` for fixed ranges of at most `grain` items covering `0..items`. The ranges depend on the problem
     /// alone, so results are the same bits for any number of threads.
     pub fn ranges(&self, items: usize, grain: usize, work: impl Fn(Range<usize>) + Sync + Send) {
         let grain = grain.max(1);
-        let chunks = items.div_ceil(grain);
-        let range = |c: usize| c * grain..((c + 1) * grain).min(items);
-        if chunks <= 1 || self.threads() == 1 {
-            (0..chunks).for_each(|c| work(range(c)));
-        } else {
-            self.threads.install(|| (0..chunks).into_par_iter().for_each(|c| work(range(c))));
-        }
+        self.chunks(items.div_ceil(grain), &|c| work(c * grain..((c + 1) * grain).min(items)));
     }
 
     /// Splits `out` into fixed chunks of `grain` rows of `row` elements and calls `work(first row, chunk)`.
     pub fn rows<T: Send>(&self, out: &mut [T], row: usize, grain: usize, work: impl Fn(usize, &mut [T]) + Sync + Send) {
-        let (row, grain) = (row.max(1), grain.max(1));
-        if out.len() <= row * grain || self.threads() == 1 {
-            out.chunks_mut(row * grain).enumerate().for_each(|(c, chunk)| work(c * grain, chunk));
-        } else {
-            self.threads.install(|| {
-                out.par_chunks_mut(row * grain).enumerate().for_each(|(c, chunk)| work(c * grain, chunk));
-            });
-        }
+        let grain = grain.max(1);
+        let out = Chunks::new(out, row.max(1) * grain);
+        self.chunks(out.count(), &|c| {
+            // SAFETY: `chunks` calls once for each index.
+            work(c * grain, unsafe { out.take(c) });
+        });
     }
 
     /// As [`Args::rows`] over two outputs with the same number of rows of `rows_of.0` and `rows_of.1` elements.
@@ -196,29 +198,53 @@ impl<'a> Args<'a> {
         grain: usize,
         work: impl Fn(usize, &mut [T], &mut [U]) + Sync + Send,
     ) {
-        let (ra, rb, grain) = (rows_of.0.max(1), rows_of.1.max(1), grain.max(1));
-        if a.len() <= ra * grain || self.threads() == 1 {
-            let pairs = a.chunks_mut(ra * grain).zip(b.chunks_mut(rb * grain));
-            pairs.enumerate().for_each(|(c, (x, y))| work(c * grain, x, y));
-        } else {
-            self.threads.install(|| {
-                let pairs = a.par_chunks_mut(ra * grain).zip(b.par_chunks_mut(rb * grain));
-                pairs.enumerate().for_each(|(c, (x, y))| work(c * grain, x, y));
-            });
-        }
+        let grain = grain.max(1);
+        let (a, b) = (Chunks::new(a, rows_of.0.max(1) * grain), Chunks::new(b, rows_of.1.max(1) * grain));
+        self.chunks(a.count().min(b.count()), &|c| {
+            // SAFETY: `chunks` calls once for each index.
+            let (x, y) = unsafe { (a.take(c), b.take(c)) };
+            work(c * grain, x, y);
+        });
     }
-}
 
-impl Args<'_> {
     /// Calls `work(index, part)` for every part, for kernels that write more outputs than [`Args::rows2`] takes: zip
     /// the outputs' chunks. The parts depend on the problem alone, so results are the same for any number of threads.
     pub fn parts<P: Send>(&self, parts: impl ExactSizeIterator<Item = P>, work: impl Fn(usize, P) + Sync + Send) {
-        if parts.len() <= 1 || self.threads() == 1 {
-            parts.enumerate().for_each(|(index, part)| work(index, part));
-        } else {
-            let parts: Vec<P> = parts.collect();
-            self.threads.install(|| parts.into_par_iter().enumerate().for_each(|(index, part)| work(index, part)));
-        }
+        let parts: Vec<Mutex<Option<P>>> = parts.map(|p| Mutex::new(Some(p))).collect();
+        self.chunks(parts.len(), &|index| {
+            let part = parts[index].lock().unwrap_or_else(PoisonError::into_inner).take();
+            part.into_iter().for_each(|part| work(index, part));
+        });
+    }
+}
+
+/// A slice in chunks of `size` elements that threads take by index.
+struct Chunks<'a, T> {
+    base: *mut T,
+    len: usize,
+    size: usize,
+    _memory: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it hands out exclusive parts of a slice, each to one thread (see `take`), as `chunks_mut` over scoped threads.
+unsafe impl<T: Send> Sync for Chunks<'_, T> {}
+
+impl<'a, T> Chunks<'a, T> {
+    fn new(slice: &'a mut [T], size: usize) -> Self {
+        Self { base: slice.as_mut_ptr(), len: slice.len(), size, _memory: PhantomData }
+    }
+
+    fn count(&self) -> usize {
+        self.len.div_ceil(self.size)
+    }
+
+    /// # Safety
+    /// Each index below `count` is taken at most once.
+    #[expect(clippy::mut_from_ref, reason = "every index gives other elements")]
+    unsafe fn take(&self, index: usize) -> &mut [T] {
+        let start = (index * self.size).min(self.len);
+        // SAFETY: start..end lies within the slice, and the chunks of different indices do not overlap.
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(start), self.size.min(self.len - start)) }
     }
 }
 
