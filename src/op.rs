@@ -201,12 +201,14 @@ pub struct Case {
     pub grad: bool,
     /// A real model's size: timed by `kernels bench`, too large for differences.
     pub bench: bool,
+    /// What tells it from a case of the same op and shapes: other values, such as ties. Mostly empty.
+    pub variant: &'static str,
 }
 
 impl Case {
     /// A case over inputs drawn as given; shapes are literals of the table, so a bad one is a bug there.
     pub fn new(op: impl Op, tolerance: Tolerance) -> Self {
-        Self { op: Arc::new(op), inputs: Vec::new(), tolerance, loosened: None, grad: false, bench: false }
+        Self { op: Arc::new(op), inputs: Vec::new(), tolerance, loosened: None, grad: false, bench: false, variant: "" }
     }
 
     #[must_use]
@@ -236,6 +238,12 @@ impl Case {
         self
     }
 
+    #[must_use]
+    pub fn variant(mut self, variant: &'static str) -> Self {
+        self.variant = variant;
+        self
+    }
+
     /// Widens the element bound by `factor`, with the reason on record.
     #[must_use]
     pub fn loosened(mut self, factor: f64, reason: &'static str) -> Self {
@@ -251,7 +259,8 @@ impl Case {
     pub fn label(&self) -> String {
         let op = format!("{:?}", self.op);
         let inputs: Vec<String> = self.inputs.iter().map(|i| i.meta.to_string().replace(' ', "")).collect();
-        format!("{} {}", op.replace(' ', ""), inputs.join(" "))
+        let variant = if self.variant.is_empty() { String::new() } else { format!(" {}", self.variant) };
+        format!("{} {}{variant}", op.replace(' ', ""), inputs.join(" "))
     }
 }
 

@@ -453,12 +453,14 @@ fn cases() -> Vec<Case> {
                 Case::new(MoeGateBackward { experts, dtype }, Tolerance::Exact).input(&[m, k], DType::U32, indices);
             cases.push(case.normal(&[m, k], DType::F32));
         }
-        cases.push(Case::new(MoeGate { k }, Tolerance::Exact).input(&[m, experts], DType::F32, Fill::Custom(tied)));
+        let case = Case::new(MoeGate { k }, Tolerance::Exact).input(&[m, experts], DType::F32, Fill::Custom(tied));
+        cases.push(case.variant("ties"));
         let indices = Fill::Values(route.indices.clone());
         cases.push(Case::new(MoeDispatch { experts }, Tolerance::Exact).input(&[m, k], DType::U32, indices));
         // Any expert for any slot, so that some get all and some none.
         let any = Fill::Integers { low: 0, high: experts as i64 - 1 };
-        cases.push(Case::new(MoeDispatch { experts }, Tolerance::Exact).input(&[m, k], DType::U32, any));
+        let case = Case::new(MoeDispatch { experts }, Tolerance::Exact).input(&[m, k], DType::U32, any);
+        cases.push(case.variant("any expert"));
         for d in [1, 19] {
             let order = || Fill::Values(route.order.clone());
             for dtype in if d == 1 { &[DType::F32][..] } else { DType::FLOATS } {

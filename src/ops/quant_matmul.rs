@@ -166,7 +166,7 @@ fn cases() -> Vec<Case> {
         cases.push(case(size, false, &narrow, &scales, epilogue));
         cases.push(case(size, true, &narrow, &scales, epilogue));
         // Unit scales show the int32 sums themselves (all below 2^24 here).
-        cases.push(case(size, false, &narrow, &ones, Tolerance::Exact));
+        cases.push(case(size, false, &narrow, &ones, Tolerance::Exact).variant("unit scales"));
     }
     // The most negative byte, which the unsigned form of the weights turns into 0.
     let extreme = Fill::Integers { low: -128, high: -128 };

@@ -225,12 +225,12 @@ fn cases() -> Vec<Case> {
         for dims in [[1, 4], [3, 8], [5, 12], [7, 64], [64, 68], [65, 252]] {
             let op = Mask24 { form: Form24::OneDimensional };
             cases.push(Case::new(op, Tolerance::Exact).normal(&dims, dtype));
-            cases.push(Case::new(op, Tolerance::Exact).input(&dims, dtype, ties()));
+            cases.push(Case::new(op, Tolerance::Exact).input(&dims, dtype, ties()).variant("ties"));
         }
         for dims in [[4, 4], [4, 8], [12, 20], [64, 64], [68, 132]] {
             let op = Mask24 { form: Form24::TwoDimensional };
             cases.push(Case::new(op, Tolerance::Exact).normal(&dims, dtype));
-            cases.push(Case::new(op, Tolerance::Exact).input(&dims, dtype, ties()));
+            cases.push(Case::new(op, Tolerance::Exact).input(&dims, dtype, ties()).variant("ties"));
         }
     }
     // GPT-2 small's second FFN matrix.

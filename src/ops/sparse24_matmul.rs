@@ -247,7 +247,7 @@ fn cases() -> Vec<Case> {
         cases.push(float(size, true, DType::F16));
         cases.push(float(size, true, DType::Bf16));
         // Unit scales show the int32 sums themselves.
-        cases.push(bytes(size, false, ones.clone(), Tolerance::Exact));
+        cases.push(bytes(size, false, ones.clone(), Tolerance::Exact).variant("unit scales"));
     }
     // GPT-2 small's first FFN matrix over one token and over 128.
     for m in [1, 128] {

@@ -276,11 +276,8 @@ pub(super) fn cases() -> Vec<Case> {
         }
         // Masks with too many and too few ones.
         let bits = Fill::Integers { low: 0, high: 1 };
-        cases.push(Case::new(Compress24, Tolerance::Exact).input(&dims, DType::F32, ties()).input(
-            &dims,
-            DType::F32,
-            bits,
-        ));
+        let case = Case::new(Compress24, Tolerance::Exact).input(&dims, DType::F32, ties());
+        cases.push(case.input(&dims, DType::F32, bits).variant("any mask"));
         let bytes = Fill::Integers { low: -128, high: 127 };
         let case = Case::new(Compress24, Tolerance::Exact).input(&dims, DType::I8, bytes.clone());
         cases.push(case.input(&dims, DType::F32, mask));
