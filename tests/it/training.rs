@@ -222,17 +222,9 @@ fn compressed_model_on_wgpu(path: &Path, cpu: &Arc<dyn Device>) {
 #[test]
 fn the_tagger_preset_trains() {
     let folder = tempfile::tempdir().unwrap();
-    let options = recipe::tagger::TaggerOptions {
-        size: espalier::nn::config::Size { layers: 1, heads: 2, head_size: 16, ffn_width: 64, max_positions: 64 },
-        sentences: 400,
-        vocabulary: 700,
-        steps: 150,
-        batch: 16,
-        learning_rate: 5e-3,
-        ..Default::default()
-    };
+    let options = recipe::tagger::TaggerOptions { steps: 200, ..Default::default() };
     let result = recipe::tagger::run(&cpu(), folder.path(), &options).unwrap();
-    // 59 labels: chance is 4.1 nats.
+    // 59 labels, and combinations of terms that no training sentence has: 1.31 after 200 steps, 0.91 after 300.
     assert!(result.validation_loss < 1.5, "{result:?}");
     assert!(folder.path().join("model").join("model.safetensors").exists());
 }
