@@ -37,7 +37,7 @@ impl Tensor {
     /// A tensor over part of a buffer; `offset` is a multiple of 256.
     pub fn over(device: &Arc<dyn Device>, buffer: Buffer, offset: usize, meta: Meta) -> Result<Self> {
         let end = offset.saturating_add(storage_bytes(device.as_ref(), &meta));
-        if offset % 256 != 0 || end > buffer.bytes() {
+        if !offset.is_multiple_of(256) || end > buffer.bytes() {
             return Err(Error::Launch {
                 kernel: "tensor over a buffer".into(),
                 what: "end of the range (offset a multiple of 256)",

@@ -129,7 +129,7 @@ pub fn convert(model: &Model, settings: Settings, calibration: &[Batch]) -> Resu
             );
         }
         let size = settings.expert_size;
-        if size == 0 || size % SIZE_MULTIPLE != 0 || block.ffn_width % size != 0 {
+        if size == 0 || !size.is_multiple_of(SIZE_MULTIPLE) || block.ffn_width % size != 0 {
             return refuse(
                 "expert_size",
                 size.to_string(),
@@ -277,7 +277,7 @@ fn train_router(model: &mut Model, i: usize, inputs: &[Tensor], settings: Settin
 
 fn router(tape: &mut Tape, leaves: &[Var], x: &Var) -> Result<Var> {
     let op = Matmul { epilogue: Epilogue::Bias, ..Matmul::linear() };
-    let h = tape.first(op.clone(), &[x, &leaves[0], &leaves[1]])?;
+    let h = tape.first(op, &[x, &leaves[0], &leaves[1]])?;
     let h = tape.first(Unary(Function::Tanh), &[&h])?;
     tape.first(op, &[&h, &leaves[2], &leaves[3]])
 }

@@ -69,5 +69,5 @@ fn convert(model: &mut Model, linear: &str, form: Form) -> Result<()> {
 fn is_24(weight: &Tensor) -> Result<bool> {
     let values = weight.to_vec::<f32>()?;
     let two = |group: &[f32]| group.iter().filter(|&&w| w != 0.0).count() <= 2;
-    Ok(weight.shape().last() % 4 == 0 && values.chunks(4).all(two))
+    Ok(weight.shape().last().is_multiple_of(4) && values.chunks(4).all(two))
 }

@@ -96,7 +96,7 @@ fn check(config: &Config, target: Target) -> Result<()> {
         Positions::Rotary => 2,
         Positions::Learned => 1,
     };
-    if target.head_size == 0 || target.head_size > first.head_size || target.head_size % step != 0 {
+    if target.head_size == 0 || target.head_size > first.head_size || !target.head_size.is_multiple_of(step) {
         return rule("head_size", target.head_size, format!("a multiple of {step} from {step} to {}", first.head_size));
     }
     if config.blocks.iter().any(|b| (b.heads, b.head_size) != (first.heads, first.head_size)) {

@@ -55,7 +55,7 @@ impl Checker<'_> {
         } else if self.has(&part("int4")) {
             self.need(&part("int4"), &[DType::U32], &[n, k / 8])?;
             let groups = self.tensors.get(&part("scale")).map_or(0, |t| t.shape().last());
-            if groups == 0 || k % groups != 0 {
+            if groups == 0 || !k.is_multiple_of(groups) {
                 return self.refuse(&part("scale"), format!("needs a number of groups that divides {k}"));
             }
             self.need(&part("scale"), &[DType::F32], &[n, groups])

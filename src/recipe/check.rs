@@ -77,7 +77,9 @@ impl Recipe {
         let m = self.model;
         let sizes = [m.layers, m.heads, m.head_size, m.ffn_width, m.max_positions];
         let most = [1024, 1024, 4096, 1 << 20, 1 << 20];
-        if sizes.iter().zip(most).any(|(&n, most)| n == 0 || n > most) || m.head_size % 4 != 0 || m.ffn_width % 16 != 0
+        if sizes.iter().zip(most).any(|(&n, most)| n == 0 || n > most)
+            || !m.head_size.is_multiple_of(4)
+            || !m.ffn_width.is_multiple_of(16)
         {
             let allowed = "from 1 to 1024 layers and heads, 4096 head_size, 1048576 ffn_width; head_size a multiple of 4 (2-D rotary), ffn_width of 16";
             return rule("model", format!("{m:?}"), allowed);
@@ -115,7 +117,7 @@ impl Recipe {
         if let Some(e) = &self.experts {
             let width =
                 self.structure.as_ref().map_or(m.ffn_width, |s| scaled_ffn(m.ffn_width, m.head_size, s.head_size));
-            if e.expert_size == 0 || e.expert_size % SIZE_MULTIPLE != 0 || width % e.expert_size != 0 {
+            if e.expert_size == 0 || e.expert_size % SIZE_MULTIPLE != 0 || !width.is_multiple_of(e.expert_size) {
                 let allowed = format!("a multiple of {SIZE_MULTIPLE} that divides the FFN width {width}");
                 return rule("experts.expert_size", e.expert_size.to_string(), &allowed);
             }

@@ -180,7 +180,7 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
             summary.curve.push((now, Some(loss), validated));
         }
         let stop = STOP.load(Relaxed);
-        if (stop && now < job.steps) || (due(job.checkpoint_every) && now < job.steps) {
+        if now < job.steps && (stop || due(job.checkpoint_every)) {
             save(model, &optimizer, &checkpoints, now, job)?;
         }
         if stop && now < job.steps {
@@ -270,7 +270,7 @@ impl Log {
     fn step(&mut self, step: u64, loss: f64, norm: f64, rate: f64, speed: f64) -> Result<()> {
         self.bar.set_position(step);
         self.bar.set_message(format!("loss {loss:.3}  {speed:.0} tokens/s "));
-        if step % self.every == 0 {
+        if step.is_multiple_of(self.every) {
             self.write(step, "train", "loss", loss, "nats/token")?;
             self.write(step, "train", "gradient_norm", norm, "")?;
             self.write(step, "train", "learning_rate", rate, "")?;

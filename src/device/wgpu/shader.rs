@@ -91,7 +91,7 @@ fn entry(module: &naga::Module, info: &naga::valid::ModuleInfo, index: usize) ->
                 let reads = |slot: &u32| {
                     uses.immediate_slots_used.contains(naga::valid::ImmediateSlots::from_range(4 * slot, 4))
                 };
-                found.parameter_bytes = (0..64).filter(reads).last().map_or(0, |slot| 4 * (slot + 1));
+                found.parameter_bytes = (0..64).rfind(reads).map_or(0, |slot| 4 * (slot + 1));
             }
             (naga::AddressSpace::WorkGroup, _) => found.workgroup_bytes += bytes(),
             _ => {}

@@ -74,7 +74,7 @@ fn fits_registers(p: &Problem) -> bool {
 fn fits_quads(p: &Problem, transpose_a: bool, transpose_b: bool) -> bool {
     fits_registers(p)
         && layout(p).is_some_and(|(op, l)| {
-            let quads = |extent: usize| extent > 0 && extent % 4 == 0;
+            let quads = |extent: usize| extent > 0 && extent.is_multiple_of(4);
             let a = if transpose_a { l.m } else { l.k };
             let b = if transpose_b { l.k } else { l.n };
             (op.transpose_a, op.transpose_b) == (transpose_a, transpose_b)

@@ -224,11 +224,11 @@ fn catalogs_of_this_machine() {
     for language in found.keys() {
         let folder: &Path = &roots.locale.join(language).join("LC_MESSAGES");
         for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-            if entry.path().extension().is_some_and(|e| e == "mo") {
-                if let Err(error) = espalier::data::catalog::read(&entry.path()) {
-                    println!("refused: {error}");
-                    refused += 1;
-                }
+            if entry.path().extension().is_some_and(|e| e == "mo")
+                && let Err(error) = espalier::data::catalog::read(&entry.path())
+            {
+                println!("refused: {error}");
+                refused += 1;
             }
         }
     }
