@@ -32,4 +32,4 @@ bench: rust
 	$(CARGO) bench
 
 docs: rust
-	$(CARGO) run -- kernels list --format markdown > docs/support.md
+	CARGO=$(CARGO) sh scripts/support.sh
