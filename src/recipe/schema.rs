@@ -191,7 +191,8 @@ pub struct Distil {
 }
 
 fn default_distil_weights() -> Weights {
-    // Hard labels of a small teacher are often wrong: at 0.5 they cost 0.07 nats on real text, at 0.1 they do not.
+    // Hard labels of a small teacher are often wrong. On real text gold 0.5 with hard 0.5 ended at 3.83 nats, gold 1.0
+    // with hard 0.1 at 3.76; the two were changed together.
     Weights { hidden: 0.9, soft: 0.5, hard: 0.1 }
 }
 
