@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
-use crate::device::{Binding, Device, Info, Kind};
+use crate::device::{Binding, Device, Kind};
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Launch, Plan, Problem, check_launch};
 use crate::op::{Array, Op};
@@ -72,22 +72,17 @@ pub fn run_with(kernel: &Kernel, op: &dyn Op, inputs: &[&Tensor], outputs: &[Ten
 
 /// The kernels of `op` that fit the problem, best first.
 pub fn candidates(problem: &Problem) -> Vec<&'static Kernel> {
-    let fits = |k: &&Kernel| runs_here(k, problem.info) && k.dtypes.contains(&problem.element) && (k.fits)(problem);
+    let fits = |k: &&Kernel| k.runs_on(problem.info) && k.dtypes.contains(&problem.element) && (k.fits)(problem);
     if !problem.info.stores(problem.element) {
         return Vec::new();
     }
     problem.op.kernels().iter().filter(fits).collect()
 }
 
-/// A null device stands in for the kind it was made as, so kinds compare directly.
-fn runs_here(kernel: &Kernel, info: &Info) -> bool {
-    kernel.kind() == info.kind
-}
-
 /// The kernel that `run` takes: the first record that fits.
 pub fn choose(problem: &Problem) -> Result<&'static Kernel> {
     let first = if problem.info.stores(problem.element) {
-        let fits = |k: &&Kernel| runs_here(k, problem.info) && k.dtypes.contains(&problem.element) && (k.fits)(problem);
+        let fits = |k: &&Kernel| k.runs_on(problem.info) && k.dtypes.contains(&problem.element) && (k.fits)(problem);
         problem.op.kernels().iter().find(fits)
     } else {
         None

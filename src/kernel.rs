@@ -1,5 +1,7 @@
 //! Kernel and launch records: pure data that says what runs where, for which shapes, with which geometry.
 
+pub mod cuda;
+
 use crate::cpu;
 use crate::device::{Info, Kind};
 use crate::dtype::DType;
@@ -12,8 +14,62 @@ use crate::shape::Meta;
 pub enum Code {
     /// A Rust function over typed slices.
     Cpu(fn(&cpu::Args) -> Result<()>),
-    /// WGSL: the element prelude, `shaders/lib.wgsl` and `text` are joined; `file` is the path below `shaders/`.
-    Wgsl { file: &'static str, text: &'static str, entry: &'static str, constants: &'static [(&'static str, f64)] },
+    /// An entry that a family's WGSL and CUDA files both have, under one name, with one geometry.
+    Gpu { source: Source, entry: &'static str, constants: Constants },
+    /// An entry of the WGSL file alone: register tiles for software adapters.
+    Wgsl { source: Source, entry: &'static str, constants: Constants },
+    /// An entry of the CUDA file alone, for compute capability `arch` (80 is 8.0) and later, that must contain the tensor
+    /// instructions `tensor`, by their PTX names.
+    Cuda { source: Source, entry: &'static str, constants: Constants, arch: u32, tensor: &'static [&'static str] },
+}
+
+/// Numbers fixed when a kernel is compiled: WGSL overrides, CUDA defines.
+pub type Constants = &'static [(&'static str, f64)];
+
+/// A file of kernels that is part of the program.
+#[derive(Clone, Copy, Debug)]
+pub struct File {
+    pub name: &'static str,
+    pub text: &'static str,
+}
+
+/// The kernel files of one op family: `shaders/STEM.wgsl` and its twin `cuda/STEM.cu`.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    pub wgsl: File,
+    pub cuda: File,
+}
+
+impl Source {
+    /// A WGSL file without a twin: probes and tests.
+    pub const fn wgsl(name: &'static str, text: &'static str) -> Self {
+        Self { wgsl: File { name, text }, cuda: File { name: "", text: "" } }
+    }
+}
+
+/// The twin files of one stem.
+macro_rules! source {
+    ($stem:literal) => {
+        $crate::kernel::Source {
+            wgsl: $crate::kernel::File {
+                name: concat!($stem, ".wgsl"),
+                text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $stem, ".wgsl")),
+            },
+            cuda: $crate::kernel::File {
+                name: concat!($stem, ".cu"),
+                text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/", $stem, ".cu")),
+            },
+        }
+    };
+}
+pub(crate) use source;
+
+/// A kernel's entry in one file.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    pub file: File,
+    pub entry: &'static str,
+    pub constants: Constants,
 }
 
 /// One way to run an op on one kind of device.
@@ -34,11 +90,49 @@ impl Kernel {
         Self { name, code: Code::Cpu(run), dtypes, fits: always, plan: Plan::once }
     }
 
-    pub fn kind(&self) -> Kind {
+    /// The WGSL entry, where there is one.
+    pub fn wgsl(&self) -> Option<Entry> {
         match self.code {
-            Code::Cpu(_) => Kind::Cpu,
-            Code::Wgsl { .. } => Kind::Wgpu,
+            Code::Gpu { source, entry, constants } | Code::Wgsl { source, entry, constants } => {
+                Some(Entry { file: source.wgsl, entry, constants })
+            }
+            Code::Cpu(_) | Code::Cuda { .. } => None,
         }
+    }
+
+    /// The CUDA entry, where there is one.
+    pub fn cuda(&self) -> Option<Entry> {
+        match self.code {
+            Code::Gpu { source, entry, constants } | Code::Cuda { source, entry, constants, .. } => {
+                Some(Entry { file: source.cuda, entry, constants })
+            }
+            Code::Cpu(_) | Code::Wgsl { .. } => None,
+        }
+    }
+
+    /// Lowest compute capability (times 10) of the CUDA entry.
+    pub fn arch(&self) -> u32 {
+        match self.code {
+            Code::Cuda { arch, .. } => arch,
+            _ => cuda::LOWEST_ARCH,
+        }
+    }
+
+    /// Whether there is code for a kind of device.
+    pub fn supports(&self, kind: Kind) -> bool {
+        match kind {
+            Kind::Cpu => matches!(self.code, Code::Cpu(_)),
+            Kind::Wgpu => self.wgsl().is_some(),
+            Kind::Cuda => self.cuda().is_some(),
+            Kind::Reference | Kind::Null => false,
+        }
+    }
+
+    /// Whether the code runs on a device. Instructions of 9.0 and later are not carried over to the next generation.
+    pub fn runs_on(&self, info: &Info) -> bool {
+        let arch = self.arch();
+        let fits = if arch >= 90 { arch == info.features.arch } else { arch <= info.features.arch };
+        self.supports(info.kind) && (info.kind != Kind::Cuda || fits)
     }
 }
 
@@ -132,6 +226,8 @@ pub struct Launch {
     pub slots: Vec<usize>,
     /// Longest loop of one invocation; drivers that cut loops are given a split plan or refused.
     pub trips: u64,
+    /// Bytes of dynamic shared memory (CUDA).
+    pub shared: u32,
 }
 
 /// Highest workgroup count per dimension that every adapter takes.
@@ -139,7 +235,7 @@ pub const MAX_GROUPS: u32 = 65_535;
 
 impl Launch {
     pub fn new(groups: [u32; 3], params: Params) -> Self {
-        Self { groups, params, entry: None, windows: Vec::new(), slots: Vec::new(), trips: 0 }
+        Self { groups, params, entry: None, windows: Vec::new(), slots: Vec::new(), trips: 0, shared: 0 }
     }
 
     /// One invocation per item in blocks of `block`, folded to two dimensions above 65,535 groups: the kernel's
@@ -161,6 +257,13 @@ impl Launch {
     #[must_use]
     pub fn trips(mut self, trips: usize) -> Self {
         self.trips = trips as u64;
+        self
+    }
+
+    /// Asks for `bytes` of dynamic shared memory (CUDA).
+    #[must_use]
+    pub fn shared(mut self, bytes: usize) -> Self {
+        self.shared = bytes as u32;
         self
     }
 
@@ -234,31 +337,31 @@ pub fn check_launch(kernel: &Kernel, launch: &Launch, info: &Info) -> Result<()>
 }
 
 /// Element preludes: `E`, `ld`, `st`; the `enable` lines must come before everything else.
-fn prelude(element: DType) -> (&'static str, &'static str) {
+fn prelude(element: DType) -> File {
     match element {
-        DType::F16 => ("elem_f16.wgsl", include_str!("../shaders/elem_f16.wgsl")),
-        DType::Bf16 => ("elem_bf16.wgsl", include_str!("../shaders/elem_bf16.wgsl")),
-        DType::U32 => ("elem_u32.wgsl", include_str!("../shaders/elem_u32.wgsl")),
-        _ => ("elem_f32.wgsl", include_str!("../shaders/elem_f32.wgsl")),
+        DType::F16 => File { name: "elem_f16.wgsl", text: include_str!("../shaders/elem_f16.wgsl") },
+        DType::Bf16 => File { name: "elem_bf16.wgsl", text: include_str!("../shaders/elem_bf16.wgsl") },
+        DType::U32 => File { name: "elem_u32.wgsl", text: include_str!("../shaders/elem_u32.wgsl") },
+        _ => File { name: "elem_f32.wgsl", text: include_str!("../shaders/elem_f32.wgsl") },
     }
 }
 
-const LIBRARY: &str = include_str!("../shaders/lib.wgsl");
+const LIBRARY: File = File { name: "lib.wgsl", text: include_str!("../shaders/lib.wgsl") };
 
 /// Full WGSL source of a kernel file for one element type, and how many lines stand before the file's own first line.
 /// With `ESPALIER_SHADERS` set to a folder the files are read from there, so that a kernel can be tuned without a rebuild.
-pub fn assemble(file: &str, text: &str, element: DType) -> Result<(String, u32)> {
-    let (prelude_file, prelude_text) = prelude(element);
-    let (head, library, body) = match std::env::var_os("ESPALIER_SHADERS") {
-        None => (prelude_text.to_string(), LIBRARY.to_string(), text.to_string()),
-        Some(folder) => {
-            let read = |name: &str| {
-                let path = std::path::Path::new(&folder).join(name);
-                std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))
-            };
-            (read(prelude_file)?, read("lib.wgsl")?, read(file)?)
-        }
-    };
+pub fn assemble(file: File, element: DType) -> Result<(String, u32)> {
+    let read = |file: &File| read_override("ESPALIER_SHADERS", file);
+    let (head, library, body) = (read(&prelude(element))?, read(&LIBRARY)?, read(&file)?);
     let before = (head.lines().count() + library.lines().count() + 2) as u32;
     Ok((format!("{head}\n{library}\n{body}"), before))
+}
+
+/// The text of a file of the program, or of the file of that name in the folder that the environment variable names.
+fn read_override(variable: &str, file: &File) -> Result<String> {
+    match std::env::var_os(variable).map(|folder| std::path::Path::new(&folder).join(file.name)) {
+        // A folder need only hold the files that are being tuned.
+        Some(path) if path.exists() => std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e)),
+        _ => Ok(file.text.to_string()),
+    }
 }

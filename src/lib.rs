@@ -3,12 +3,9 @@
 pub mod atomic;
 pub mod cli;
 pub mod compress;
-pub mod cpu;
 pub mod data;
 pub mod device;
 pub mod dispatch;
-pub mod dtype;
-pub mod error;
 pub mod kernel;
 pub mod metrics;
 pub mod nn;
@@ -16,12 +13,13 @@ pub mod op;
 pub mod ops;
 pub mod recipe;
 pub mod report;
-pub mod rng;
-pub mod shape;
 pub mod tape;
 pub mod tensor;
 pub mod train;
 pub mod verify;
+
+pub use espalier_cpu as cpu;
+pub use espalier_cpu::{dtype, error, rng, shape};
 
 pub use dtype::DType;
 pub use error::{Error, Result};

@@ -7,7 +7,7 @@ use crate::device::Device;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Kernel, Params};
+use crate::kernel::{Kernel, Params, Source};
 use crate::shape::{Meta, Shape};
 use crate::tensor::Tensor;
 use std::sync::Arc;
@@ -269,6 +269,6 @@ pub struct Family {
     /// File stem of `ops/`, `shaders/`, `cpu/` and `cuda/`.
     pub name: &'static str,
     pub cases: fn() -> Vec<Case>,
-    /// The shader text, for checks that need no device.
-    pub shader: Option<&'static str>,
+    /// The GPU kernel files, for checks that need no device.
+    pub source: Option<Source>,
 }

@@ -3,7 +3,8 @@
 
 mod backward;
 mod forward;
-pub(crate) mod tile;
+pub use forward::MASKED;
+pub mod tile;
 
 use std::cell::RefCell;
 
@@ -13,11 +14,11 @@ use super::{Args, float_kernel};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
 
-pub(crate) fn attention(args: &Args) -> Result<()> {
+pub fn attention(args: &Args) -> Result<()> {
     float_kernel!(args, run_forward)
 }
 
-pub(crate) fn attention_backward(args: &Args) -> Result<()> {
+pub fn attention_backward(args: &Args) -> Result<()> {
     float_kernel!(args, run_backward)
 }
 

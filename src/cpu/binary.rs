@@ -37,12 +37,12 @@ multiversion! {
 }
 
 /// Parameters: count, function, unused, period of b.
-pub(crate) fn binary(args: &Args) -> Result<()> {
+pub fn binary(args: &Args) -> Result<()> {
     float_kernel!(args, forward)
 }
 
 /// Parameters: count, unused, unused, unused, factor.
-pub(crate) fn accumulate_scaled(args: &Args) -> Result<()> {
+pub fn accumulate_scaled(args: &Args) -> Result<()> {
     float_kernel!(args, accumulate)
 }
 

@@ -4,7 +4,7 @@ use super::{Args, float_kernel};
 use crate::dtype::Float;
 use crate::error::Result;
 
-pub(crate) fn write_rows(args: &Args) -> Result<()> {
+pub fn write_rows(args: &Args) -> Result<()> {
     float_kernel!(args, write)
 }
 

@@ -7,7 +7,7 @@ use crate::error::Result;
 /// Independent chains: eight AVX-512 registers hide a latency of four cycles on two units.
 const LANES: usize = 128;
 
-pub(crate) fn multiply_add_chain(args: &Args) -> Result<()> {
+pub fn multiply_add_chain(args: &Args) -> Result<()> {
     let (x, y, steps) = (args.read::<f32>(0), args.write::<f32>(1), args.u(1));
     args.rows(y, 1, 8 * LANES, |first, part| {
         for (i, y) in part.chunks_mut(LANES).enumerate() {

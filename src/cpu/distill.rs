@@ -5,27 +5,27 @@ use super::{Args, float_kernel, grain};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
 
-pub(crate) fn hidden_mse(args: &Args) -> Result<()> {
+pub fn hidden_mse(args: &Args) -> Result<()> {
     float_kernel!(args, mse)
 }
 
-pub(crate) fn hidden_mse_backward(args: &Args) -> Result<()> {
+pub fn hidden_mse_backward(args: &Args) -> Result<()> {
     float_kernel!(args, mse_backward)
 }
 
-pub(crate) fn cosine(args: &Args) -> Result<()> {
+pub fn cosine(args: &Args) -> Result<()> {
     float_kernel!(args, cosine_rows)
 }
 
-pub(crate) fn cosine_backward(args: &Args) -> Result<()> {
+pub fn cosine_backward(args: &Args) -> Result<()> {
     float_kernel!(args, cosine_rows_backward)
 }
 
-pub(crate) fn kl(args: &Args) -> Result<()> {
+pub fn kl(args: &Args) -> Result<()> {
     float_kernel!(args, kl_rows)
 }
 
-pub(crate) fn kl_backward(args: &Args) -> Result<()> {
+pub fn kl_backward(args: &Args) -> Result<()> {
     float_kernel!(args, kl_rows_backward)
 }
 

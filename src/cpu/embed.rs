@@ -5,11 +5,11 @@ use super::{Args, float_kernel, grain};
 use crate::dtype::Float;
 use crate::error::Result;
 
-pub(crate) fn embed(args: &Args) -> Result<()> {
+pub fn embed(args: &Args) -> Result<()> {
     float_kernel!(args, lookup)
 }
 
-pub(crate) fn embed_backward(args: &Args) -> Result<()> {
+pub fn embed_backward(args: &Args) -> Result<()> {
     float_kernel!(args, scatter)
 }
 

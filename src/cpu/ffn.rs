@@ -6,11 +6,11 @@ use super::{Args, float_kernel, simd};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
 
-pub(crate) fn ffn(args: &Args) -> Result<()> {
+pub fn ffn(args: &Args) -> Result<()> {
     float_kernel!(args, forward)
 }
 
-pub(crate) fn ffn_backward(args: &Args) -> Result<()> {
+pub fn ffn_backward(args: &Args) -> Result<()> {
     float_kernel!(args, backward)
 }
 

@@ -19,7 +19,7 @@ use tile::{Tiles, tiles};
 
 /// A matrix inside a slice: element (i, j) is `data[i * row + j * column]`.
 #[derive(Clone, Copy)]
-pub(crate) struct View<'a, T> {
+pub struct View<'a, T> {
     pub data: &'a [T],
     pub row: usize,
     pub column: usize,
@@ -44,7 +44,7 @@ impl<'a, T> View<'a, T> {
 
 /// What is applied to a finished element.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) enum Activation {
+pub enum Activation {
     #[default]
     None,
     Relu,
@@ -79,7 +79,7 @@ pub(super) fn gelu(x: f32) -> f32 {
 
 /// One product: A is m x k, B is k x n, C is m x n.
 #[derive(Clone, Copy)]
-pub(crate) struct Product<'a, A, B> {
+pub struct Product<'a, A, B> {
     pub m: usize,
     pub n: usize,
     pub k: usize,
@@ -119,12 +119,12 @@ const SUMS: usize = 512;
 const WORTH_THREADS: usize = 2 << 20;
 
 /// Product of matrices, on the calling thread; for use inside a parallel task. `row`: elements from row to row of C.
-pub(crate) fn gemm<A: Float, B: Float, C: Float>(p: &Product<A, B>, c: &mut [C], row: usize) {
+pub fn gemm<A: Float, B: Float, C: Float>(p: &Product<A, B>, c: &mut [C], row: usize) {
     run(None, p, c, row);
 }
 
 /// Product of matrices on the device's threads: the same bits as [`gemm`].
-pub(crate) fn gemm_threaded<A: Float, B: Float, C: Float>(args: &Args, p: &Product<A, B>, c: &mut [C], row: usize) {
+pub fn gemm_threaded<A: Float, B: Float, C: Float>(args: &Args, p: &Product<A, B>, c: &mut [C], row: usize) {
     let threads = args.threads();
     if threads == 1 || p.m * p.n * p.k < WORTH_THREADS {
         return run(None, p, c, row);

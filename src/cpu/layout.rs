@@ -15,37 +15,37 @@ macro_rules! word_kernel {
 }
 
 /// Parameters: six output extents, six input strides, outermost first.
-pub(crate) fn permute(args: &Args) -> Result<()> {
+pub fn permute(args: &Args) -> Result<()> {
     word_kernel!(args, permuted)
 }
 
 /// Parameters: width, stride, offset.
-pub(crate) fn slice(args: &Args) -> Result<()> {
+pub fn slice(args: &Args) -> Result<()> {
     word_kernel!(args, sliced)
 }
 
 /// Parameters: width, stride, offset.
-pub(crate) fn pad(args: &Args) -> Result<()> {
+pub fn pad(args: &Args) -> Result<()> {
     word_kernel!(args, padded)
 }
 
 /// Parameters: the width of each input.
-pub(crate) fn concat(args: &Args) -> Result<()> {
+pub fn concat(args: &Args) -> Result<()> {
     word_kernel!(args, concatenated)
 }
 
 /// Parameters: row width, rows of the table.
-pub(crate) fn gather_rows(args: &Args) -> Result<()> {
+pub fn gather_rows(args: &Args) -> Result<()> {
     word_kernel!(args, gathered)
 }
 
 /// Parameters: row width, rows of the result.
-pub(crate) fn scatter_add_rows(args: &Args) -> Result<()> {
+pub fn scatter_add_rows(args: &Args) -> Result<()> {
     float_kernel!(args, scattered)
 }
 
 /// Parameters: bits of one element.
-pub(crate) fn fill(args: &Args) -> Result<()> {
+pub fn fill(args: &Args) -> Result<()> {
     if args.element.size() == 2 {
         let value = f16::from_bits(args.word(0) as u16);
         args.rows(args.write::<f16>(0), 1, grain(1), |_, chunk| chunk.fill(value));

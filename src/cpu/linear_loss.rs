@@ -11,23 +11,23 @@ use crate::error::Result;
 /// Words of a tile: a chunk of 256 tokens against them is 2 MB of logits.
 const TILE: usize = 2048;
 
-pub(crate) fn linear_cross_entropy(args: &Args) -> Result<()> {
+pub fn linear_cross_entropy(args: &Args) -> Result<()> {
     float_kernel!(args, entropy)
 }
 
-pub(crate) fn linear_cross_entropy_backward(args: &Args) -> Result<()> {
+pub fn linear_cross_entropy_backward(args: &Args) -> Result<()> {
     float_kernel!(args, entropy_backward)
 }
 
-pub(crate) fn linear_predict(args: &Args) -> Result<()> {
+pub fn linear_predict(args: &Args) -> Result<()> {
     float_kernel!(args, predict)
 }
 
-pub(crate) fn linear_kl(args: &Args) -> Result<()> {
+pub fn linear_kl(args: &Args) -> Result<()> {
     float_kernel!(args, kl)
 }
 
-pub(crate) fn linear_kl_backward(args: &Args) -> Result<()> {
+pub fn linear_kl_backward(args: &Args) -> Result<()> {
     float_kernel!(args, kl_backward)
 }
 

@@ -5,7 +5,7 @@ use super::{Args, float_kernel, simd};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
 
-pub(crate) fn matmul(args: &Args) -> Result<()> {
+pub fn matmul(args: &Args) -> Result<()> {
     float_kernel!(args, forward)
 }
 

@@ -6,7 +6,7 @@ use crate::dtype::Float;
 use crate::error::Result;
 
 /// Parameters: rows, k, experts.
-pub(crate) fn moe_gate(args: &Args) -> Result<()> {
+pub fn moe_gate(args: &Args) -> Result<()> {
     float_kernel!(args, gate)
 }
 
@@ -42,7 +42,7 @@ fn gate<T: Float>(args: &Args) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn moe_gate_backward(args: &Args) -> Result<()> {
+pub fn moe_gate_backward(args: &Args) -> Result<()> {
     float_kernel!(args, gate_backward)
 }
 
@@ -65,7 +65,7 @@ fn gate_backward<T: Float>(args: &Args) -> Result<()> {
 }
 
 /// Parameters: slots, 1, experts.
-pub(crate) fn moe_dispatch(args: &Args) -> Result<()> {
+pub fn moe_dispatch(args: &Args) -> Result<()> {
     let (indices, experts) = (args.read::<u32>(0), args.u(2));
     let (order, offsets) = (args.write::<u32>(1), args.write::<u32>(2));
     let expert = |index: u32| (index as usize).min(experts - 1);
@@ -86,7 +86,7 @@ pub(crate) fn moe_dispatch(args: &Args) -> Result<()> {
 }
 
 /// Parameters: rows, k, d, weighted.
-pub(crate) fn moe_combine(args: &Args) -> Result<()> {
+pub fn moe_combine(args: &Args) -> Result<()> {
     float_kernel!(args, combine)
 }
 
@@ -132,7 +132,7 @@ fn combine<T: Float>(args: &Args) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn moe_combine_backward(args: &Args) -> Result<()> {
+pub fn moe_combine_backward(args: &Args) -> Result<()> {
     float_kernel!(args, combine_backward)
 }
 

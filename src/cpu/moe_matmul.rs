@@ -64,7 +64,7 @@ impl<'a> Grouped<'a> {
     }
 }
 
-pub(crate) fn grouped_matmul(args: &Args) -> Result<()> {
+pub fn grouped_matmul(args: &Args) -> Result<()> {
     float_kernel!(args, forward)
 }
 
@@ -109,7 +109,7 @@ fn finish(y: &mut [f32], bias: Option<&[f32]>, relu: bool) {
     }
 }
 
-pub(crate) fn grouped_backward_input(args: &Args) -> Result<()> {
+pub fn grouped_backward_input(args: &Args) -> Result<()> {
     float_kernel!(args, backward_input)
 }
 
@@ -127,7 +127,7 @@ fn backward_input<T: Float>(args: &Args) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn grouped_backward_weight(args: &Args) -> Result<()> {
+pub fn grouped_backward_weight(args: &Args) -> Result<()> {
     float_kernel!(args, backward_weight)
 }
 
@@ -157,7 +157,7 @@ fn backward_weight<T: Float>(args: &Args) -> Result<()> {
 }
 
 /// Parameters as the float form.
-pub(crate) fn grouped_matmul_int8(args: &Args) -> Result<()> {
+pub fn grouped_matmul_int8(args: &Args) -> Result<()> {
     let (relu, has_bias) = (args.u(6) == 1, args.u(7) == 1);
     let last = args.len() - 1;
     let (x, x_scale) = (args.read::<i8>(0), args.read::<f32>(1));

@@ -4,29 +4,30 @@ use super::simd::{self, multiversion, narrow, sums, sums3, widened};
 use super::{Args, float_kernel, grain};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
-use crate::ops::norm::CHUNK;
+/// Rows per partial sum of dweight and dbias.
+pub const CHUNK: usize = 64;
 
-pub(crate) fn layernorm(args: &Args) -> Result<()> {
+pub fn layernorm(args: &Args) -> Result<()> {
     float_kernel!(args, layer)
 }
 
-pub(crate) fn rmsnorm(args: &Args) -> Result<()> {
+pub fn rmsnorm(args: &Args) -> Result<()> {
     float_kernel!(args, rms)
 }
 
-pub(crate) fn add_layernorm(args: &Args) -> Result<()> {
+pub fn add_layernorm(args: &Args) -> Result<()> {
     float_kernel!(args, add_layer)
 }
 
-pub(crate) fn add_rmsnorm(args: &Args) -> Result<()> {
+pub fn add_rmsnorm(args: &Args) -> Result<()> {
     float_kernel!(args, add_rms)
 }
 
-pub(crate) fn norm_backward(args: &Args) -> Result<()> {
+pub fn norm_backward(args: &Args) -> Result<()> {
     float_kernel!(args, backward)
 }
 
-pub(crate) fn add_norm_backward(args: &Args) -> Result<()> {
+pub fn add_norm_backward(args: &Args) -> Result<()> {
     float_kernel!(args, add_backward)
 }
 

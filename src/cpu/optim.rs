@@ -22,7 +22,7 @@ struct Rates {
     factor: f32,
 }
 
-pub(crate) fn adamw(args: &Args) -> Result<()> {
+pub fn adamw(args: &Args) -> Result<()> {
     let masked = args.u(1) == 1;
     let (grad, factor) = (args.read::<f32>(1), args.read::<f32>(4));
     let mask = if masked { args.read::<f32>(5) } else { &[] };
@@ -90,7 +90,7 @@ multiversion! {
 }
 
 /// SGD's momentum stands where AdamW's first beta does.
-pub(crate) fn sgd(args: &Args) -> Result<()> {
+pub fn sgd(args: &Args) -> Result<()> {
     let masked = args.u(1) == 1;
     let (grad, factor) = (args.read::<f32>(1), args.read::<f32>(3));
     let mask = if masked { args.read::<f32>(4) } else { &[] };
@@ -103,7 +103,7 @@ pub(crate) fn sgd(args: &Args) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn clip_factor(args: &Args) -> Result<()> {
+pub fn clip_factor(args: &Args) -> Result<()> {
     let (squares, factor) = (args.read::<f32>(0), args.write::<f32>(1));
     let (max_norm, scale) = (args.f(2), args.f(3));
     for (factor, s) in factor.iter_mut().zip(squares) {

@@ -171,7 +171,7 @@ fn ranges<T: Float>(args: &Args, x: &[T], length: usize, out: &mut [[f32; 2]]) {
 }
 
 /// Parameters: count, group length, whether to store (-amax, amax).
-pub(crate) fn observe(args: &Args) -> Result<()> {
+pub fn observe(args: &Args) -> Result<()> {
     float_kernel!(args, observe_of)
 }
 
@@ -203,7 +203,7 @@ fn blocks<U: Send>(args: &Args, out: &mut [U], length: usize, work: impl Fn(usiz
 }
 
 /// Parameters: count, group length, scheme words, shift of stored levels, dynamic.
-pub(crate) fn fake_quant(args: &Args) -> Result<()> {
+pub fn fake_quant(args: &Args) -> Result<()> {
     float_kernel!(args, fake_quant_of)
 }
 
@@ -238,7 +238,7 @@ fn fake_quant_of<T: Float>(args: &Args) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn fake_quant_backward(args: &Args) -> Result<()> {
+pub fn fake_quant_backward(args: &Args) -> Result<()> {
     float_kernel!(args, fake_quant_backward_of)
 }
 
@@ -256,7 +256,7 @@ fn fake_quant_backward_of<T: Float>(args: &Args) -> Result<()> {
 }
 
 /// Parameters: count, group length, scheme words, shift of stored levels.
-pub(crate) fn quantize(args: &Args) -> Result<()> {
+pub fn quantize(args: &Args) -> Result<()> {
     float_kernel!(args, quantize_of)
 }
 
@@ -300,7 +300,7 @@ fn quantize_of<T: Float>(args: &Args) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn dequantize(args: &Args) -> Result<()> {
+pub fn dequantize(args: &Args) -> Result<()> {
     let (q, scales, zeros) = (args.read::<i8>(0), args.read::<f32>(1), args.read::<f32>(2));
     blocks(args, args.write::<f32>(3), args.u(1), |group, start, y| {
         load_row(&q[start..start + y.len()], y, scales[group], zeros[group]);

@@ -38,7 +38,7 @@ fn unpack_row(words: &[u32], scales: &[f32], group: usize, out: &mut [f32]) {
 }
 
 /// Parameters: count, group, scheme words.
-pub(crate) fn pack_int4(args: &Args) -> Result<()> {
+pub fn pack_int4(args: &Args) -> Result<()> {
     float_kernel!(args, pack)
 }
 
@@ -62,7 +62,7 @@ fn pack<T: Float>(args: &Args) -> Result<()> {
 }
 
 /// Parameters: n, 1, k, group.
-pub(crate) fn unpack_int4(args: &Args) -> Result<()> {
+pub fn unpack_int4(args: &Args) -> Result<()> {
     let (k, group) = (args.u(2), args.u(3));
     let (packed, scales) = (args.read::<u32>(0), args.read::<f32>(1));
     args.rows(args.write::<f32>(2), k, grain(k), |first, w| {
@@ -74,7 +74,7 @@ pub(crate) fn unpack_int4(args: &Args) -> Result<()> {
 }
 
 /// Parameters: m, n, k, group, bias.
-pub(crate) fn matmul_int4(args: &Args) -> Result<()> {
+pub fn matmul_int4(args: &Args) -> Result<()> {
     float_kernel!(args, forward)
 }
 

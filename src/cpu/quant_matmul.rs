@@ -5,7 +5,7 @@ use super::int8::{Product, Weights};
 use crate::error::Result;
 
 /// Parameters: m, n, k, bias.
-pub(crate) fn matmul_int8(args: &Args) -> Result<()> {
+pub fn matmul_int8(args: &Args) -> Result<()> {
     let bias = (args.u(3) == 1).then(|| args.read::<f32>(4));
     let product = Product {
         x: args.read(0),

@@ -31,17 +31,17 @@ impl Draw {
 }
 
 /// Scale a of the kept, threshold on 24 bits.
-pub(crate) fn dropout(args: &Args) -> Result<()> {
+pub fn dropout(args: &Args) -> Result<()> {
     float_kernel!(args, dropped)
 }
 
 /// a + b u.
-pub(crate) fn uniform(args: &Args) -> Result<()> {
+pub fn uniform(args: &Args) -> Result<()> {
     float_kernel!(args, uniforms)
 }
 
 /// a + b z.
-pub(crate) fn normal(args: &Args) -> Result<()> {
+pub fn normal(args: &Args) -> Result<()> {
     float_kernel!(args, normals)
 }
 

@@ -16,22 +16,22 @@ const MAXIMUM: usize = 2;
 const SQUARES: usize = 3;
 
 /// Parameters: function, outer, n, inner, factor.
-pub(crate) fn reduce(args: &Args) -> Result<()> {
+pub fn reduce(args: &Args) -> Result<()> {
     float_kernel!(args, forward)
 }
 
 /// Parameters: function, outer, n, inner, factor. Arguments: (x or index,)? dy, dx.
-pub(crate) fn reduce_backward(args: &Args) -> Result<()> {
+pub fn reduce_backward(args: &Args) -> Result<()> {
     float_kernel!(args, backward)
 }
 
 /// Parameters: rows, n.
-pub(crate) fn argmax(args: &Args) -> Result<()> {
+pub fn argmax(args: &Args) -> Result<()> {
     float_kernel!(args, first_maxima)
 }
 
 /// Parameters: n.
-pub(crate) fn count_non_finite(args: &Args) -> Result<()> {
+pub fn count_non_finite(args: &Args) -> Result<()> {
     float_kernel!(args, non_finite)
 }
 

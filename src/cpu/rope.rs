@@ -5,7 +5,7 @@ use super::{Args, float_kernel, grain};
 use crate::dtype::Float;
 use crate::error::Result;
 
-pub(crate) fn rope(args: &Args) -> Result<()> {
+pub fn rope(args: &Args) -> Result<()> {
     float_kernel!(args, rotate)
 }
 

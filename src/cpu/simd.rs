@@ -52,12 +52,12 @@ macro_rules! multiversion {
                 fn avx2 $(<$t: $bound>)? ($($arg: $ty),*) $(-> $ret)? {
                     body $(::<$t>)? ($($arg),*)
                 }
-                match $crate::cpu::simd::level() {
+                match $crate::simd::level() {
                     // SAFETY: `level` found every feature that the function is compiled for.
-                    $crate::cpu::simd::Level::Avx512 => return unsafe { avx512 $(::<$t>)? ($($arg),*) },
+                    $crate::simd::Level::Avx512 => return unsafe { avx512 $(::<$t>)? ($($arg),*) },
                     // SAFETY: as above.
-                    $crate::cpu::simd::Level::Avx2 => return unsafe { avx2 $(::<$t>)? ($($arg),*) },
-                    $crate::cpu::simd::Level::Portable => {}
+                    $crate::simd::Level::Avx2 => return unsafe { avx2 $(::<$t>)? ($($arg),*) },
+                    $crate::simd::Level::Portable => {}
                 }
             }
             body $(::<$t>)? ($($arg),*)

@@ -4,21 +4,22 @@ use super::simd::{self, exp, largest, multiversion, sums, sums2, widened};
 use super::{Args, float_kernel, grain};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
-pub(super) use crate::ops::softmax::IGNORE;
+/// A target of this value takes no part: loss 0, gradient 0.
+pub const IGNORE: u32 = u32::MAX;
 
-pub(crate) fn softmax(args: &Args) -> Result<()> {
+pub fn softmax(args: &Args) -> Result<()> {
     float_kernel!(args, forward)
 }
 
-pub(crate) fn softmax_backward(args: &Args) -> Result<()> {
+pub fn softmax_backward(args: &Args) -> Result<()> {
     float_kernel!(args, backward)
 }
 
-pub(crate) fn cross_entropy(args: &Args) -> Result<()> {
+pub fn cross_entropy(args: &Args) -> Result<()> {
     float_kernel!(args, entropy)
 }
 
-pub(crate) fn cross_entropy_backward(args: &Args) -> Result<()> {
+pub fn cross_entropy_backward(args: &Args) -> Result<()> {
     float_kernel!(args, entropy_backward)
 }
 

@@ -3,10 +3,37 @@
 use super::{Args, float_kernel, grain};
 use crate::dtype::{DType, Element, Float};
 use crate::error::Result;
-use crate::ops::sparse24::PATTERNS;
+
+/// Column pairs of a row, in lexicographic order.
+pub const PAIRS: [[usize; 2]; 6] = [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]];
+
+/// The 90 patterns of two kept columns in each of four rows with two kept rows in each column, as four indices into the
+/// pairs (0,1), (0,2), (0,3), (1,2), (1,3), (2,3); in lexicographic order.
+pub const PATTERNS: [[u8; 4]; 90] = patterns();
+
+const fn patterns() -> [[u8; 4]; 90] {
+    let mut all = [[0; 4]; 90];
+    let (mut found, mut code) = (0, 0);
+    while code < 6 * 6 * 6 * 6 {
+        let rows = [code / 216, code / 36 % 6, code / 6 % 6, code % 6];
+        let mut columns = [0; 4];
+        let mut r = 0;
+        while r < 4 {
+            columns[PAIRS[rows[r]][0]] += 1;
+            columns[PAIRS[rows[r]][1]] += 1;
+            r += 1;
+        }
+        if columns[0] == 2 && columns[1] == 2 && columns[2] == 2 && columns[3] == 2 {
+            all[found] = [rows[0] as u8, rows[1] as u8, rows[2] as u8, rows[3] as u8];
+            found += 1;
+        }
+        code += 1;
+    }
+    all
+}
 
 /// Parameters of every kernel here: n, k.
-pub(crate) fn mask24_1d(args: &Args) -> Result<()> {
+pub fn mask24_1d(args: &Args) -> Result<()> {
     float_kernel!(args, mask24_1d_of)
 }
 
@@ -27,7 +54,7 @@ fn mask24_1d_of<T: Float>(args: &Args) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn mask24_2d(args: &Args) -> Result<()> {
+pub fn mask24_2d(args: &Args) -> Result<()> {
     float_kernel!(args, mask24_2d_of)
 }
 
@@ -72,7 +99,7 @@ fn group_mask<M: Float>(mask: &[M]) -> usize {
     mask[..4].iter().enumerate().map(|(i, m)| usize::from(m.load() != 0.0) << i).sum()
 }
 
-pub(crate) fn compress24(args: &Args) -> Result<()> {
+pub fn compress24(args: &Args) -> Result<()> {
     // Bytes are compressed with a float mask; a float matrix has a mask of its own type.
     let (n, k) = (args.u(0), args.u(1));
     let bytes = args.read::<i8>(0).len() == n * k;
@@ -117,7 +144,7 @@ pub(super) fn places(meta: &[u32], group: usize) -> [usize; 2] {
     [(nibble & 3) as usize, (nibble >> 2 & 3) as usize]
 }
 
-pub(crate) fn decompress24(args: &Args) -> Result<()> {
+pub fn decompress24(args: &Args) -> Result<()> {
     let (n, k) = (args.u(0), args.u(1));
     let bytes = args.read::<i8>(0).len() == n * k / 2;
     match (bytes, args.element) {
@@ -212,7 +239,7 @@ mod expand {
     }
 }
 
-pub(crate) fn gather24(args: &Args) -> Result<()> {
+pub fn gather24(args: &Args) -> Result<()> {
     float_kernel!(args, gather24_of)
 }
 

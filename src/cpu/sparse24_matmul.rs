@@ -20,7 +20,7 @@ const STRIP: usize = 256;
 const TASK: usize = 128;
 
 /// Parameters: m, n, k, bias.
-pub(crate) fn matmul_sparse24(args: &Args) -> Result<()> {
+pub fn matmul_sparse24(args: &Args) -> Result<()> {
     float_kernel!(args, forward)
 }
 
@@ -143,8 +143,8 @@ mod expand {
     use std::arch::x86_64::*;
 
     use super::gathered;
-    use crate::cpu::sparse24::column_bits;
     use crate::dtype::{DType, Float};
+    use crate::sparse24::column_bits;
 
     /// Eight values as f32 in the low half.
     ///
@@ -205,7 +205,7 @@ mod expand {
 }
 
 /// Parameters: m, n, k, bias.
-pub(crate) fn matmul_sparse24_int8(args: &Args) -> Result<()> {
+pub fn matmul_sparse24_int8(args: &Args) -> Result<()> {
     let bias = (args.u(3) == 1).then(|| args.read::<f32>(5));
     let product = Product {
         x: args.read(0),

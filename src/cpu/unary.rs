@@ -6,11 +6,11 @@ use super::{Args, float_kernel, grain};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
 
-pub(crate) fn unary(args: &Args) -> Result<()> {
+pub fn unary(args: &Args) -> Result<()> {
     float_kernel!(args, forward)
 }
 
-pub(crate) fn unary_backward(args: &Args) -> Result<()> {
+pub fn unary_backward(args: &Args) -> Result<()> {
     float_kernel!(args, backward)
 }
 
@@ -118,7 +118,7 @@ fn zip<T: Float>(args: &Args, f: impl Fn(f32, f32) -> f32 + Sync + Send) -> Resu
 }
 
 /// Parameters: count, source type, target type.
-pub(crate) fn cast(args: &Args) -> Result<()> {
+pub fn cast(args: &Args) -> Result<()> {
     const F16: usize = DType::F16 as usize;
     const BF16: usize = DType::Bf16 as usize;
     match args.u(1) {

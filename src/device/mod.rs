@@ -1,7 +1,7 @@
 //! Devices know kernels, not ops: they allocate, copy, launch and time.
 
 mod cpu;
-mod cuda;
+pub mod cuda;
 mod null;
 mod pool;
 mod reference;
@@ -15,7 +15,9 @@ use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Launch};
 
 pub use cpu::CpuDevice;
-pub use cuda::{CudaDriver, cuda_driver};
+#[cfg(unix)]
+pub use cuda::CudaHostDevice;
+pub use cuda::{CudaDevice, CudaDriver, cuda_driver};
 pub use null::NullDevice;
 pub use pool::Stats;
 pub use reference::ReferenceDevice;
@@ -104,6 +106,8 @@ pub struct Features {
     pub subgroups: bool,
     pub timestamps: bool,
     pub cooperative_matrix: bool,
+    /// Compute capability times 10 of a CUDA device: 90 is 9.0.
+    pub arch: u32,
 }
 
 /// One start-up observation of a driver's behaviour.
@@ -232,15 +236,18 @@ pub trait Device: Send + Sync {
 }
 
 /// Opens a device by its command-line name: `auto`, `cpu`, `cpu:THREADS`, `wgpu`, `wgpu:INDEX`, `wgpu:NAME`,
-/// `reference`. `auto` takes a hardware adapter, else the CPU; a software adapter is used only when named.
+/// `cuda`, `cuda:ORDINAL`, `cuda-host` (CUDA kernels as C++ on the CPU), `reference`. `auto` takes CUDA, else a hardware adapter, else the CPU; a software adapter is used only when named.
 pub fn open(name: &str) -> Result<Arc<dyn Device>> {
     let (kind, rest) = name.split_once(':').map_or((name, None), |(k, r)| (k, Some(r)));
     let unknown = |rule: &str| Error::Usage { argument: "--device", value: name.to_string(), rule: rule.to_string() };
     match kind {
-        "auto" => Ok(match WgpuDevice::open_hardware() {
-            Ok(device) => Arc::new(device),
-            Err(_) => Arc::new(CpuDevice::new(None)?),
-        }),
+        "auto" => match CudaDevice::new(0) {
+            Ok(device) => Ok(Arc::new(device)),
+            Err(_) => match WgpuDevice::open_hardware() {
+                Ok(device) => Ok(Arc::new(device)),
+                Err(_) => Ok(Arc::new(CpuDevice::new(None)?)),
+            },
+        },
         "cpu" => {
             let threads = match rest {
                 None => None,
@@ -252,10 +259,14 @@ pub fn open(name: &str) -> Result<Arc<dyn Device>> {
         }
         "wgpu" => Ok(Arc::new(WgpuDevice::open(rest)?)),
         "reference" => Ok(Arc::new(ReferenceDevice::new())),
-        "cuda" => Err(Error::NotAvailable {
-            device: name.to_string(),
-            reason: "this version carries no CUDA kernels yet".into(),
-        }),
-        _ => Err(unknown("auto, cpu, cpu:THREADS, wgpu, wgpu:INDEX, wgpu:NAME or reference")),
+        #[cfg(unix)]
+        "cuda-host" => Ok(Arc::new(CudaHostDevice::new()?)),
+        "cuda" => {
+            let ordinal = rest.map_or(Ok(0), str::parse).map_err(|_| unknown("cuda:ORDINAL, a count from 0"))?;
+            Ok(Arc::new(CudaDevice::new(ordinal)?))
+        }
+        _ => Err(unknown(
+            "auto, cpu, cpu:THREADS, wgpu, wgpu:INDEX, wgpu:NAME, cuda, cuda:ORDINAL, cuda-host or reference",
+        )),
     }
 }

@@ -15,7 +15,7 @@ use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
-pub static FAMILY: Family = Family { name: "attention", cases: cases::cases, shader: Some(plan::SHADER) };
+pub static FAMILY: Family = Family { name: "attention", cases: cases::cases, source: Some(plan::SOURCE) };
 
 /// Which keys a query may see, before key padding. The query at row `t` stands at position `t + query_offset`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,8 +63,7 @@ pub struct Attention {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionBackward(pub Attention);
 
-/// Value of a masked score, and lse of a row without keys: large and finite, as `MASKED` in the shaders.
-pub const MASKED: f32 = -1e30;
+pub use crate::cpu::MASKED;
 
 /// Extents of one problem.
 #[derive(Clone, Copy, Debug, PartialEq)]

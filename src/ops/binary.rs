@@ -5,16 +5,16 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always, spans};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source, spans};
 use crate::op::{Array, Case, Cost, Family, Gradient, Op, Saves, Tolerance};
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
 use crate::ops::unary::{Function, Unary};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
-pub static FAMILY: Family = Family { name: "binary", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "binary", cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/binary.wgsl");
+const SOURCE: Source = source!("binary");
 const BLOCK: u32 = 64;
 const PER_INVOCATION: usize = 4;
 
@@ -174,7 +174,7 @@ impl Op for AccumulateScaled {
 }
 
 const fn wgsl(name: &'static str, entry: &'static str, plan: fn(&Problem) -> Plan) -> Kernel {
-    let code = Code::Wgsl { file: "binary.wgsl", text: SHADER, entry, constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
     Kernel { name, code, dtypes: DType::FLOATS, fits: always, plan }
 }
 

@@ -5,13 +5,13 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Op, Tolerance};
 use crate::shape::{self, Meta, Shape};
 
-pub static FAMILY: Family = Family { name: "cache", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "cache", cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/cache.wgsl");
+const SOURCE: Source = source!("cache");
 const BLOCK: u32 = 64;
 
 /// table[ids[i], :] = rows[i, :] in place; inputs table `[N, D]`, rows `[M, D]`, ids u32 `[M]`. Ids are distinct (the
@@ -54,7 +54,7 @@ impl Op for WriteRows {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const CODE: Code = Code::Wgsl { file: "cache.wgsl", text: SHADER, entry: "write_rows", constants: &[] };
+        const CODE: Code = Code::Gpu { source: SOURCE, entry: "write_rows", constants: &[] };
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("write_rows", DType::FLOATS, cpu::write_rows),
             Kernel { name: "write_rows", code: CODE, dtypes: DType::FLOATS, fits: always, plan },

@@ -5,13 +5,13 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Case, Cost, Family, Op, Tolerance};
 use crate::shape::{self, Meta};
 
-pub static FAMILY: Family = Family { name: "ceiling", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "ceiling", cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/ceiling.wgsl");
+const SOURCE: Source = source!("ceiling");
 /// Invocations per workgroup, and elements each of them handles.
 const BLOCK: u32 = 64;
 const PER_INVOCATION: usize = 16;
@@ -45,12 +45,7 @@ impl Op for MultiplyAddChain {
             Kernel::cpu("multiply_add_chain_fwd", &[DType::F32], cpu::multiply_add_chain),
             Kernel {
                 name: "multiply_add_chain_fwd",
-                code: Code::Wgsl {
-                    file: "ceiling.wgsl",
-                    text: SHADER,
-                    entry: "multiply_add_chain_fwd",
-                    constants: &[],
-                },
+                code: Code::Gpu { source: SOURCE, entry: "multiply_add_chain_fwd", constants: &[] },
                 dtypes: &[DType::F32],
                 fits: always,
                 plan,

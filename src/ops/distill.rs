@@ -10,8 +10,8 @@ mod mse;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::kernel::{Source, source};
 use crate::op::Family;
-use crate::ops::rows::Shader;
 use crate::shape::{self, Meta};
 
 pub(crate) use cases::{DIRECTIONS, WEIGHTS};
@@ -22,9 +22,9 @@ pub use mse::{HiddenMse, HiddenMseBackward, Reduction};
 
 pub use super::linear_loss::LinearKl;
 
-pub static FAMILY: Family = Family { name: "distill", cases: cases::cases, shader: Some(SHADER.1) };
+pub static FAMILY: Family = Family { name: "distill", cases: cases::cases, source: Some(SOURCE) };
 
-const SHADER: Shader = ("distill.wgsl", include_str!("../../shaders/distill.wgsl"));
+const SOURCE: Source = source!("distill");
 
 /// Checks a student and a teacher `[n, d]` of one float type, the rows' weights f32 `[n]`, and what follows.
 /// Gives the meta of an f32 per row.

@@ -5,14 +5,14 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
-pub static FAMILY: Family = Family { name: "embed", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "embed", cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/embed.wgsl");
+const SOURCE: Source = source!("embed");
 const BLOCK: u32 = 64;
 /// Elements of a row that one invocation handles.
 const CHUNK: usize = 4;
@@ -148,7 +148,7 @@ impl Op for EmbedBackward {
 }
 
 const fn wgsl(entry: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) -> Plan) -> Kernel {
-    let code = Code::Wgsl { file: "embed.wgsl", text: SHADER, entry, constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
     Kernel { name: entry, code, dtypes: DType::FLOATS, fits, plan }
 }
 

@@ -14,7 +14,7 @@ use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
 use crate::shape::{self, Meta, Shape};
 use crate::tensor::Tensor;
 
-pub static FAMILY: Family = Family { name: "ffn", cases: cases::cases, shader: Some(plan::SHADER) };
+pub static FAMILY: Family = Family { name: "ffn", cases: cases::cases, source: Some(plan::SOURCE) };
 
 /// What stands between the two matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,13 +8,13 @@ pub use moves::{Concat, Fill, Pad, Permute, Slice};
 pub use rows::{GatherRows, ScatterAddRows};
 
 use crate::dtype::DType;
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, source};
 use crate::op::Family;
 use crate::shape::Meta;
 
-pub static FAMILY: Family = Family { name: "layout", cases: cases::cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "layout", cases: cases::cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/layout.wgsl");
+const SOURCE: Source = source!("layout");
 const BLOCK: u32 = 64;
 
 /// Types that are moved, by the word that stands for them: see [`words`].
@@ -40,7 +40,7 @@ const fn wgsl(
     fits: fn(&Problem) -> bool,
     plan: fn(&Problem) -> Plan,
 ) -> Kernel {
-    let code = Code::Wgsl { file: "layout.wgsl", text: SHADER, entry: name, constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry: name, constants: &[] };
     Kernel { name, code, dtypes, fits, plan }
 }
 

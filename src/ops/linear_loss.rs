@@ -16,7 +16,7 @@ pub use entropy::{LinearCrossEntropy, LinearCrossEntropyBackward};
 pub use kl::{LinearKl, LinearKlBackward};
 pub use predict::LinearPredict;
 
-pub static FAMILY: Family = Family { name: "linear_loss", cases: cases::cases, shader: Some(plan::SHADER.1) };
+pub static FAMILY: Family = Family { name: "linear_loss", cases: cases::cases, source: Some(plan::SOURCE) };
 
 fn check_chunk(op: &'static str, chunk: usize) -> Result<()> {
     if chunk > 0 {

@@ -15,7 +15,7 @@ use crate::ops::unary::{Function, UnaryBackward};
 use crate::shape::{self, Meta, Shape};
 use crate::tensor::Tensor;
 
-pub static FAMILY: Family = Family { name: "matmul", cases: cases::cases, shader: Some(plan::SHADER) };
+pub static FAMILY: Family = Family { name: "matmul", cases: cases::cases, source: Some(plan::SOURCE) };
 
 /// What is applied to the finished sums before they are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

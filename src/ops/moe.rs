@@ -8,16 +8,16 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
 use crate::shape::{self, Meta, Shape};
 use crate::tensor::Tensor;
 
 pub use super::moe_matmul::{GroupedBackwardInput, GroupedBackwardWeight, GroupedMatmul, GroupedMatmulInt8};
 
-pub static FAMILY: Family = Family { name: "moe", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "moe", cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/moe.wgsl");
+const SOURCE: Source = source!("moe");
 const BLOCK: u32 = 64;
 
 /// Scores `[m, E]` to the k experts of each row: `indices u32 [m, k]` by falling score (the lowest index wins ties, NaN
@@ -355,7 +355,7 @@ impl Op for MoeCombineBackward {
 }
 
 const fn wgsl(entry: &'static str, dtypes: &'static [DType], plan: fn(&Problem) -> Plan) -> Kernel {
-    let code = Code::Wgsl { file: "moe.wgsl", text: SHADER, entry, constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
     Kernel { name: entry, code, dtypes, fits: always, plan }
 }
 

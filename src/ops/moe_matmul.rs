@@ -8,14 +8,14 @@ use super::unary::{Function, UnaryBackward};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
-pub static FAMILY: Family = Family { name: "moe_matmul", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "moe_matmul", cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/moe_matmul.wgsl");
+const SOURCE: Source = source!("moe_matmul");
 const BLOCK: u32 = 64;
 
 /// Sorted row r times the weight of its expert: y[r, j] = f(sum_c x[row(r), c] W[e(r), j, c] (+ b[e(r), j])), f ReLU or
@@ -371,7 +371,7 @@ fn params(rows: usize, n: usize, d: usize, k: usize, gather: bool, experts: usiz
 }
 
 const fn wgsl(entry: &'static str, dtypes: &'static [DType], plan: fn(&Problem) -> Plan) -> Kernel {
-    let code = Code::Wgsl { file: "moe_matmul.wgsl", text: SHADER, entry, constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
     Kernel { name: entry, code, dtypes, fits: always, plan }
 }
 

@@ -8,9 +8,9 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Kernel, Params};
+use crate::kernel::{Kernel, Params, Source, source};
 use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
-use crate::ops::rows::{PLANS, Shader, rungs};
+use crate::ops::rows::{PLANS, rungs};
 use crate::ops::unary::{Function, Unary};
 use crate::shape::{self, Meta, Shape};
 use crate::tensor::Tensor;
@@ -18,9 +18,9 @@ use crate::tensor::Tensor;
 pub(crate) use backward::CHUNK;
 pub use backward::{AddNormBackward, NormBackward};
 
-pub static FAMILY: Family = Family { name: "norm", cases: cases::cases, shader: Some(SHADER.1) };
+pub static FAMILY: Family = Family { name: "norm", cases: cases::cases, source: Some(SOURCE) };
 
-const SHADER: Shader = ("norm.wgsl", include_str!("../../shaders/norm.wgsl"));
+const SOURCE: Source = source!("norm");
 
 /// y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the last axis (Ba, Kiros and Hinton 2016).
 ///
@@ -130,7 +130,7 @@ impl Op for LayerNorm {
 
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] =
-            &rungs(SHADER, "layernorm_fwd", cpu::layernorm, ["layernorm_fwd", "layernorm_fwd_v2"], PLANS);
+            &rungs(SOURCE, "layernorm_fwd", cpu::layernorm, ["layernorm_fwd", "layernorm_fwd_v2"], PLANS);
         KERNELS
     }
 
@@ -173,7 +173,7 @@ impl Op for RmsNorm {
 
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] =
-            &rungs(SHADER, "rmsnorm_fwd", cpu::rmsnorm, ["rmsnorm_fwd", "rmsnorm_fwd_v2"], PLANS);
+            &rungs(SOURCE, "rmsnorm_fwd", cpu::rmsnorm, ["rmsnorm_fwd", "rmsnorm_fwd_v2"], PLANS);
         KERNELS
     }
 
@@ -223,14 +223,14 @@ impl Op for AddNorm {
 
     fn kernels(&self) -> &'static [Kernel] {
         const LAYER: &[Kernel] = &rungs(
-            SHADER,
+            SOURCE,
             "add_layernorm_fwd",
             cpu::add_layernorm,
             ["add_layernorm_fwd", "add_layernorm_fwd_v2"],
             PLANS,
         );
         const RMS: &[Kernel] =
-            &rungs(SHADER, "add_rmsnorm_fwd", cpu::add_rmsnorm, ["add_rmsnorm_fwd", "add_rmsnorm_fwd_v2"], PLANS);
+            &rungs(SOURCE, "add_rmsnorm_fwd", cpu::add_rmsnorm, ["add_rmsnorm_fwd", "add_rmsnorm_fwd_v2"], PLANS);
         if self.rms { RMS } else { LAYER }
     }
 

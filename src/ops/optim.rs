@@ -5,13 +5,13 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always, spans};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source, spans};
 use crate::op::{Array, Case, Cost, Family, Fill, Op, Tolerance};
 use crate::shape::{self, Meta};
 
-pub static FAMILY: Family = Family { name: "optim", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "optim", cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/optim.wgsl");
+const SOURCE: Source = source!("optim");
 const BLOCK: u32 = 64;
 const PER_INVOCATION: usize = 4;
 
@@ -211,7 +211,7 @@ impl Op for ClipFactor {
 }
 
 const fn wgsl(name: &'static str, plan: fn(&Problem) -> Plan) -> Kernel {
-    let code = Code::Wgsl { file: "optim.wgsl", text: SHADER, entry: name, constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry: name, constants: &[] };
     Kernel { name, code, dtypes: &[DType::F32], fits: always, plan }
 }
 

@@ -10,7 +10,7 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
@@ -21,9 +21,9 @@ pub use super::quantize::{Dequantize, Quantize};
 
 mod cases;
 
-pub static FAMILY: Family = Family { name: "quant", cases: cases::cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "quant", cases: cases::cases, source: Some(SOURCE) };
 
-pub(super) const SHADER: &str = include_str!("../../shaders/quant.wgsl");
+pub(super) const SOURCE: Source = source!("quant");
 pub(super) const BLOCK: u32 = 64;
 /// Elements that one invocation maps.
 const PER_INVOCATION: usize = 8;
@@ -426,13 +426,7 @@ pub(super) const fn wgsl(
     dtypes: &'static [DType],
     plan: fn(&Problem) -> Plan,
 ) -> Kernel {
-    Kernel {
-        name,
-        code: Code::Wgsl { file: "quant.wgsl", text: SHADER, entry, constants: &[] },
-        dtypes,
-        fits: always,
-        plan,
-    }
+    Kernel { name, code: Code::Gpu { source: SOURCE, entry, constants: &[] }, dtypes, fits: always, plan }
 }
 
 /// Launches that write the range of every group of argument 0 to argument `target`, by way of argument `parts` where

@@ -3,20 +3,20 @@
 use std::any::Any;
 
 use super::matmul::Matmul;
-use super::quant::{BLOCK, Granularity, Grid, SHADER as QUANT_SHADER, Scheme, map_params, range_launches, ranges};
+use super::quant::{BLOCK, Granularity, Grid, SOURCE as QUANT_SOURCE, Scheme, map_params, range_launches, ranges};
 use super::reduce::{Axis, Reduce, ReduceFunction};
 use super::unary::Cast;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
-pub static FAMILY: Family = Family { name: "quant_int4", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "quant_int4", cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/quant_int4.wgsl");
+const SOURCE: Source = source!("quant_int4");
 
 /// w `[n, k]` to `packed u32 [n, k/8]` and `scales f32 [n, k/group]`: symmetric narrow levels -7 ..= 7 by the rule of
 /// `quant.rs`, stored plus 8, the lowest column in the lowest four bits. `group` is a multiple of 8 that divides k.
@@ -90,8 +90,7 @@ impl Op for PackInt4 {
 
     fn kernels(&self) -> &'static [Kernel] {
         // The shader text is that of the quant family: one scale rule.
-        const PACK: Code =
-            Code::Wgsl { file: "quant.wgsl", text: QUANT_SHADER, entry: "pack_int4_fwd", constants: &[] };
+        const PACK: Code = Code::Gpu { source: QUANT_SOURCE, entry: "pack_int4_fwd", constants: &[] };
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("pack_int4_fwd", DType::FLOATS, cpu::pack_int4),
             Kernel { name: "pack_int4_fwd", code: PACK, dtypes: DType::FLOATS, fits: always, plan: plan_pack },
@@ -232,7 +231,7 @@ impl Op for MatmulInt4 {
 }
 
 const fn wgsl(entry: &'static str, dtypes: &'static [DType], plan: fn(&Problem) -> Plan) -> Kernel {
-    let code = Code::Wgsl { file: "quant_int4.wgsl", text: SHADER, entry, constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
     Kernel { name: entry, code, dtypes, fits: always, plan }
 }
 

@@ -5,13 +5,13 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Op, Tolerance};
 use crate::shape::{self, Meta};
 
-pub static FAMILY: Family = Family { name: "quant_matmul", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "quant_matmul", cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/quant_matmul.wgsl");
+const SOURCE: Source = source!("quant_matmul");
 const BLOCK: u32 = 64;
 /// Longest reduction whose sums of products of -128 fit i32.
 pub(super) const MAX_K: usize = (1 << 17) - 1;
@@ -101,7 +101,7 @@ const fn wgsl(
     fits: fn(&Problem) -> bool,
     plan: fn(&Problem) -> Plan,
 ) -> Kernel {
-    let code = Code::Wgsl { file: "quant_matmul.wgsl", text: SHADER, entry, constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
     Kernel { name, code, dtypes: &[DType::F32], fits, plan }
 }
 

@@ -5,15 +5,15 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always, spans};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source, spans};
 use crate::op::{Array, Case, Cost, Family, Gradient, Op, Tolerance};
 use crate::rng::Site;
 use crate::shape::{self, Meta, Shape};
 use crate::tensor::Tensor;
 
-pub static FAMILY: Family = Family { name: "random", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "random", cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/random.wgsl");
+const SOURCE: Source = source!("random");
 const BLOCK: u32 = 64;
 /// Words of one Philox block: one invocation handles the elements they belong to.
 const PER_INVOCATION: usize = 4;
@@ -223,7 +223,7 @@ fn upper_tail(z: f64) -> f64 {
 }
 
 const fn wgsl(name: &'static str, plan: fn(&Problem) -> Plan) -> Kernel {
-    let code = Code::Wgsl { file: "random.wgsl", text: SHADER, entry: name, constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry: name, constants: &[] };
     Kernel { name, code, dtypes: DType::FLOATS, fits: always, plan }
 }
 

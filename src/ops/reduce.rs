@@ -8,15 +8,15 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Params, Plan, Problem, always};
+use crate::kernel::{Code, Kernel, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
 use crate::ops::layout::Permute;
 use crate::shape::{self, Meta, Shape};
 use crate::tensor::Tensor;
 
-pub static FAMILY: Family = Family { name: "reduce", cases: cases::cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "reduce", cases: cases::cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/reduce.wgsl");
+const SOURCE: Source = source!("reduce");
 
 /// Which function; the order is the kernels' `kind` parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -326,6 +326,6 @@ impl Op for CountNonFinite {
 }
 
 const fn wgsl(name: &'static str, entry: &'static str, plan: fn(&Problem) -> Plan) -> Kernel {
-    let code = Code::Wgsl { file: "reduce.wgsl", text: SHADER, entry, constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
     Kernel { name, code, dtypes: DType::FLOATS, fits: always, plan }
 }

@@ -5,14 +5,14 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
-pub static FAMILY: Family = Family { name: "rope", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "rope", cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/rope.wgsl");
+const SOURCE: Source = source!("rope");
 const BLOCK: u32 = 64;
 
 /// Which elements of a head are rotated together, and by which position.
@@ -133,7 +133,7 @@ impl Op for Rope {
             Kernel::cpu("rope_fwd", DType::FLOATS, cpu::rope),
             Kernel {
                 name: "rope_fwd",
-                code: Code::Wgsl { file: "rope.wgsl", text: SHADER, entry: "rope_fwd", constants: &[] },
+                code: Code::Gpu { source: SOURCE, entry: "rope_fwd", constants: &[] },
                 dtypes: DType::FLOATS,
                 fits: always,
                 plan,

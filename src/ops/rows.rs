@@ -5,7 +5,7 @@
 use crate::cpu;
 use crate::device::Class;
 use crate::dtype::DType;
-use crate::kernel::{Code, Kernel, Launch, Plan, Problem};
+use crate::kernel::{Code, Kernel, Launch, Plan, Problem, Source};
 
 /// Invocations per workgroup of the row-per-invocation rung.
 pub(super) const BLOCK: u32 = 64;
@@ -15,13 +15,10 @@ const GROUP: usize = 128;
 const SUM_BLOCK: usize = 32;
 const PASSES: usize = 3;
 
-/// A family's shader file and text.
-pub(super) type Shader = (&'static str, &'static str);
-
 /// The records of one op: the CPU kernel, then a workgroup per row for GPUs, then a row per invocation for software
 /// rasterizers, then the workgroup again where those must not loop so long (and, to be tested there, for little work).
 pub(super) const fn rungs(
-    shader: Shader,
+    source: Source,
     name: &'static str,
     run: fn(&cpu::Args) -> crate::error::Result<()>,
     [row, group]: [&'static str; 2],
@@ -29,19 +26,19 @@ pub(super) const fn rungs(
 ) -> [Kernel; 4] {
     [
         Kernel::cpu(name, DType::FLOATS, run),
-        wgsl(shader, group, on_gpu, group_plan),
-        wgsl(shader, row, short_rows, row_plan),
-        wgsl(shader, group, long_or_little, group_plan),
+        gpu(source, group, on_gpu, group_plan),
+        gpu(source, row, short_rows, row_plan),
+        gpu(source, group, long_or_little, group_plan),
     ]
 }
 
-pub(super) const fn wgsl(
-    (file, text): Shader,
+pub(super) const fn gpu(
+    source: Source,
     entry: &'static str,
     fits: fn(&Problem) -> bool,
     plan: fn(&Problem) -> Plan,
 ) -> Kernel {
-    Kernel { name: entry, code: Code::Wgsl { file, text, entry, constants: &[] }, dtypes: DType::FLOATS, fits, plan }
+    Kernel { name: entry, code: Code::Gpu { source, entry, constants: &[] }, dtypes: DType::FLOATS, fits, plan }
 }
 
 fn on_gpu(p: &Problem) -> bool {

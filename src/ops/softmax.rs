@@ -7,9 +7,9 @@ use std::any::Any;
 
 use crate::cpu;
 use crate::error::{Error, Result};
-use crate::kernel::{Kernel, Params};
+use crate::kernel::{Kernel, Params, Source, source};
 use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
-use crate::ops::rows::{PLANS, Shader, rungs};
+use crate::ops::rows::{PLANS, rungs};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
@@ -19,9 +19,9 @@ pub use cross_entropy::{CrossEntropy, CrossEntropyBackward, IGNORE};
 
 pub use super::linear_loss::{LinearCrossEntropy, LinearPredict};
 
-pub static FAMILY: Family = Family { name: "softmax", cases: cases::cases, shader: Some(SHADER.1) };
+pub static FAMILY: Family = Family { name: "softmax", cases: cases::cases, source: Some(SOURCE) };
 
-const SHADER: Shader = ("softmax.wgsl", include_str!("../../shaders/softmax.wgsl"));
+const SOURCE: Source = source!("softmax");
 
 /// y = exp(x) / sum exp(x) over the last axis; x and y `[.., v]` of one float type.
 #[derive(Clone, Copy, Debug)]
@@ -92,7 +92,7 @@ impl Op for Softmax {
 
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] =
-            &rungs(SHADER, "softmax_fwd", cpu::softmax, ["softmax_fwd", "softmax_fwd_v2"], PLANS);
+            &rungs(SOURCE, "softmax_fwd", cpu::softmax, ["softmax_fwd", "softmax_fwd_v2"], PLANS);
         KERNELS
     }
 
@@ -137,7 +137,7 @@ impl Op for LogSoftmax {
 
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] =
-            &rungs(SHADER, "softmax_fwd", cpu::softmax, ["softmax_fwd", "softmax_fwd_v2"], PLANS);
+            &rungs(SOURCE, "softmax_fwd", cpu::softmax, ["softmax_fwd", "softmax_fwd_v2"], PLANS);
         KERNELS
     }
 
@@ -188,7 +188,7 @@ impl Op for SoftmaxBackward {
 
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] =
-            &rungs(SHADER, "softmax_bwd", cpu::softmax_backward, ["softmax_bwd", "softmax_bwd_v2"], PLANS);
+            &rungs(SOURCE, "softmax_bwd", cpu::softmax_backward, ["softmax_bwd", "softmax_bwd_v2"], PLANS);
         KERNELS
     }
 

@@ -2,19 +2,19 @@
 
 use std::any::Any;
 
-use crate::cpu;
+use crate::cpu::{self, PAIRS, PATTERNS};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Op, Tolerance};
 use crate::shape::{self, Meta, Shape};
 
 pub use super::sparse24_matmul::{MatmulSparse24, MatmulSparse24Int8};
 pub use super::sparse24_pack::{Compress24, Decompress24, Gather24};
 
-pub static FAMILY: Family = Family { name: "sparse24", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "sparse24", cases, source: Some(SOURCE) };
 
-pub(super) const SHADER: &str = include_str!("../../shaders/sparse24.wgsl");
+pub(super) const SOURCE: Source = source!("sparse24");
 pub(super) const BLOCK: u32 = 64;
 
 /// Which 2:4 masks are chosen among.
@@ -33,34 +33,6 @@ pub enum Form24 {
 #[derive(Clone, Copy, Debug)]
 pub struct Mask24 {
     pub form: Form24,
-}
-
-/// Column pairs of a row, in lexicographic order.
-const PAIRS: [[usize; 2]; 6] = [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]];
-
-/// The 90 patterns of two kept columns in each of four rows with two kept rows in each column, as four indices into the
-/// pairs (0,1), (0,2), (0,3), (1,2), (1,3), (2,3); in lexicographic order.
-pub(crate) const PATTERNS: [[u8; 4]; 90] = patterns();
-
-const fn patterns() -> [[u8; 4]; 90] {
-    let mut all = [[0; 4]; 90];
-    let (mut found, mut code) = (0, 0);
-    while code < 6 * 6 * 6 * 6 {
-        let rows = [code / 216, code / 36 % 6, code / 6 % 6, code % 6];
-        let mut columns = [0; 4];
-        let mut r = 0;
-        while r < 4 {
-            columns[PAIRS[rows[r]][0]] += 1;
-            columns[PAIRS[rows[r]][1]] += 1;
-            r += 1;
-        }
-        if columns[0] == 2 && columns[1] == 2 && columns[2] == 2 && columns[3] == 2 {
-            all[found] = [rows[0] as u8, rows[1] as u8, rows[2] as u8, rows[3] as u8];
-            found += 1;
-        }
-        code += 1;
-    }
-    all
 }
 
 /// Checks w `[n, k]` with k in groups of four; returns (n, k).
@@ -191,7 +163,7 @@ pub(super) const fn wgsl(
     dtypes: &'static [DType],
     plan: fn(&Problem) -> Plan,
 ) -> Kernel {
-    let code = Code::Wgsl { file: "sparse24.wgsl", text: SHADER, entry, constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
     Kernel { name, code, dtypes, fits: always, plan }
 }
 

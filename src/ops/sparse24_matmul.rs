@@ -9,14 +9,14 @@ use super::sparse24_pack::{Decompress24, Gather24, compressed, meta_words, place
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
-pub static FAMILY: Family = Family { name: "sparse24_matmul", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "sparse24_matmul", cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/sparse24_matmul.wgsl");
+const SOURCE: Source = source!("sparse24_matmul");
 const BLOCK: u32 = 64;
 
 /// y = x W^T (+ bias) with W `[n, k]` compressed: x `[m, k]`, values `[n, k/2]`, `meta u32 [n, ceil(k/32)]`, bias `[n]`;
@@ -184,7 +184,7 @@ impl Op for MatmulSparse24Int8 {
 }
 
 const fn wgsl(entry: &'static str, dtypes: &'static [DType], plan: fn(&Problem) -> Plan) -> Kernel {
-    let code = Code::Wgsl { file: "sparse24_matmul.wgsl", text: SHADER, entry, constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
     Kernel { name: entry, code, dtypes, fits: always, plan }
 }
 

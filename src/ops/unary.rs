@@ -5,14 +5,14 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, always};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
-pub static FAMILY: Family = Family { name: "unary", cases, shader: Some(SHADER) };
+pub static FAMILY: Family = Family { name: "unary", cases, source: Some(SOURCE) };
 
-const SHADER: &str = include_str!("../../shaders/unary.wgsl");
+const SOURCE: Source = source!("unary");
 /// Invocations per workgroup, and elements each of them handles.
 const BLOCK: u32 = 64;
 const PER_INVOCATION: usize = 4;
@@ -287,13 +287,7 @@ fn bf16_to_f16(p: &Problem) -> bool {
 }
 
 const fn wgsl(name: &'static str, entry: &'static str, dtypes: &'static [DType]) -> Kernel {
-    Kernel {
-        name,
-        code: Code::Wgsl { file: "unary.wgsl", text: SHADER, entry, constants: &[] },
-        dtypes,
-        fits: always,
-        plan,
-    }
+    Kernel { name, code: Code::Gpu { source: SOURCE, entry, constants: &[] }, dtypes, fits: always, plan }
 }
 
 /// Each invocation handles `PER_INVOCATION` neighbouring elements: fewer, fatter invocations suit every adapter class.

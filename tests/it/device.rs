@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use espalier::device::{self, Binding, CpuDevice, Device, Kind, WgpuDevice};
 use espalier::dispatch;
-use espalier::kernel::{Code, Kernel, Launch, Params, Plan, always};
+use espalier::kernel::{Code, Kernel, Launch, Params, Plan, Source, always};
 use espalier::ops::unary::{Function, Unary};
 use espalier::{DType, Error, Tensor};
 
@@ -63,7 +63,7 @@ fn nan(@builtin(global_invocation_id) id: vec3<u32>) {
 ";
 
 const fn kernel(entry: &'static str) -> Kernel {
-    let code = Code::Wgsl { file: "test.wgsl", text: TEXT, entry, constants: &[] };
+    let code = Code::Wgsl { source: Source::wgsl("test.wgsl", TEXT), entry, constants: &[] };
     Kernel { name: entry, code, dtypes: &[DType::F32], fits: always, plan: Plan::once }
 }
 
@@ -302,8 +302,10 @@ fn compile_errors_name_the_kernels_own_line() {
     let Some(device) = wgpu("compile") else { return };
     static BROKEN: Kernel = Kernel {
         code: Code::Wgsl {
-            file: "broken.wgsl",
-            text: "@group(0) @binding(0) var<storage, read_write> x: array<f32>;\n\n@compute @workgroup_size(1)\nfn f() {\n    x[0] = nosuch;\n}\n",
+            source: Source::wgsl(
+                "broken.wgsl",
+                "@group(0) @binding(0) var<storage, read_write> x: array<f32>;\n\n@compute @workgroup_size(1)\nfn f() {\n    x[0] = nosuch;\n}\n",
+            ),
             entry: "f",
             constants: &[],
         },

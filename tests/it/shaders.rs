@@ -8,7 +8,7 @@ use std::sync::Arc;
 use espalier::device::shader::{EntryPoint, Shader};
 use espalier::device::{Class, Device, Kind, Limits, NullDevice};
 use espalier::dispatch;
-use espalier::kernel::{Code, Kernel, Launch, Params, Plan, Problem, check_launch};
+use espalier::kernel::{Entry, File, Kernel, Launch, Params, Plan, Problem, check_launch};
 use espalier::op::Case;
 use espalier::ops::FAMILIES;
 use espalier::{DType, Meta};
@@ -18,12 +18,12 @@ fn cases() -> impl Iterator<Item = Case> {
 }
 
 /// Kernel files by name, with the element types that records run them for.
-fn files() -> BTreeMap<&'static str, (&'static str, BTreeSet<DType>)> {
-    let mut files: BTreeMap<&str, (&str, BTreeSet<DType>)> = BTreeMap::new();
+fn files() -> BTreeMap<&'static str, (File, BTreeSet<DType>)> {
+    let mut files: BTreeMap<&str, (File, BTreeSet<DType>)> = BTreeMap::new();
     let mut add = |kernel: &Kernel| {
-        if let Code::Wgsl { file, text, .. } = kernel.code {
+        if let Some(Entry { file, .. }) = kernel.wgsl() {
             // The body with the f32 prelude is valid WGSL whatever the records say.
-            let types = &mut files.entry(file).or_insert((text, [DType::F32].into())).1;
+            let types = &mut files.entry(file.name).or_insert((file, [DType::F32].into())).1;
             types.extend(kernel.dtypes);
         }
     };
@@ -34,9 +34,9 @@ fn files() -> BTreeMap<&'static str, (&'static str, BTreeSet<DType>)> {
 #[test]
 fn every_shader_is_valid_under_every_prelude() {
     let mut entries = BTreeMap::new();
-    for (file, (text, types)) in files() {
+    for (file, (whole, types)) in files() {
         for element in types {
-            let shader = Shader::parse(file, text, element).unwrap_or_else(|e| panic!("{file} {element}: {e}"));
+            let shader = Shader::parse(whole, element).unwrap_or_else(|e| panic!("{file} {element}: {e}"));
             let written: BTreeSet<&str> =
                 shader.entries.iter().flat_map(|e| &e.slots).filter(|s| s.writes).map(|s| s.name.as_str()).collect();
             for entry in &shader.entries {
@@ -48,12 +48,13 @@ fn every_shader_is_valid_under_every_prelude() {
     // Every record's entry point exists.
     for case in cases() {
         for kernel in case.op.kernels() {
-            if let Code::Wgsl { file, entry, .. } = kernel.code {
+            if let Some(Entry { file, entry, .. }) = kernel.wgsl() {
                 for element in kernel.dtypes {
                     assert!(
-                        entries[&(file, *element)].entry(entry).is_some(),
-                        "{}: {file} has no entry {entry}",
-                        kernel.name
+                        entries[&(file.name, *element)].entry(entry).is_some(),
+                        "{}: {} has no entry {entry}",
+                        kernel.name,
+                        file.name
                     );
                 }
             }
@@ -96,8 +97,8 @@ fn header(text: &str) -> Vec<(String, String)> {
 #[test]
 fn headers_have_their_fields_and_name_every_buffer() {
     let mut wrong = Vec::new();
-    for (file, (text, types)) in files() {
-        let fields = header(text);
+    for (file, (whole, types)) in files() {
+        let fields = header(whole.text);
         let names: Vec<&str> = fields.iter().map(|(name, _)| name.as_str()).collect();
         if names != FIELDS {
             wrong.push(format!("{file}: header fields {names:?}, wanted {FIELDS:?}"));
@@ -109,7 +110,7 @@ fn headers_have_their_fields_and_name_every_buffer() {
             }
         }
         let shapes = &fields[3].1;
-        let Ok(shader) = Shader::parse(file, text, *types.iter().next().unwrap_or(&DType::F32)) else { continue };
+        let Ok(shader) = Shader::parse(whole, *types.iter().next().unwrap_or(&DType::F32)) else { continue };
         let mut slots: Vec<&str> = shader.entries.iter().flat_map(|e| &e.slots).map(|s| s.name.as_str()).collect();
         slots.sort_unstable();
         slots.dedup();
@@ -144,11 +145,11 @@ fn every_shader_file_belongs_to_a_record() {
 }
 
 #[test]
-fn every_op_has_a_kernel_for_the_cpu_and_for_wgpu() {
+fn every_op_has_a_kernel_for_each_kind_of_device() {
     let mut lacking: BTreeMap<&str, BTreeSet<Kind>> = BTreeMap::new();
     for case in cases() {
-        for kind in [Kind::Cpu, Kind::Wgpu] {
-            if !case.op.kernels().iter().any(|k| k.kind() == kind) {
+        for kind in [Kind::Cpu, Kind::Wgpu, Kind::Cuda] {
+            if !case.op.kernels().iter().any(|k| k.supports(kind)) {
                 lacking.entry(case.op.name()).or_default().insert(kind);
             }
         }
@@ -178,10 +179,11 @@ fn plans_stay_within_the_default_limits_of_webgpu() {
             let info = device.info();
             let problem = Problem { op: case.op.as_ref(), inputs: &inputs, outputs: &outputs, element, info };
             for kernel in dispatch::candidates(&problem) {
-                let Code::Wgsl { file, text, entry, .. } = kernel.code else { continue };
-                let shader = shaders.entry((file, element)).or_insert_with(|| {
-                    Arc::new(Shader::parse(file, text, element).unwrap_or_else(|e| panic!("{file}: {e}")))
+                let Some(Entry { file, entry, .. }) = kernel.wgsl() else { continue };
+                let shader = shaders.entry((file.name, element)).or_insert_with(|| {
+                    Arc::new(Shader::parse(file, element).unwrap_or_else(|e| panic!("{}: {e}", file.name)))
                 });
+                let file = file.name;
                 let plan = (kernel.plan)(&problem);
                 let arguments = arguments(&case, &inputs, &outputs, &plan);
                 for launch in &plan.launches {

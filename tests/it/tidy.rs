@@ -246,7 +246,7 @@ fn twins_share_their_stem() {
             let module = root().join(folder).join(family.name).join("mod.rs");
             assert!(file.exists() || module.exists(), "{} has no {}", family.name, file.display());
         }
-        if family.shader.is_some() {
+        if family.source.is_some() {
             let file = root().join("shaders").join(format!("{}.wgsl", family.name));
             let split =
                 sources("shaders", &["wgsl"]).iter().any(|(n, _)| n.starts_with(&format!("shaders/{}_", family.name)));

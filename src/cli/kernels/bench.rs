@@ -7,11 +7,11 @@ use serde::Serialize;
 
 use super::measure::{self, Ceiling, Effort};
 use crate::cli::{Global, say, say_json};
-use crate::device::Device;
+use crate::device::{Device, Kind};
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Problem};
+use crate::kernel::{Kernel, Problem};
 use crate::op::Case;
 use crate::report::bench::{BenchDevice, BenchRecord};
 use crate::report::{milliseconds, percent};
@@ -157,7 +157,7 @@ fn bench(
     let time = |kernel: &'static Kernel| -> Result<BenchRecord> {
         let mut record = blank(kernel.name);
         record.supported = true;
-        record.kernel_hash = source_hash(kernel);
+        record.kernel_hash = source_hash(kernel, device.info().kind);
         record.error_metric = "verified against the f64 reference".into();
         let verdict = verdicts.iter().find(|o| o.kernel == kernel.name).map(|o| &o.verdict);
         if let Some(Verdict::Failed(reason)) = verdict {
@@ -205,12 +205,10 @@ fn rate(
     record.summarize();
 }
 
-fn source_hash(kernel: &Kernel) -> String {
-    match kernel.code {
-        Code::Wgsl { text, .. } => blake3::hash(text.as_bytes()).to_hex().to_string(),
-        // Rust functions change with the program.
-        Code::Cpu(_) => String::new(),
-    }
+/// Of the kernel's file for a kind of device; empty for Rust functions, which change with the program.
+fn source_hash(kernel: &Kernel, kind: Kind) -> String {
+    let entry = if kind == Kind::Cuda { kernel.cuda() } else { kernel.wgsl() };
+    entry.map_or_else(String::new, |e| blake3::hash(e.file.text.as_bytes()).to_hex().to_string())
 }
 
 fn describe(device: &dyn Device) -> BenchDevice {

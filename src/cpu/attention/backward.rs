@@ -4,8 +4,8 @@ use super::tile::{Left, Vector, Work, best, product};
 use super::{
     KEYS, PAD, PANEL, Problem, Shared, Visible, pack, scores, take, tasks_per_chunk, transpose, with_workspace,
 };
-use crate::cpu::{Args, simd};
 use crate::dtype::Float;
+use crate::{Args, simd};
 
 pub(super) fn run<T: Float>(args: &Args) {
     let p = Problem::<T>::of(args);

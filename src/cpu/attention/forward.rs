@@ -4,9 +4,10 @@ use super::tile::{Left, Vector, Work, best, product};
 use super::{
     KEYS, PAD, PANEL, Problem, Shared, Visible, pack, scores, take, tasks_per_chunk, transpose, with_workspace,
 };
-use crate::cpu::{Args, simd};
 use crate::dtype::Float;
-use crate::ops::attention::MASKED;
+use crate::{Args, simd};
+/// Value of a masked score, and lse of a row without keys: large and finite, as `MASKED` in the shaders.
+pub const MASKED: f32 = -1e30;
 
 /// Queries of a task: they share the packing of each block of keys.
 const QUERIES: usize = 4 * PANEL;

@@ -87,7 +87,7 @@ pub trait Work {
 pub fn best<W: Work>(work: W) {
     #[cfg(target_arch = "x86_64")]
     {
-        use crate::cpu::simd::{Level, level};
+        use crate::simd::{Level, level};
         use std::arch::x86_64::{__m256, __m512};
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")]
         fn avx512<W: Work>(work: W) {

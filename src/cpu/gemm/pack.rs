@@ -2,8 +2,8 @@
 //! transposes and 16-bit storage end.
 
 use super::View;
-use crate::cpu::simd::{self, Level};
 use crate::dtype::Float;
+use crate::simd::{self, Level};
 
 /// `depth` groups of `width` values to be packed: value (x, p) is `data[first + x * across + p * along]`.
 #[derive(Clone, Copy)]

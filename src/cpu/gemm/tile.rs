@@ -4,7 +4,7 @@
 //! groups of `columns` values. Every element of C is one chain of multiply-adds in the order of k, whatever the tile's
 //! size and place, so results do not depend on how a matrix was cut into tiles or among threads.
 
-use crate::cpu::simd::{self, Level};
+use crate::simd::{self, Level};
 
 /// (k, packed A, packed B, C, elements from row to row of C, add to C, columns in the last register).
 ///

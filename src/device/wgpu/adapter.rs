@@ -191,6 +191,7 @@ pub fn open(index: usize, adapter: &wgpu::Adapter) -> Result<Opened> {
             subgroups: required.contains(wgpu::Features::SUBGROUP),
             timestamps: required.contains(timestamps),
             cooperative_matrix: cooperative,
+            arch: 0,
         },
         probes: Vec::new(),
     };

@@ -20,7 +20,7 @@ use super::pool::{Pool, Stats};
 use super::{Binding, Buffer, Device, Info};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, check_launch};
+use crate::kernel::{Entry, Kernel, Launch, check_launch};
 
 pub use adapter::{Adapter, adapters, quiet_loader};
 
@@ -318,15 +318,14 @@ impl Device for WgpuDevice {
 
     fn launch(&self, kernel: &Kernel, element: DType, launch: &Launch, arguments: &[Binding]) -> Result<()> {
         self.gpu.alive()?;
-        let Code::Wgsl { file, text, entry, constants } = kernel.code else {
+        let Some(Entry { file, entry, constants }) = kernel.wgsl() else {
             return Err(Error::NotAvailable {
                 device: self.info.id.clone(),
                 reason: format!("{} is no WGSL kernel", kernel.name),
             });
         };
         check_launch(kernel, launch, &self.info)?;
-        let pipeline =
-            self.pipelines.get(&self.gpu, (file, text), launch.entry.unwrap_or(entry), element, constants)?;
+        let pipeline = self.pipelines.get(&self.gpu, file, launch.entry.unwrap_or(entry), element, constants)?;
         let words = launch.params.words();
         if (words.len() * 4) < pipeline.parameter_bytes as usize {
             return Err(Error::Launch {

@@ -9,8 +9,7 @@ use super::shader::{Shader, compile_error};
 use super::{Gpu, scoped};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-
-type Constants = &'static [(&'static str, f64)];
+use crate::kernel::{Constants, File};
 
 #[derive(Clone, Copy)]
 struct Key {
@@ -99,29 +98,29 @@ impl Pipelines {
     pub fn get(
         &self,
         gpu: &Gpu,
-        (file, text): (&'static str, &'static str),
+        file: File,
         entry: &'static str,
         element: DType,
         constants: Constants,
     ) -> Result<Arc<Pipeline>> {
-        let key = Key { file, text: text.as_ptr() as usize, entry, element, constants };
+        let key = Key { file: file.name, text: file.text.as_ptr() as usize, entry, element, constants };
         if let Some(found) = lock(&self.pipelines).get(&key) {
             return Ok(found.clone());
         }
-        let module = self.module(gpu, file, text, element)?;
-        let pipeline = Arc::new(build(gpu, &module, file, entry, constants)?);
+        let module = self.module(gpu, file, element)?;
+        let pipeline = Arc::new(build(gpu, &module, file.name, entry, constants)?);
         lock(&self.pipelines).insert(key, pipeline.clone());
         Ok(pipeline)
     }
 
-    fn module(&self, gpu: &Gpu, file: &'static str, text: &'static str, element: DType) -> Result<Arc<Module>> {
-        let key = (file, text.as_ptr() as usize, element);
+    fn module(&self, gpu: &Gpu, file: File, element: DType) -> Result<Arc<Module>> {
+        let key = (file.name, file.text.as_ptr() as usize, element);
         if let Some(found) = lock(&self.modules).get(&key) {
             return Ok(found.clone());
         }
-        let shader = Shader::parse(file, text, element)?;
+        let shader = Shader::parse(file, element)?;
         let descriptor = wgpu::ShaderModuleDescriptor {
-            label: Some(file),
+            label: Some(file.name),
             source: wgpu::ShaderSource::Wgsl(shader.source.as_str().into()),
         };
         let compiled = scoped(&gpu.device, || {
@@ -133,7 +132,7 @@ impl Pipelines {
                 unsafe { gpu.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
             }
         })
-        .map_err(|e| gpu.compile_failure(e, file, shader.lines_before))?;
+        .map_err(|e| gpu.compile_failure(e, file.name, shader.lines_before))?;
         let module = Arc::new(Module { shader, compiled });
         lock(&self.modules).insert(key, module.clone());
         Ok(module)

@@ -4,11 +4,13 @@ use super::WgpuDevice;
 use crate::device::{Binding, Device, Probe};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, always};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Source, always};
+
+const SOURCE: Source = Source::wgsl("probe.wgsl", include_str!("probe.wgsl"));
 
 static PROBE: Kernel = Kernel {
     name: "probe",
-    code: Code::Wgsl { file: "probe.wgsl", text: include_str!("probe.wgsl"), entry: "probe", constants: &[] },
+    code: Code::Wgsl { source: SOURCE, entry: "probe", constants: &[] },
     dtypes: &[DType::F32],
     fits: always,
     plan: Plan::once,

@@ -2,7 +2,7 @@
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::assemble;
+use crate::kernel::{File, assemble};
 
 /// One storage binding of an entry point.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,8 +37,9 @@ pub struct Shader {
 }
 
 impl Shader {
-    pub fn parse(file: &str, text: &str, element: DType) -> Result<Self> {
-        let (source, lines_before) = assemble(file, text, element)?;
+    pub fn parse(file: File, element: DType) -> Result<Self> {
+        let (source, lines_before) = assemble(file, element)?;
+        let file = file.name;
         let at = |location: Option<naga::SourceLocation>| location.map_or(0, |l| l.line_number);
         let module = naga::front::wgsl::parse_str(&source)
             .map_err(|e| compile_error(file, at(e.location(&source)), lines_before, e.emit_to_string(&source)))?;

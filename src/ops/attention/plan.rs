@@ -2,9 +2,9 @@
 
 use super::{Attention, AttentionBackward, Extents};
 use crate::dtype::DType;
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, source};
 
-pub(super) const SHADER: &str = include_str!("../../../shaders/attention.wgsl");
+pub(super) const SOURCE: Source = source!("attention");
 
 pub(super) const FORWARD: Kernel = Kernel { fits: fits_forward, plan: forward, ..wgsl("attention_fwd") };
 pub(super) const BACKWARD: Kernel = Kernel { fits: fits_backward, plan: backward, ..wgsl("attention_bwd_rows") };
@@ -16,7 +16,7 @@ const STEP: usize = 4;
 const MAX_DIM: usize = 128;
 
 const fn wgsl(entry: &'static str) -> Kernel {
-    let code = Code::Wgsl { file: "attention.wgsl", text: SHADER, entry, constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
     Kernel { name: entry, code, dtypes: DType::FLOATS, fits: crate::kernel::always, plan: Plan::once }
 }
 

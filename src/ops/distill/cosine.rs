@@ -2,13 +2,13 @@
 
 use std::any::Any;
 
-use super::{SHADER, check_pair};
+use super::{SOURCE, check_pair};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::kernel::{Kernel, Launch, Params, Plan, Problem, always};
 use crate::op::{Array, Cost, Gradient, Op, Saves};
-use crate::ops::rows::{BLOCK, wgsl};
+use crate::ops::rows::{BLOCK, gpu};
 use crate::shape::Meta;
 use crate::tensor::Tensor;
 
@@ -59,7 +59,7 @@ impl Op for Cosine {
 
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] =
-            &[Kernel::cpu("cosine_fwd", DType::FLOATS, cpu::cosine), wgsl(SHADER, "cosine_fwd", always, plan)];
+            &[Kernel::cpu("cosine_fwd", DType::FLOATS, cpu::cosine), gpu(SOURCE, "cosine_fwd", always, plan)];
         KERNELS
     }
 
@@ -116,7 +116,7 @@ impl Op for CosineBackward {
 
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] =
-            &[Kernel::cpu("cosine_bwd", DType::FLOATS, cpu::cosine_backward), wgsl(SHADER, "cosine_bwd", always, plan)];
+            &[Kernel::cpu("cosine_bwd", DType::FLOATS, cpu::cosine_backward), gpu(SOURCE, "cosine_bwd", always, plan)];
         KERNELS
     }
 

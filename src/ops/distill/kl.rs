@@ -2,13 +2,13 @@
 
 use std::any::Any;
 
-use super::{SHADER, check_pair};
+use super::{SOURCE, check_pair};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Launch, Params, Plan, Problem, always};
 use crate::op::{Array, Cost, Gradient, Op, Saves};
-use crate::ops::rows::{BLOCK, PLANS, rungs, wgsl};
+use crate::ops::rows::{BLOCK, PLANS, gpu, rungs};
 use crate::shape::Meta;
 use crate::tensor::Tensor;
 
@@ -183,7 +183,7 @@ impl Op for Kl {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &rungs(SHADER, "kl_fwd", cpu::kl, ["kl_fwd", "kl_fwd_v2"], PLANS);
+        const KERNELS: &[Kernel] = &rungs(SOURCE, "kl_fwd", cpu::kl, ["kl_fwd", "kl_fwd_v2"], PLANS);
         KERNELS
     }
 
@@ -238,7 +238,7 @@ impl Op for KlBackward {
 
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] =
-            &[Kernel::cpu("kl_bwd", DType::FLOATS, cpu::kl_backward), wgsl(SHADER, "kl_bwd", always, elements)];
+            &[Kernel::cpu("kl_bwd", DType::FLOATS, cpu::kl_backward), gpu(SOURCE, "kl_bwd", always, elements)];
         KERNELS
     }
 

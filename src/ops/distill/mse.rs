@@ -2,13 +2,13 @@
 
 use std::any::Any;
 
-use super::{SHADER, check_pair, vector};
+use super::{SOURCE, check_pair, vector};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::kernel::{Kernel, Launch, Params, Plan, Problem, always};
 use crate::op::{Array, Cost, Gradient, Op, Saves};
-use crate::ops::rows::{BLOCK, wgsl};
+use crate::ops::rows::{BLOCK, gpu};
 use crate::shape::{Meta, Shape};
 use crate::tensor::Tensor;
 
@@ -99,7 +99,7 @@ impl Op for HiddenMse {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("hidden_mse_fwd", DType::FLOATS, cpu::hidden_mse),
-            wgsl(SHADER, "hidden_mse_fwd", always, forward),
+            gpu(SOURCE, "hidden_mse_fwd", always, forward),
         ];
         KERNELS
     }
@@ -159,7 +159,7 @@ impl Op for HiddenMseBackward {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("hidden_mse_bwd", DType::FLOATS, cpu::hidden_mse_backward),
-            wgsl(SHADER, "hidden_mse_bwd", always, |p| Plan::of(rows(p))),
+            gpu(SOURCE, "hidden_mse_bwd", always, |p| Plan::of(rows(p))),
         ];
         KERNELS
     }

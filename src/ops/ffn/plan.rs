@@ -2,21 +2,15 @@
 
 use super::{Extents, Ffn, FfnActivation, FfnBackward, extents};
 use crate::dtype::DType;
-use crate::kernel::{Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem};
+use crate::kernel::{Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, source};
 
-pub(super) const SHADER: &str = include_str!("../../../shaders/ffn.wgsl");
+pub(super) const SOURCE: Source = source!("ffn");
 
 pub(super) const FORWARD: Kernel = wgsl("ffn_fwd", "ffn_up", forward);
 pub(super) const BACKWARD: Kernel = wgsl("ffn_bwd", "ffn_up", backward);
 
 const fn wgsl(name: &'static str, entry: &'static str, plan: fn(&Problem) -> Plan) -> Kernel {
-    Kernel {
-        name,
-        code: Code::Wgsl { file: "ffn.wgsl", text: SHADER, entry, constants: &[] },
-        dtypes: DType::FLOATS,
-        fits,
-        plan,
-    }
+    Kernel { name, code: Code::Gpu { source: SOURCE, entry, constants: &[] }, dtypes: DType::FLOATS, fits, plan }
 }
 
 /// Outputs of one workgroup of a product, per axis.

@@ -1,13 +1,13 @@
 //! WGSL plans: which tile, in which order, with which arguments.
 
 use crate::dtype::DType;
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, source};
 use crate::ops::distill::Divergence;
-use crate::ops::rows::{BLOCK, Shader};
+use crate::ops::rows::BLOCK;
 
 use super::{LinearCrossEntropy, LinearCrossEntropyBackward, LinearKl, LinearKlBackward, LinearPredict};
 
-pub(super) const SHADER: Shader = ("linear_loss.wgsl", include_str!("../../../shaders/linear_loss.wgsl"));
+pub(super) const SOURCE: Source = source!("linear_loss");
 
 /// Words of a tile; a multiple of 256, so that a tile of the head starts where a binding may start.
 const TILE: usize = 2048;
@@ -17,7 +17,7 @@ const CHUNK: usize = 4096;
 const STATE: usize = 8;
 
 pub(super) const fn kernel(name: &'static str, plan: fn(&Problem) -> Plan) -> Kernel {
-    let code = Code::Wgsl { file: SHADER.0, text: SHADER.1, entry: "tile_logits", constants: &[] };
+    let code = Code::Gpu { source: SOURCE, entry: "tile_logits", constants: &[] };
     Kernel { name, code, dtypes: DType::FLOATS, fits, plan }
 }
 

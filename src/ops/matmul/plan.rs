@@ -3,9 +3,9 @@
 use super::{Epilogue, Layout, Matmul};
 use crate::device::Class;
 use crate::dtype::DType;
-use crate::kernel::{Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, always};
+use crate::kernel::{Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, always, source};
 
-pub(super) const SHADER: &str = include_str!("../../../shaders/matmul.wgsl");
+pub(super) const SOURCE: Source = source!("matmul");
 
 /// Rows and columns of output per workgroup of 8 x 8 invocations.
 type Tile = (usize, usize);
@@ -19,7 +19,13 @@ const fn wgsl(
     fits: fn(&Problem) -> bool,
     plan: fn(&Problem) -> Plan,
 ) -> Kernel {
-    let code = Code::Wgsl { file: "matmul.wgsl", text: SHADER, entry: name, constants };
+    let code = Code::Wgsl { source: SOURCE, entry: name, constants };
+    Kernel { name, code, dtypes: DType::FLOATS, fits, plan }
+}
+
+/// An entry of both languages.
+const fn gpu(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) -> Plan) -> Kernel {
+    let code = Code::Gpu { source: SOURCE, entry: name, constants: &[] };
     Kernel { name, code, dtypes: DType::FLOATS, fits, plan }
 }
 
@@ -32,8 +38,8 @@ pub(super) const QUADS_TT: Kernel = quads(&[("A_ALONG_K", 0.0), ("B_ALONG_K", 1.
 pub(super) const REGISTERS: Kernel =
     wgsl("matmul_fwd_v2", &[], fits_registers, |p| plan(p, "matmul_fwd_v2", TILE, FOURTH));
 pub(super) const WORKGROUP: Kernel =
-    wgsl("matmul_fwd_v4", &[], |p| unsplit(p, SHARED), |p| plan(p, "matmul_fwd_v4", TILE, SHARED));
-pub(super) const NAIVE: Kernel = wgsl("matmul_fwd", &[], always, |p| plan(p, "matmul_fwd", NAIVE_TILE, ONE));
+    gpu("matmul_fwd_v4", |p| unsplit(p, SHARED), |p| plan(p, "matmul_fwd_v4", TILE, SHARED));
+pub(super) const NAIVE: Kernel = gpu("matmul_fwd", always, |p| plan(p, "matmul_fwd", NAIVE_TILE, ONE));
 
 const fn quads(constants: &'static [(&'static str, f64)], fits: fn(&Problem) -> bool) -> Kernel {
     wgsl("matmul_fwd_v3", constants, fits, |p| plan(p, "matmul_fwd_v3", TALL_TILE, FOURTH))

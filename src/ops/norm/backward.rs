@@ -3,7 +3,7 @@
 
 use std::any::Any;
 
-use super::{SHADER, words};
+use super::{SOURCE, words};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -12,8 +12,7 @@ use crate::op::{Array, Cost, Op};
 use crate::ops::rows::{BLOCK, group_launch, row_launch, rungs};
 use crate::shape::{self, Meta};
 
-/// Rows per partial sum of dweight and dbias.
-pub(crate) const CHUNK: usize = 64;
+pub(crate) use crate::cpu::NORM_CHUNK as CHUNK;
 
 /// dx, dweight `[d]` and dbias `[d]` of layer or RMS normalisation.
 ///
@@ -95,7 +94,7 @@ impl Op for NormBackward {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &rungs(SHADER, "norm_bwd", cpu::norm_backward, ["norm_bwd", "norm_bwd_v2"], PLANS);
+        const KERNELS: &[Kernel] = &rungs(SOURCE, "norm_bwd", cpu::norm_backward, ["norm_bwd", "norm_bwd_v2"], PLANS);
         KERNELS
     }
 
@@ -135,7 +134,7 @@ impl Op for AddNormBackward {
 
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] =
-            &rungs(SHADER, "add_norm_bwd", cpu::add_norm_backward, ["add_norm_bwd", "add_norm_bwd_v2"], PLANS);
+            &rungs(SOURCE, "add_norm_bwd", cpu::add_norm_backward, ["add_norm_bwd", "add_norm_bwd_v2"], PLANS);
         KERNELS
     }
 

@@ -2,18 +2,17 @@
 
 use std::any::Any;
 
-use super::{SHADER, cost, log_sum_exp, words};
+use super::{SOURCE, cost, log_sum_exp, words};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Launch, Params, Plan, Problem, always};
 use crate::op::{Array, Cost, Gradient, Op, Saves};
-use crate::ops::rows::{BLOCK, PLANS, rungs, wgsl};
+use crate::ops::rows::{BLOCK, PLANS, gpu, rungs};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
-/// A target of this value takes no part: loss 0, gradient 0.
-pub const IGNORE: u32 = u32::MAX;
+pub use crate::cpu::IGNORE;
 
 /// loss = lse(z) - (1 - s) z_target - s mean(z), s the label smoothing (Szegedy et al. 2016).
 ///
@@ -89,7 +88,7 @@ impl Op for CrossEntropy {
 
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &rungs(
-            SHADER,
+            SOURCE,
             "cross_entropy_fwd",
             cpu::cross_entropy,
             ["cross_entropy_fwd", "cross_entropy_fwd_v2"],
@@ -149,7 +148,7 @@ impl Op for CrossEntropyBackward {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("cross_entropy_bwd", DType::FLOATS, cpu::cross_entropy_backward),
-            wgsl(SHADER, "cross_entropy_bwd", always, elements),
+            gpu(SOURCE, "cross_entropy_bwd", always, elements),
         ];
         KERNELS
     }

@@ -1,11 +1,20 @@
 //! CPU kernels, twins of `shaders/` and `cuda/`: one file per op family.
 
+#[path = "../dtype.rs"]
+pub mod dtype;
+#[path = "../error.rs"]
+pub mod error;
+#[path = "../rng.rs"]
+pub mod rng;
+#[path = "../shape.rs"]
+pub mod shape;
+
 mod attention;
 mod distill;
 mod dot_tile;
 mod embed;
 mod ffn;
-pub(crate) mod gemm;
+pub mod gemm;
 mod int8;
 mod layout;
 mod linear_loss;
@@ -25,36 +34,36 @@ mod sparse24;
 mod sparse24_matmul;
 mod unary;
 
-pub(crate) use attention::{attention, attention_backward};
-pub(crate) use distill::{cosine, cosine_backward, hidden_mse, hidden_mse_backward, kl, kl_backward};
-pub(crate) use embed::{embed, embed_backward};
-pub(crate) use ffn::{ffn, ffn_backward};
-pub(crate) use layout::{concat, fill, gather_rows, pad, permute, scatter_add_rows, slice};
-pub(crate) use linear_loss::{
+pub use attention::{MASKED, attention, attention_backward};
+pub use distill::{cosine, cosine_backward, hidden_mse, hidden_mse_backward, kl, kl_backward};
+pub use embed::{embed, embed_backward};
+pub use ffn::{ffn, ffn_backward};
+pub use layout::{concat, fill, gather_rows, pad, permute, scatter_add_rows, slice};
+pub use linear_loss::{
     linear_cross_entropy, linear_cross_entropy_backward, linear_kl, linear_kl_backward, linear_predict,
 };
-pub(crate) use matmul::matmul;
-pub(crate) use moe::{moe_combine, moe_combine_backward, moe_dispatch, moe_gate, moe_gate_backward};
-pub(crate) use moe_matmul::{grouped_backward_input, grouped_backward_weight, grouped_matmul, grouped_matmul_int8};
-pub(crate) use norm::{add_layernorm, add_norm_backward, add_rmsnorm, layernorm, norm_backward, rmsnorm};
-pub(crate) use quant::{dequantize, fake_quant, fake_quant_backward, observe, quantize};
-pub(crate) use random::{dropout, normal, uniform};
-pub(crate) use rope::rope;
+pub use matmul::matmul;
+pub use moe::{moe_combine, moe_combine_backward, moe_dispatch, moe_gate, moe_gate_backward};
+pub use moe_matmul::{grouped_backward_input, grouped_backward_weight, grouped_matmul, grouped_matmul_int8};
+pub use norm::{CHUNK as NORM_CHUNK, add_layernorm, add_norm_backward, add_rmsnorm, layernorm, norm_backward, rmsnorm};
+pub use quant::{dequantize, fake_quant, fake_quant_backward, observe, quantize};
+pub use random::{dropout, normal, uniform};
+pub use rope::rope;
 mod binary;
 mod cache;
 mod ceiling;
 mod reduce;
-pub(crate) use binary::{accumulate_scaled, binary};
-pub(crate) use cache::write_rows;
-pub(crate) use ceiling::multiply_add_chain;
-pub(crate) use optim::{adamw, clip_factor, sgd};
-pub(crate) use quant_int4::{matmul_int4, pack_int4, unpack_int4};
-pub(crate) use quant_matmul::matmul_int8;
-pub(crate) use reduce::{argmax, count_non_finite, reduce, reduce_backward};
-pub(crate) use softmax::{cross_entropy, cross_entropy_backward, softmax, softmax_backward};
-pub(crate) use sparse24::{compress24, decompress24, gather24, mask24_1d, mask24_2d};
-pub(crate) use sparse24_matmul::{matmul_sparse24, matmul_sparse24_int8};
-pub(crate) use unary::{cast, unary, unary_backward};
+pub use binary::{accumulate_scaled, binary};
+pub use cache::write_rows;
+pub use ceiling::multiply_add_chain;
+pub use optim::{adamw, clip_factor, sgd};
+pub use quant_int4::{matmul_int4, pack_int4, unpack_int4};
+pub use quant_matmul::matmul_int8;
+pub use reduce::{argmax, count_non_finite, reduce, reduce_backward};
+pub use softmax::{IGNORE, cross_entropy, cross_entropy_backward, softmax, softmax_backward};
+pub use sparse24::{PAIRS, PATTERNS, compress24, decompress24, gather24, mask24_1d, mask24_2d};
+pub use sparse24_matmul::{matmul_sparse24, matmul_sparse24_int8};
+pub use unary::{cast, unary, unary_backward};
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -99,14 +108,14 @@ pub struct Args<'a> {
 }
 
 impl<'a> Args<'a> {
-    pub(crate) fn new(params: &'a [u32], element: DType, threads: &'a rayon::ThreadPool) -> Self {
+    pub fn new(params: &'a [u32], element: DType, threads: &'a rayon::ThreadPool) -> Self {
         Self { slots: Vec::with_capacity(8), params, element, threads }
     }
 
     /// # Safety
     /// `base` starts `bytes` initialized bytes that live for `'a`, aligned to 4; where one of two overlapping
     /// arguments is taken with [`Args::write`], neither is otherwise used.
-    pub(crate) unsafe fn push(&mut self, base: *mut u8, bytes: usize) {
+    pub unsafe fn push(&mut self, base: *mut u8, bytes: usize) {
         self.slots.push(Slot { base, state: Cell::new(State::Free), bytes, _memory: PhantomData });
     }
 

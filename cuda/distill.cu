@@ -1,0 +1,324 @@
+// op:       hidden_mse, cosine, kl and their backward
+// math:     hidden_mse: u = s / ms, v = t / mt (or s, t): loss = c sum_i w_i |u_i - v_i|^2, c = 1/2 or 1 / (D sum w);
+//           ms = sum_i w_i |s_i| / sum w; ds = 2 c w dloss ((u - v) / ms - s sum_i w_i u_i . (u_i - v_i) / (ms |s_i| sum w))
+//           cosine: loss = w (1 - a.b / (|a| |b|)); da = -w dloss (b / (|a| |b|) - cos a / |a|^2)
+//           kl: a = zs / T, b = zt / T, q, p their softmax: forward sum p log(p/q), reverse sum q log(q/p),
+//           jsd beta KL(p||m) + (1-beta) KL(q||m); loss = w F kl; dz = dloss w F / T slope, slope: q - p;
+//           q (log q - log p - kl); q ((1-beta) log(q/m) - (1-beta) KL(q||m))
+// grad:     hidden_mse_bwd, cosine_bwd, kl_bwd (student side; cosine both)
+// shapes:   student s, teacher t and weight w of all; hidden_mse: s[R,D], t[R,D], w[R], loss[], stats[4], norms[R], sums[R];
+//           bwd: s[R,D], t[R,D], w[R], saved stats[4], dloss[], ds[R,D]
+//           cosine: a[R,D], b[R,D], w[R], loss[R]; bwd: a[R,D], b[R,D], w[R], dloss[R], da[R,D], db[R,D]
+//           kl: zs[R,V], zt[R,V], w[R], loss[R], lse_s[R], lse_t[R], expectation[R]
+//           kl_bwd: zs[R,V], zt[R,V], w[R], saved lse_s[R], lse_t[R], expectation[R], dloss[R], dz[R,V]
+// layout:   row-major; stats: sum w, ms, mt, sum_i w_i u_i . (u_i - v_i)
+// launch:   rows linear, 64 a block; means and totals one block of 128; kl v2: one block of 128 per row; kl_bwd linear, 4 elements each
+// cost:     hidden_mse 3 R D flops, cosine 6 R D, kl 12 R V
+// numerics: f32; maxima taken off before exp; sums in blocks of 32; jsd from log(p/q), free of the rounding of lse;
+//           all weights 0: loss 0 and gradient 0; rows of zeros have norm gradient 0
+// source:   LightChatGLM Eq 10; BMCook (Zhang et al. 2022); Hinton et al. 2015; Agarwal et al. 2024
+// rungs:    v1 a row per thread; v2 (kl) a row per block, butterfly reductions
+
+struct DistillParams { u32 rows, d, a, b; float inverse, factor; };
+
+#define GROUP 128u
+#define BLOCK 32u
+
+__device__ __forceinline__ float inverse_or_zero(float x) { return x > 0.0f ? 1.0f / fmaxf(x, 1e-37f) : 0.0f; }
+
+// --- hidden_mse: a = mean reduction, b = normalised
+__device__ __forceinline__ float mse_factor(const DistillParams& p, float total) {
+    return p.a == 0u ? 0.5f : inverse_or_zero(total) / (float)p.d;
+}
+
+// Squared lengths of a row of student and teacher.
+__device__ float2 row_squares(const E* s, const E* t, u32 d) {
+    float2 sum = make_float2(0.0f, 0.0f);
+    for (u32 begin = 0; begin < d; begin += BLOCK) {
+        float2 part = make_float2(0.0f, 0.0f);
+        for (u32 i = begin; i < min(begin + BLOCK, d); i++) {
+            float u = ld(s[i]), v = ld(t[i]);
+            part.x += u * u;
+            part.y += v * v;
+        }
+        sum.x += part.x;
+        sum.y += part.y;
+    }
+    return sum;
+}
+
+extern "C" __global__ void __launch_bounds__(64)
+    hidden_mse_norms(const E* student, const E* teacher, const float* weight, float*, float*, float2* norms, float2*, DistillParams p) {
+    u32 row = linear_id();
+    if (row >= p.rows) return;
+    float2 squares = row_squares(student + (u64)row * p.d, teacher + (u64)row * p.d, p.d);
+    norms[row] = make_float2(weight[row] * sqrtf(squares.x), weight[row] * sqrtf(squares.y));
+}
+
+// Sums over all rows of the weights and of a pair, in every thread: the weights in x.
+__device__ float3 row_totals(const float* weight, const float2* pairs, u32 rows, float* tile) {
+    float3 sum = make_float3(0.0f, 0.0f, 0.0f);
+    for (u32 row = threadIdx.x; row < rows; row += GROUP) {
+        sum.x += weight[row];
+        sum.y += pairs[row].x;
+        sum.z += pairs[row].y;
+    }
+    sum.x = block_sum(sum.x, tile);
+    sum.y = block_sum(sum.y, tile);
+    sum.z = block_sum(sum.z, tile);
+    return sum;
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    hidden_mse_means(const E*, const E*, const float* weight, float*, float* stats, const float2* norms, float2*, DistillParams p) {
+    __shared__ float tile[WARP];
+    float3 totals = row_totals(weight, norms, p.rows, tile);
+    if (threadIdx.x != 0u) return;
+    stats[1] = totals.y * inverse_or_zero(totals.x);
+    stats[2] = totals.z * inverse_or_zero(totals.x);
+}
+
+// (w |u - v|^2, w u . (u - v)) of one row.
+extern "C" __global__ void __launch_bounds__(64)
+    hidden_mse_fwd(const E* student, const E* teacher, const float* weight, float*, const float* stats, float2*, float2* sums, DistillParams p) {
+    u32 row = linear_id();
+    if (row >= p.rows) return;
+    float scale_s = 1.0f, scale_t = 1.0f;
+    if (p.b != 0u) {
+        scale_s = inverse_or_zero(stats[1]);
+        scale_t = inverse_or_zero(stats[2]);
+    }
+    student += (u64)row * p.d;
+    teacher += (u64)row * p.d;
+    float squares = 0.0f, along = 0.0f;
+    for (u32 begin = 0; begin < p.d; begin += BLOCK) {
+        float part_squares = 0.0f, part_along = 0.0f;
+        for (u32 i = begin; i < min(begin + BLOCK, p.d); i++) {
+            float u = scale_s * ld(student[i]);
+            float e = u - scale_t * ld(teacher[i]);
+            part_squares += e * e;
+            part_along += u * e;
+        }
+        squares += part_squares;
+        along += part_along;
+    }
+    sums[row] = make_float2(weight[row] * squares, weight[row] * along);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    hidden_mse_total(const E*, const E*, const float* weight, float* loss, float* stats, const float2*, const float2* sums, DistillParams p) {
+    __shared__ float tile[WARP];
+    float3 totals = row_totals(weight, sums, p.rows, tile);
+    if (threadIdx.x != 0u) return;
+    loss[0] = mse_factor(p, totals.x) * totals.y;
+    stats[0] = totals.x;
+    if (p.b == 0u) {
+        stats[1] = 1.0f;
+        stats[2] = 1.0f;
+    }
+    stats[3] = totals.z;
+}
+
+extern "C" __global__ void __launch_bounds__(64)
+    hidden_mse_bwd(const E* student, const E* teacher, const float* weight, const float* saved, const float* dloss, E* ds, DistillParams p) {
+    u32 row = linear_id();
+    if (row >= p.rows) return;
+    student += (u64)row * p.d;
+    teacher += (u64)row * p.d;
+    ds += (u64)row * p.d;
+    float total = saved[0], scale_s = inverse_or_zero(saved[1]), scale_t = inverse_or_zero(saved[2]), through = 0.0f;
+    if (p.b != 0u) through = saved[3] * scale_s * inverse_or_zero(sqrtf(row_squares(student, teacher, p.d).x)) * inverse_or_zero(total);
+    float factor = 2.0f * mse_factor(p, total) * dloss[0] * weight[row];
+    for (u32 i = 0; i < p.d; i++) {
+        float s = ld(student[i]);
+        ds[i] = st(factor * ((scale_s * s - scale_t * ld(teacher[i])) * scale_s - through * s));
+    }
+}
+
+// --- cosine
+// a.a, b.b, a.b of one row.
+__device__ float3 row_products(const E* a, const E* b, u32 d) {
+    float3 sum = make_float3(0.0f, 0.0f, 0.0f);
+    for (u32 begin = 0; begin < d; begin += BLOCK) {
+        float3 part = make_float3(0.0f, 0.0f, 0.0f);
+        for (u32 i = begin; i < min(begin + BLOCK, d); i++) {
+            float u = ld(a[i]), v = ld(b[i]);
+            part.x += u * u;
+            part.y += v * v;
+            part.z += u * v;
+        }
+        sum.x += part.x;
+        sum.y += part.y;
+        sum.z += part.z;
+    }
+    return sum;
+}
+
+extern "C" __global__ void __launch_bounds__(64) cosine_fwd(const E* a, const E* b, const float* weight, float* loss, DistillParams p) {
+    u32 row = linear_id();
+    if (row >= p.rows) return;
+    float3 products = row_products(a + (u64)row * p.d, b + (u64)row * p.d, p.d);
+    loss[row] = weight[row] * (1.0f - products.z * inverse_or_zero(sqrtf(products.x) * sqrtf(products.y)));
+}
+
+extern "C" __global__ void __launch_bounds__(64)
+    cosine_bwd(const E* a, const E* b, const float* weight, const float* dloss, E* da, E* db, DistillParams p) {
+    u32 row = linear_id();
+    if (row >= p.rows) return;
+    u64 base = (u64)row * p.d;
+    float3 products = row_products(a + base, b + base, p.d);
+    float lengths = inverse_or_zero(sqrtf(products.x) * sqrtf(products.y));
+    float along_a = products.z * lengths * inverse_or_zero(products.x);
+    float along_b = products.z * lengths * inverse_or_zero(products.y);
+    float factor = -weight[row] * dloss[row];
+    for (u64 i = base; i < base + p.d; i++) {
+        float u = ld(a[i]), v = ld(b[i]);
+        da[i] = st(factor * (v * lengths - along_a * u));
+        db[i] = st(factor * (u * lengths - along_b * v));
+    }
+}
+
+// --- kl: a = direction, b = beta's bits
+// log(m / p) and log(m / q) of m = beta p + (1 - beta) q from log(p / q): where p and q are close these are small, and log m
+// would have lost their digits.
+__device__ __forceinline__ float2 log_mixture(float beta, float ratio) {
+    float apart = fabsf(ratio), rest = 1.0f - beta;
+    float larger = ratio > 0.0f ? beta : rest, smaller = ratio > 0.0f ? rest : beta;
+    float over = apart < 1.0f ? log1pf(smaller * expm1f(-apart)) : logf(larger + smaller * expf(-apart));
+    return ratio > 0.0f ? make_float2(over, over + apart) : make_float2(over + apart, over);
+}
+
+// p log(p/m) - p + m and q log(q/m) - q + m: their sums are the divergences, as those of p, q and m are 1, and no rounding of
+// the log sum exps reaches them, whose share p - m has.
+__device__ __forceinline__ float2 jsd_terms(float beta, float log_p, float log_q) {
+    float ratio = log_p - log_q, p = expf(log_p), q = expf(log_q);
+    float2 over = log_mixture(beta, ratio);
+    // p - q from the larger of the two.
+    float difference = ratio > 0.0f ? -p * expm1f(-ratio) : q * expm1f(ratio);
+    return make_float2((beta - 1.0f) * difference - p * over.x, beta * difference - q * over.y);
+}
+
+// Maxima of student and teacher over elements first, first + step, ... of one row; the sums below go over the same.
+__device__ float2 kl_max(const E* zs, const E* zt, const DistillParams& p, u32 first, u32 step) {
+    float2 most = make_float2(-3.4e38f, -3.4e38f);
+    for (u32 i = first; i < p.d; i += step) {
+        most.x = fmaxf(most.x, ld(zs[i]) * p.inverse);
+        most.y = fmaxf(most.y, ld(zt[i]) * p.inverse);
+    }
+    return most;
+}
+
+// Sums of exp(a - max), exp(b - max) and of the difference of logits under the distribution that the divergence averages over.
+__device__ float3 kl_sums(const E* zs, const E* zt, const DistillParams& p, float2 most, u32 first, u32 step) {
+    float3 sum = make_float3(0.0f, 0.0f, 0.0f);
+    for (u32 begin = first; begin < p.d; begin += BLOCK * step) {
+        float3 part = make_float3(0.0f, 0.0f, 0.0f);
+        for (u32 i = begin; i < min(begin + BLOCK * step, p.d); i += step) {
+            float s = ld(zs[i]) * p.inverse, t = ld(zt[i]) * p.inverse;
+            float exp_s = expf(s - most.x), exp_t = expf(t - most.y);
+            part.x += exp_s;
+            part.y += exp_t;
+            part.z += p.a == 1u ? exp_s * (s - t) : exp_t * (t - s);
+        }
+        sum.x += part.x;
+        sum.y += part.y;
+        sum.z += part.z;
+    }
+    return sum;
+}
+
+__device__ __forceinline__ float2 kl_lse(float2 most, float3 sums) { return make_float2(most.x + logf(sums.x), most.y + logf(sums.y)); }
+
+// Sums of p log(p/m) and q log(q/m).
+__device__ float2 jsd_sums(const E* zs, const E* zt, const DistillParams& p, float2 lse, u32 first, u32 step) {
+    float2 sum = make_float2(0.0f, 0.0f);
+    for (u32 begin = first; begin < p.d; begin += BLOCK * step) {
+        float2 part = make_float2(0.0f, 0.0f);
+        for (u32 i = begin; i < min(begin + BLOCK * step, p.d); i += step) {
+            float log_q = ld(zs[i]) * p.inverse - lse.x, log_p = ld(zt[i]) * p.inverse - lse.y;
+            float2 terms = jsd_terms(__uint_as_float(p.b), log_p, log_q);
+            part.x += terms.x;
+            part.y += terms.y;
+        }
+        sum.x += part.x;
+        sum.y += part.y;
+    }
+    return sum;
+}
+
+// loss, lse of student and teacher and expectation of one row from its sums; jsd is only read for that direction. The
+// logarithm of the sums' quotient, not of each sum: a small divergence is a difference of large terms.
+__device__ float4 kl_values(const DistillParams& p, float weight, float2 most, float3 sums, float2 jsd) {
+    float apart = (most.x - most.y) + logf(sums.x / sums.y);
+    float beta = __uint_as_float(p.b), value = 0.0f, expectation = 0.0f;
+    if (p.a == 0u) value = sums.z / sums.y + apart;
+    if (p.a == 1u) {
+        value = sums.z / sums.x - apart;
+        expectation = value;
+    }
+    if (p.a == 2u) {
+        expectation = (1.0f - beta) * jsd.y;
+        value = beta * jsd.x + expectation;
+    }
+    float2 lse = kl_lse(most, sums);
+    return make_float4(weight * p.factor * value, lse.x, lse.y, expectation);
+}
+
+extern "C" __global__ void __launch_bounds__(64)
+    kl_fwd(const E* zs, const E* zt, const float* weight, float* loss, float* lse_s, float* lse_t, float* expectation, DistillParams p) {
+    u32 row = linear_id();
+    if (row >= p.rows) return;
+    zs += (u64)row * p.d;
+    zt += (u64)row * p.d;
+    float2 most = kl_max(zs, zt, p, 0u, 1u), jsd = make_float2(0.0f, 0.0f);
+    float3 sums = kl_sums(zs, zt, p, most, 0u, 1u);
+    if (p.a == 2u) jsd = jsd_sums(zs, zt, p, kl_lse(most, sums), 0u, 1u);
+    float4 values = kl_values(p, weight[row], most, sums, jsd);
+    loss[row] = values.x;
+    lse_s[row] = values.y;
+    lse_t[row] = values.z;
+    expectation[row] = values.w;
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    kl_fwd_v2(const E* zs, const E* zt, const float* weight, float* loss, float* lse_s, float* lse_t, float* expectation, DistillParams p) {
+    __shared__ float tile[WARP];
+    u32 row = linear_block(), lane = threadIdx.x;
+    if (row >= p.rows) return;
+    zs += (u64)row * p.d;
+    zt += (u64)row * p.d;
+    float2 most = kl_max(zs, zt, p, lane, GROUP), jsd = make_float2(0.0f, 0.0f);
+    most.x = block_max(most.x, tile);
+    most.y = block_max(most.y, tile);
+    float3 sums = kl_sums(zs, zt, p, most, lane, GROUP);
+    sums.x = block_sum(sums.x, tile);
+    sums.y = block_sum(sums.y, tile);
+    sums.z = block_sum(sums.z, tile);
+    if (p.a == 2u) {
+        jsd = jsd_sums(zs, zt, p, kl_lse(most, sums), lane, GROUP);
+        jsd.x = block_sum(jsd.x, tile);
+        jsd.y = block_sum(jsd.y, tile);
+    }
+    if (lane != 0u) return;
+    float4 values = kl_values(p, weight[row], most, sums, jsd);
+    loss[row] = values.x;
+    lse_s[row] = values.y;
+    lse_t[row] = values.z;
+    expectation[row] = values.w;
+}
+
+extern "C" __global__ void __launch_bounds__(64)
+    kl_bwd(const E* zs, const E* zt, const float* weight, const float* lse_s, const float* lse_t, const float* expectation, const float* dloss, E* dz,
+           DistillParams p) {
+    u32 first = linear_id() * 4u;
+    float beta = __uint_as_float(p.b);
+    for (u32 i = first; i < min(first + 4u, p.rows * p.d); i++) {
+        u32 row = i / p.d;
+        float log_q = ld(zs[i]) * p.inverse - lse_s[row], log_p = ld(zt[i]) * p.inverse - lse_t[row];
+        float slope = expf(log_q);
+        if (p.a == 0u) slope -= expf(log_p);
+        if (p.a == 1u) slope *= log_q - log_p - expectation[row];
+        if (p.a == 2u) slope *= (beta - 1.0f) * log_mixture(beta, log_p - log_q).y - expectation[row];
+        dz[i] = st(dloss[row] * weight[row] * p.factor * p.inverse * slope);
+    }
+}

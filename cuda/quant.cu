@@ -1,0 +1,157 @@
+// op:       observe, fake_quant, fake_quant_bwd, quantize, dequantize, pack_int4
+// math:     y = (clamp(rne(x / s) + z, low, high) - z) s, with s and z from the range of the element's group
+// grad:     fake_quant_bwd: dx = dy where low <= rne(x / s) + z <= high, else 0
+// shapes:   observe: x[N], range[G, 2]; fold: parts[P, 2], range[G, 2]; fake_quant: x[N], range[G, 2], y[N];
+//           fake_quant_bwd: x[N], range[G, 2], dy[N], dx[N]; quantize: x[N], range[G, 2], q[N] i8;
+//           scales: range[G, 2], scale[G], zero[G]; dequantize: q[N] i8, scale[G], zero[G], y[N];
+//           pack_int4: x[N], range[G, 2], q[N / 8] words
+// layout:   groups are runs of `length` neighbours; i8 one after the other; eight levels of four bits to a word
+// launch:   linear, 64 threads a block: 8 elements each (maps), four (i8), one word (int4), one part of a group (ranges)
+// cost:     about 6 operations an element; each tensor moved once
+// numerics: f32; bits are defined: one multiplication by the correctly rounded reciprocal, round to nearest even;
+//           a group narrower than 2^-100 is zero with scale 1, one with NaN or wider than 2^120 has the scale NaN
+// source:   Jacob et al. 2018 (affine levels); straight-through: Bengio et al. 2013
+// rungs:    v1 one thread, neighbouring elements
+
+struct QuantParams { u32 count, length, asymmetric; float low, high, unit, shift; };
+struct RangeParams { u32 count, length, absolute, part, each; };
+
+#define NOT_A_NUMBER __uint_as_float(0x7fc00000u)
+
+__device__ __forceinline__ void store_range(float* range, u32 id, float low, float high, bool nan, u32 absolute) {
+    if (absolute == 1u) {
+        high = fmaxf(fabsf(low), fabsf(high));
+        low = -high;
+    }
+    range[2u * id] = nan ? NOT_A_NUMBER : low;
+    range[2u * id + 1u] = nan ? NOT_A_NUMBER : high;
+}
+
+extern "C" __global__ void __launch_bounds__(64) observe_fwd(const E* x, float* range, RangeParams p) {
+    u32 id = linear_id();
+    if (id >= p.count / p.length * p.each) return;
+    u32 start = id / p.each * p.length;
+    u32 first = start + id % p.each * p.part;
+    u32 last = min(first + p.part, start + p.length);
+    float low = ld(x[first]);
+    float high = low;
+    bool nan = is_nan(low);
+    for (u32 i = first + 1u; i < last; i++) {
+        float value = ld(x[i]);
+        nan = nan || is_nan(value);
+        low = fminf(low, value);
+        high = fmaxf(high, value);
+    }
+    store_range(range, id, low, high, nan, p.absolute);
+}
+
+extern "C" __global__ void __launch_bounds__(64) observe_fold(const float* parts, float* range, RangeParams p) {
+    u32 id = linear_id();
+    if (id >= p.count / p.length) return;
+    parts += 2u * (u64)(id * p.each);
+    float low = parts[0];
+    float high = parts[1];
+    bool nan = is_nan(low);
+    for (u32 part = 1u; part < p.each; part++) {
+        nan = nan || is_nan(parts[2u * part]);
+        low = fminf(low, parts[2u * part]);
+        high = fmaxf(high, parts[2u * part + 1u]);
+    }
+    store_range(range, id, low, high, nan, p.absolute);
+}
+
+struct Grid { float scale, inverse, zero; };
+
+// No product here is added to anything before it is rounded to a level, so there is nothing that could be fused.
+__device__ __forceinline__ Grid grid_of(const float* range, u32 group, const QuantParams& p) {
+    float low = range[2u * group], high = range[2u * group + 1u];
+    float bottom = fminf(low, 0.0f);
+    float width = p.asymmetric == 1u ? fmaxf(high, 0.0f) - bottom : fmaxf(fabsf(low), fabsf(high));
+    if (is_nan(low) || is_nan(high) || !(width <= 1.329228e36f)) return {NOT_A_NUMBER, NOT_A_NUMBER, 0.0f};
+    if (width < 7.888609e-31f) return {1.0f, 0.0f, 0.0f};
+    float scale = __fmul_rn(width, p.unit);
+    float inverse = __fdiv_rn(1.0f, scale);
+    if (p.asymmetric == 0u) return {scale, inverse, 0.0f};
+    return {scale, inverse, clampf(rintf(__fmul_rn(-bottom, inverse)), p.low, p.high)};
+}
+
+// The level before clamping.
+__device__ __forceinline__ float raw_level(float x, const Grid& grid) { return rintf(__fmul_rn(x, grid.inverse)) + grid.zero; }
+
+extern "C" __global__ void __launch_bounds__(64) fake_quant_fwd(const E* x, const float* range, E* y, QuantParams p) {
+    u32 first = linear_id() * 8u;
+    if (first >= p.count) return;
+    u32 group = first / p.length;
+    Grid grid = grid_of(range, group, p);
+    for (u32 i = first; i < min(first + 8u, p.count); i++) {
+        if (i / p.length != group) {
+            group = i / p.length;
+            grid = grid_of(range, group, p);
+        }
+        float level = raw_level(ld(x[i]), grid);
+        y[i] = st(is_nan(level) ? level : __fmul_rn(clampf(level, p.low, p.high) - grid.zero, grid.scale));
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(64) fake_quant_bwd(const E* x, const float* range, const E* dy, E* dx, QuantParams p) {
+    u32 first = linear_id() * 8u;
+    if (first >= p.count) return;
+    u32 group = first / p.length;
+    Grid grid = grid_of(range, group, p);
+    for (u32 i = first; i < min(first + 8u, p.count); i++) {
+        if (i / p.length != group) {
+            group = i / p.length;
+            grid = grid_of(range, group, p);
+        }
+        // False for NaN.
+        float level = raw_level(ld(x[i]), grid);
+        bool inside = level >= p.low && level <= p.high;
+        dx[i] = inside ? dy[i] : st(0.0f);
+    }
+}
+
+// Four elements, which may lie in several groups.
+extern "C" __global__ void __launch_bounds__(64) quantize_fwd(const E* x, const float* range, i8* q, QuantParams p) {
+    u32 first = linear_id() * 4u;
+    if (first >= p.count) return;
+    u32 group = first / p.length;
+    Grid grid = grid_of(range, group, p);
+    for (u32 i = first; i < min(first + 4u, p.count); i++) {
+        if (i / p.length != group) {
+            group = i / p.length;
+            grid = grid_of(range, group, p);
+        }
+        float level = raw_level(ld(x[i]), grid);
+        q[i] = is_nan(level) ? (i8)0 : (i8)(int)(clampf(level, p.low, p.high) - p.shift);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(64) quantize_scales(const float* range, float* scale, float* zero, QuantParams p) {
+    u32 group = linear_id();
+    if (group >= p.count / p.length) return;
+    Grid grid = grid_of(range, group, p);
+    scale[group] = grid.scale;
+    zero[group] = grid.zero - p.shift;
+}
+
+extern "C" __global__ void __launch_bounds__(64) dequantize_fwd(const i8* q, const float* scale, const float* zero, float* y, QuantParams p) {
+    u32 first = linear_id() * 4u;
+    for (u32 i = first; i < min(first + 4u, p.count); i++) {
+        u32 group = i / p.length;
+        y[i] = __fmul_rn((float)q[i] - zero[group], scale[group]);
+    }
+}
+
+// Eight levels of four bits to a word, plus 8; a group is a multiple of eight elements.
+extern "C" __global__ void __launch_bounds__(64) pack_int4_fwd(const E* x, const float* range, u32* q, QuantParams p) {
+    u32 word = linear_id();
+    if (word >= p.count / 8u) return;
+    Grid grid = grid_of(range, word * 8u / p.length, p);
+    u32 packed = 0u;
+    for (u32 b = 0u; b < 8u; b++) {
+        float level = raw_level(ld(x[word * 8u + b]), grid);
+        float value = is_nan(level) ? 0.0f : clampf(level, p.low, p.high);
+        packed |= (u32)(value + 8.0f) << (4u * b);
+    }
+    q[word] = packed;
+}

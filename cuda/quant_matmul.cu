@@ -1,0 +1,73 @@
+// op:       matmul_int8
+// math:     y[i, j] = (sum_k x[i, k] w[j, k]) xs[i] ws[j] + bias[j]
+// grad:     none: training runs on fake-quantized values
+// shapes:   x[M, K] i8, xs[M], w[N, K] i8, ws[N], bias[N] (any array where there is none), y[M, N]
+// layout:   rows contiguous along k; four i8 to a word, little endian; rows start on words where K % 4 = 0
+// launch:   linear, 64 threads a block; one thread per element (v1), four columns (v2), 4 x 4 tile (v3)
+// cost:     2 M N K operations; M K + N K bytes read, 4 M N written
+// numerics: int32 sums, exact for K below 2^17; then three f32 roundings
+// source:   Jacob et al. 2018; dynamic per-token scales: Dettmers et al. 2022
+// rungs:    v1 byte by byte, any K; v2 four columns share a word of x; v3 4 x 4 tile in registers
+
+struct Int8Params { u32 m, n, k, bias; };
+
+// Each step rounds by itself: a fused sum would differ from what other devices give.
+__device__ __forceinline__ void store_sum(const float* xs, const float* ws, const float* bias, float* y, const Int8Params& p, u32 i, u32 j, int sum) {
+    if (i >= p.m || j >= p.n) return;
+    float value = (float)sum * xs[i] * ws[j];
+    if (p.bias == 1u) value = __fadd_rn(value, bias[j]);
+    y[(u64)i * p.n + j] = value;
+}
+
+extern "C" __global__ void __launch_bounds__(64) matmul_int8_fwd(const i8* x, const float* xs, const i8* w, const float* ws, const float* bias, float* y, Int8Params p) {
+    u32 id = linear_id(), i = id / p.n, j = id % p.n;
+    if (i >= p.m) return;
+    x += (u64)i * p.k;
+    w += (u64)j * p.k;
+    int sum = 0;
+    for (u32 k = 0u; k < p.k; k++) sum += (int)x[k] * (int)w[k];
+    store_sum(xs, ws, bias, y, p, i, j, sum);
+}
+
+extern "C" __global__ void __launch_bounds__(64) matmul_int8_fwd_v2(const int* x, const float* xs, const int* w, const float* ws, const float* bias, float* y, Int8Params p) {
+    u32 id = linear_id(), columns = div_up(p.n, 4u), words = p.k / 4u;
+    u32 i = id / columns, j = id % columns * 4u;
+    if (i >= p.m) return;
+    x += (u64)i * words;
+    const int* column[4];
+    int sum[4] = {};
+    // Columns past the edge repeat the last one; what they make is not stored.
+#pragma unroll
+    for (u32 c = 0u; c < 4u; c++) column[c] = w + (u64)min(j + c, p.n - 1u) * words;
+    for (u32 k = 0u; k < words; k++) {
+        int value = x[k];
+#pragma unroll
+        for (u32 c = 0u; c < 4u; c++) sum[c] = __dp4a(value, column[c][k], sum[c]);
+    }
+#pragma unroll
+    for (u32 c = 0u; c < 4u; c++) store_sum(xs, ws, bias, y, p, i, j + c, sum[c]);
+}
+
+extern "C" __global__ void __launch_bounds__(64) matmul_int8_fwd_v3(const int* x, const float* xs, const int* w, const float* ws, const float* bias, float* y, Int8Params p) {
+    u32 id = linear_id(), columns = div_up(p.n, 4u), words = p.k / 4u;
+    u32 i = id / columns * 4u, j = id % columns * 4u;
+    if (i >= p.m) return;
+    const int *row[4], *column[4];
+    int sum[4][4] = {};
+    // Rows past the edge too.
+#pragma unroll
+    for (u32 c = 0u; c < 4u; c++) {
+        row[c] = x + (u64)min(i + c, p.m - 1u) * words;
+        column[c] = w + (u64)min(j + c, p.n - 1u) * words;
+    }
+    for (u32 k = 0u; k < words; k++) {
+#pragma unroll
+        for (u32 r = 0u; r < 4u; r++)
+#pragma unroll
+            for (u32 c = 0u; c < 4u; c++) sum[r][c] = __dp4a(row[r][k], column[c][k], sum[r][c]);
+    }
+#pragma unroll
+    for (u32 r = 0u; r < 4u; r++)
+#pragma unroll
+        for (u32 c = 0u; c < 4u; c++) store_sum(xs, ws, bias, y, p, i + r, j + c, sum[r][c]);
+}

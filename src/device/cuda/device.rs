@@ -1,0 +1,386 @@
+//! An NVIDIA GPU: one context, one stream, pooled stream-ordered memory, kernels compiled by NVRTC for this GPU.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::ffi::{CString, c_uint, c_void};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use cudarc::driver::result::{self, DriverError, stream::StreamKind};
+use cudarc::driver::sys;
+
+use super::compile::{compile, nvrtc};
+use super::driver::cuda_driver;
+use crate::device::pool::{Pool, Stats};
+use crate::device::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits, Storage};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::kernel::cuda::{assemble, declared};
+use crate::kernel::{Entry, Kernel, Launch, Params, check_launch};
+
+/// Static shared memory that every kernel may have; more is asked for.
+const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
+
+/// The driver's handles. They are plain identifiers, usable from any thread that makes the context current.
+struct Gpu {
+    id: String,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    /// Why the context cannot be used any more.
+    lost: OnceLock<String>,
+}
+
+// SAFETY: the driver's handles may be used from any thread; every use makes the context current first.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; the driver locks its own state.
+unsafe impl Sync for Gpu {}
+
+impl Gpu {
+    /// Makes the context current on this thread; what every call into the driver starts with.
+    fn enter(&self) -> Result<()> {
+        if let Some(reason) = self.lost.get() {
+            return Err(Error::DeviceLost { device: self.id.clone(), reason: reason.clone() });
+        }
+        // SAFETY: the context is retained as long as this value lives.
+        unsafe { result::ctx::set_current(self.context) }.map_err(|e| self.failure("make the context current", 0, e))
+    }
+
+    /// A driver error as one of ours. After some the context is dead, and every later call says so.
+    fn failure(&self, operation: &'static str, requested: usize, error: DriverError) -> Error {
+        use sys::cudaError_enum as E;
+        let name = error.error_name().map_or_else(|_| format!("{:?}", error.0), |n| n.to_string_lossy().into_owned());
+        let dead = match error.0 {
+            E::CUDA_ERROR_ILLEGAL_ADDRESS => "a kernel accessed memory that is not its own",
+            E::CUDA_ERROR_MISALIGNED_ADDRESS => "a kernel accessed a misaligned address",
+            E::CUDA_ERROR_ILLEGAL_INSTRUCTION => "a kernel ran an illegal instruction",
+            E::CUDA_ERROR_LAUNCH_FAILED => "a kernel failed",
+            E::CUDA_ERROR_LAUNCH_TIMEOUT => "a kernel ran longer than the driver allows",
+            E::CUDA_ERROR_HARDWARE_STACK_ERROR | E::CUDA_ERROR_ECC_UNCORRECTABLE => "the hardware reported an error",
+            E::CUDA_ERROR_OUT_OF_MEMORY => {
+                return Error::OutOfMemory {
+                    device: self.id.clone(),
+                    requested: requested as u64,
+                    live: 0,
+                    cap: u64::MAX,
+                };
+            }
+            _ => return Error::Driver { device: self.id.clone(), operation, log: name },
+        };
+        let reason = self.lost.get_or_init(|| format!("{dead} ({name}); the context is dead, start the program again"));
+        Error::DeviceLost { device: self.id.clone(), reason: reason.clone() }
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the stream lives as long as this value.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(|e| self.failure("wait", 0, e))
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // SAFETY: nothing uses the stream or the context any more. Errors of a dead context have nowhere to go.
+        unsafe {
+            let _ = result::ctx::set_current(self.context);
+            let _ = result::stream::destroy(self.stream);
+            let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}
+
+/// Device memory; it goes back to the driver in the stream's order.
+struct Memory {
+    address: sys::CUdeviceptr,
+    gpu: Arc<Gpu>,
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if self.gpu.enter().is_ok() {
+            // SAFETY: allocated on this stream and not used after it. A failure leaves memory to the context's end.
+            let _ = unsafe { result::free_async(self.address, self.gpu.stream) };
+        }
+    }
+}
+
+struct Block {
+    /// `None` only while it is dropped.
+    memory: Option<Memory>,
+    address: sys::CUdeviceptr,
+    class: usize,
+    pool: Arc<Pool<Memory>>,
+}
+
+impl Storage for Block {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take() {
+            self.pool.give(self.class, memory);
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Function {
+    handle: sys::CUfunction,
+    threads: u32,
+}
+
+/// One kernel file for one element type. Modules stay loaded as long as the context.
+struct Module {
+    handle: sys::CUmodule,
+    threads: HashMap<String, u32>,
+    functions: HashMap<String, Function>,
+}
+
+// SAFETY: handles, as in `Gpu`; a lock orders their use.
+unsafe impl Send for Module {}
+
+type Key = (&'static str, DType, Vec<(&'static str, u64)>);
+
+pub struct CudaDevice {
+    info: Info,
+    gpu: Arc<Gpu>,
+    pool: Arc<Pool<Memory>>,
+    modules: Mutex<HashMap<Key, Module>>,
+    launches: AtomicU64,
+}
+
+impl CudaDevice {
+    /// Opens the GPU with this ordinal.
+    ///
+    /// # Errors
+    /// `NotAvailable` with the reason: no driver, no such GPU, no NVRTC, a driver older than NVRTC's code.
+    pub fn new(ordinal: u32) -> Result<Self> {
+        let id = format!("cuda:{ordinal}");
+        let unavailable = |reason: String| Error::NotAvailable { device: id.clone(), reason };
+        let driver = match cuda_driver() {
+            None => return Err(unavailable("no NVIDIA driver (libcuda) is installed".into())),
+            Some(Err(reason)) => return Err(unavailable(reason)),
+            Some(Ok(driver)) => driver,
+        };
+        let count = driver.devices.len();
+        let name = driver.devices.get(ordinal as usize).cloned();
+        let name = name.ok_or_else(|| unavailable(format!("the driver sees {count} GPUs")))?;
+        let (major, minor) = nvrtc()?;
+        let needed = major * 1000;
+        if driver.version < needed {
+            let have = format!("{}.{}", driver.version / 1000, driver.version % 1000 / 10);
+            return Err(unavailable(format!(
+                "the driver is of CUDA {have}; code of NVRTC {major}.{minor} needs {major}.0"
+            )));
+        }
+        let opened = |error: DriverError| unavailable(error.to_string());
+        let device = result::device::get(ordinal as i32).map_err(opened)?;
+        use sys::CUdevice_attribute_enum as A;
+        // SAFETY: a device that the driver just named.
+        let attribute = |a| unsafe { result::device::get_attribute(device, a) }.map_err(opened);
+        let arch = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? * 10
+            + attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        if arch < crate::kernel::cuda::LOWEST_ARCH as i32 {
+            return Err(unavailable(format!("compute capability {}.{} is below 7.5", arch / 10, arch % 10)));
+        }
+        if attribute(A::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? == 0 {
+            return Err(unavailable("the driver has no stream-ordered memory".into()));
+        }
+        let shared = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        // SAFETY: as above.
+        let total = unsafe { result::device::total_mem(device) }.map_err(opened)?;
+        // SAFETY: released when `Gpu` is dropped.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(opened)?;
+        // SAFETY: just retained.
+        unsafe { result::ctx::set_current(context) }.map_err(opened)?;
+        // The legacy default stream can neither be captured nor run beside another.
+        let stream = result::stream::create(StreamKind::NonBlocking).map_err(opened)?;
+        let info = Info {
+            kind: Kind::Cuda,
+            id: id.clone(),
+            name,
+            driver: format!("CUDA {}.{}, NVRTC {major}.{minor}", driver.version / 1000, driver.version % 1000 / 10),
+            class: Class::Simt,
+            software: false,
+            limits: Limits {
+                buffer_bytes: total as u64,
+                workgroup_bytes: shared as u32,
+                invocations: 1024,
+                groups_per_dimension: 65_535,
+                ..Limits::unbounded()
+            },
+            features: Features {
+                f16: true,
+                i16: true,
+                subgroups: true,
+                timestamps: true,
+                arch: arch as u32,
+                ..Features::default()
+            },
+            probes: Vec::new(),
+        };
+        let gpu = Arc::new(Gpu { id, device, context, stream, lost: OnceLock::new() });
+        Ok(Self { info, gpu, pool: Arc::new(Pool::new()), modules: Mutex::default(), launches: AtomicU64::new(0) })
+    }
+
+    /// The function of an entry, compiled and loaded at its first use.
+    fn function(&self, code: &Entry, entry: &str, element: DType) -> Result<Function> {
+        let constants = code.constants.iter().map(|(name, value)| (*name, value.to_bits())).collect();
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let module = match modules.entry((code.file.name, element, constants)) {
+            std::collections::hash_map::Entry::Occupied(found) => found.into_mut(),
+            std::collections::hash_map::Entry::Vacant(place) => place.insert(self.load(code, element)?),
+        };
+        if let Some(&function) = module.functions.get(entry) {
+            return Ok(function);
+        }
+        let missing = || Error::Driver {
+            device: self.info.id.clone(),
+            operation: "find an entry",
+            log: format!("cuda/{} has no entry {entry}", code.file.name),
+        };
+        let name = CString::new(entry).map_err(|_| missing())?;
+        // SAFETY: the module is loaded and stays so.
+        let handle = unsafe { result::module::get_function(module.handle, name) }.map_err(|_| missing())?;
+        let function = Function { handle, threads: *module.threads.get(entry).ok_or_else(missing)? };
+        module.functions.insert(entry.to_string(), function);
+        Ok(function)
+    }
+
+    fn load(&self, code: &Entry, element: DType) -> Result<Module> {
+        let source = assemble(code.file, element, code.constants, self.info.features.arch)?;
+        let compiled = compile(code.file.name, &source, self.info.features.arch)?;
+        // SAFETY: a whole cubin, kept alive through the call, which copies it.
+        let handle = unsafe { result::module::load_data(compiled.cubin.as_ptr().cast()) }
+            .map_err(|e| self.gpu.failure("load a module", compiled.cubin.len(), e))?;
+        let threads = declared(&source).into_iter().map(|e| (e.name, e.threads)).collect();
+        Ok(Module { handle, threads, functions: HashMap::new() })
+    }
+
+    fn address(&self, buffer: &Buffer, offset: usize, bytes: usize) -> Result<sys::CUdeviceptr> {
+        let block: &Block = buffer.leaf(&self.info)?;
+        if offset.checked_add(bytes).is_none_or(|end| end > block.class) {
+            return Err(Error::Launch {
+                kernel: "memory access".into(),
+                what: "end of the range",
+                got: offset.saturating_add(bytes) as u64,
+                limit: block.class as u64,
+            });
+        }
+        Ok(block.address + offset as u64)
+    }
+}
+
+impl Device for CudaDevice {
+    fn info(&self) -> &Info {
+        &self.info
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        self.gpu.enter()?;
+        let (memory, class) = self.pool.take(&self.info.id, bytes, |class| {
+            // SAFETY: owned by the `Memory` made of it.
+            let address = unsafe { result::malloc_async(self.gpu.stream, class) };
+            let address = address.map_err(|e| self.gpu.failure("allocate", class, e))?;
+            Ok(Memory { address, gpu: self.gpu.clone() })
+        })?;
+        let block = Block { address: memory.address, memory: Some(memory), class, pool: self.pool.clone() };
+        Ok(Buffer::new(Arc::new(block), bytes))
+    }
+
+    fn upload(&self, target: &Buffer, offset: usize, data: &[u8]) -> Result<()> {
+        let address = self.address(target, offset, data.len())?;
+        self.gpu.enter()?;
+        // SAFETY: `address` proved the range. From pageable memory the call returns once the bytes are staged.
+        unsafe { result::memcpy_htod_async(address, data, self.gpu.stream) }
+            .map_err(|e| self.gpu.failure("upload", data.len(), e))
+    }
+
+    fn download(&self, source: &Buffer, offset: usize, data: &mut [u8]) -> Result<()> {
+        let address = self.address(source, offset, data.len())?;
+        self.gpu.enter()?;
+        let bytes = data.len();
+        // SAFETY: `address` proved the range; `data` lives past the wait below.
+        unsafe { result::memcpy_dtoh_async(data, address, self.gpu.stream) }
+            .map_err(|e| self.gpu.failure("download", bytes, e))?;
+        self.gpu.sync()
+    }
+
+    fn copy(&self, source: &Buffer, from: usize, target: &Buffer, to: usize, bytes: usize) -> Result<()> {
+        let (source, target) = (self.address(source, from, bytes)?, self.address(target, to, bytes)?);
+        self.gpu.enter()?;
+        // SAFETY: both ranges proved.
+        unsafe { result::memcpy_dtod_async(target, source, bytes, self.gpu.stream) }
+            .map_err(|e| self.gpu.failure("copy", bytes, e))
+    }
+
+    fn launch(&self, kernel: &Kernel, element: DType, launch: &Launch, arguments: &[Binding]) -> Result<()> {
+        let Some(code) = kernel.cuda() else {
+            return Err(Error::NotAvailable {
+                device: self.info.id.clone(),
+                reason: format!("{} is no CUDA kernel", kernel.name),
+            });
+        };
+        check_launch(kernel, launch, &self.info)?;
+        self.gpu.enter()?;
+        let function = self.function(&code, launch.entry.unwrap_or(code.entry), element)?;
+        if launch.shared > SHARED_WITHOUT_ASKING {
+            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a function of a loaded module.
+            unsafe { result::function::set_function_attribute(function.handle, attribute, launch.shared as i32) }
+                .map_err(|e| self.gpu.failure("ask for shared memory", launch.shared as usize, e))?;
+        }
+        let mut parameters = [0u32; Params::MAX];
+        let words = launch.params.words();
+        parameters[..words.len()].copy_from_slice(words);
+        let mut addresses =
+            arguments.iter().map(|b| self.address(b.buffer, b.offset, b.bytes)).collect::<Result<Vec<_>>>()?;
+        let mut values: Vec<*mut c_void> = addresses.iter_mut().map(|a| std::ptr::from_mut(a).cast()).collect();
+        values.push(parameters.as_mut_ptr().cast());
+        let [x, y, z] = launch.groups;
+        let shape: (c_uint, c_uint, c_uint) = (function.threads, 1, 1);
+        self.launches.fetch_add(1, Relaxed);
+        // SAFETY: the entry takes one pointer per argument and a block of at most 64 bytes (the host harness and
+        // `kernels cuda-check` hold every kernel to that); ranges were checked, and the pool keeps memory in stream order.
+        unsafe { result::launch_kernel(function.handle, (x, y, z), shape, launch.shared, self.gpu.stream, &mut values) }
+            .map_err(|e| self.gpu.failure("launch", 0, e))
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.gpu.sync()
+    }
+
+    fn elapsed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        self.gpu.enter()?;
+        let failed = |e| self.gpu.failure("time", 0, e);
+        let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(failed);
+        let (start, end) = (event()?, event()?);
+        // SAFETY: two events of this context on its stream, destroyed once, after the wait for the second.
+        unsafe {
+            result::event::record(start, self.gpu.stream).map_err(failed)?;
+            let done = work();
+            self.gpu.enter()?;
+            result::event::record(end, self.gpu.stream).map_err(failed)?;
+            result::event::synchronize(end).map_err(failed)?;
+            let milliseconds = result::event::elapsed(start, end).map_err(failed)?;
+            result::event::destroy(start).map_err(failed)?;
+            result::event::destroy(end).map_err(failed)?;
+            done.map(|()| f64::from(milliseconds) * 1e-3)
+        }
+    }
+
+    fn stats(&self) -> Stats {
+        self.pool.stats(self.launches.load(Relaxed))
+    }
+
+    fn reset_peak(&self) {
+        self.pool.reset_peak();
+    }
+
+    fn set_memory_cap(&self, bytes: Option<u64>) {
+        self.pool.set_cap(bytes);
+    }
+}

@@ -1,0 +1,13 @@
+//! CUDA: the NVIDIA driver where there is one, NVRTC, and the host harness that runs the same kernel files without either.
+
+mod cache;
+pub mod compile;
+mod device;
+mod driver;
+#[cfg(unix)]
+mod host;
+
+pub use device::CudaDevice;
+pub use driver::{CudaDriver, cuda_driver};
+#[cfg(unix)]
+pub use host::CudaHostDevice;
