@@ -2,11 +2,11 @@
 CARGO ?= cargo
 DEVICE ?= auto
 
-.PHONY: help demo test lint bench docs vulkan rust
+.PHONY: help demo test lint bench docs vulkan nvrtc rust
 
 help:
 	@echo "make demo    train, compress, fine-tune and report on the embedded corpus (CPU or GPU, about 10 minutes)"
-	@echo "make test    all tests; installs the software Vulkan driver where no Vulkan driver is found"
+	@echo "make test    all tests; installs the software Vulkan driver where none is found, fetches the CUDA compiler"
 	@echo "make lint    formatting and clippy, warnings denied"
 	@echo "make bench   kernel benchmarks (criterion) over the table's real model sizes"
 	@echo "make docs    regenerate the support table"
@@ -18,11 +18,15 @@ rust:
 vulkan:
 	@sh scripts/vulkan.sh
 
+# The compiler of the CUDA kernels, for checks that need no GPU.
+nvrtc:
+	@sh scripts/nvrtc.sh
+
 demo: rust
 	$(CARGO) run --release -- run --device $(DEVICE)
 
-test: rust vulkan
-	ESPALIER_REQUIRE=wgpu $(CARGO) test --no-fail-fast
+test: rust vulkan nvrtc
+	ESPALIER_REQUIRE=wgpu,cuda-host,nvrtc $(CARGO) test --workspace --no-fail-fast
 
 lint: rust
 	$(CARGO) fmt --check

@@ -13,11 +13,13 @@
 //           kl_bwd: zs[R,V], zt[R,V], w[R], saved lse_s[R], lse_t[R], expectation[R], dloss[R], dz[R,V]
 // layout:   row-major; stats: sum w, ms, mt, sum_i w_i u_i . (u_i - v_i)
 // launch:   rows linear, 64 a block; means and totals one block of 128; kl v2: one block of 128 per row; kl_bwd linear, 4 elements each
+//           kl v3: a warp, a block of 256 or one of 512 per row; kl_bwd_v2: a warp per 128 vectors of a row
 // cost:     hidden_mse 3 R D flops, cosine 6 R D, kl 12 R V
 // numerics: f32; maxima taken off before exp; sums in blocks of 32; jsd from log(p/q), free of the rounding of lse;
 //           all weights 0: loss 0 and gradient 0; rows of zeros have norm gradient 0
 // source:   LightChatGLM Eq 10; BMCook (Zhang et al. 2022); Hinton et al. 2015; Agarwal et al. 2024
-// rungs:    v1 a row per thread; v2 (kl) a row per block, butterfly reductions
+// rungs:    v1 a row per thread; v2 (kl) a row per block, butterfly reductions; v3 (kl) 16 bytes per access, both rows once with
+//           maxima and sums taken along (jsd: a second pass over what the cache has)
 
 struct DistillParams { u32 rows, d, a, b; float inverse, factor; };
 
@@ -320,5 +322,143 @@ extern "C" __global__ void __launch_bounds__(64)
         if (p.a == 1u) slope *= log_q - log_p - expectation[row];
         if (p.a == 2u) slope *= (beta - 1.0f) * log_mixture(beta, log_p - log_q).y - expectation[row];
         dz[i] = st(dloss[row] * weight[row] * p.factor * p.inverse * slope);
+    }
+}
+
+// --- kl, 16 bytes per access. Rows need not be aligned: elements of other rows in a first or last vector do not count.
+#define UNROLL 2u
+
+// Both maxima, and the sums that kl_sums takes.
+struct Pass { float2 most; float3 sums; };
+
+// The sums move to new maxima.
+__device__ __forceinline__ float3 moved(const Pass& f, const DistillParams& p, float2 most) {
+    float scale_s = expf(f.most.x - most.x), scale_t = expf(f.most.y - most.y);
+    return make_float3(f.sums.x * scale_s, f.sums.y * scale_t, f.sums.z * (p.a == 1u ? scale_s : scale_t));
+}
+
+// UNROLL vectors of both rows; EDGE where some of their elements are of other rows or of none.
+template <u32 TEAM, bool EDGE>
+__device__ __forceinline__ void kl_batch(Pass& f, const E* zs, const E* zt, const DistillParams& p, const Span& span, u32 base) {
+    uint4 raw_s[UNROLL], raw_t[UNROLL];
+#pragma unroll
+    for (u32 i = 0; i < UNROLL; i++) {
+        u64 at = span.start + (u64)(base + i * TEAM) * VECTOR;
+        raw_s[i] = EDGE ? span_load(zs, span, base + i * TEAM, 0.0f) : load_vector(zs + at);
+        raw_t[i] = EDGE ? span_load(zt, span, base + i * TEAM, 0.0f) : load_vector(zt + at);
+    }
+    float s[UNROLL][VECTOR], t[UNROLL][VECTOR];
+    float2 most = f.most;
+#pragma unroll
+    for (u32 i = 0; i < UNROLL; i++) {
+        unpack_vector(s[i], raw_s[i]);
+        unpack_vector(t[i], raw_t[i]);
+#pragma unroll
+        for (u32 k = 0; k < VECTOR; k++) {
+            bool inside = !EDGE || span_index(span, base + i * TEAM, k) < span.length;
+            s[i][k] *= p.inverse;
+            t[i][k] *= p.inverse;
+            most.x = inside ? fmaxf(most.x, s[i][k]) : most.x;
+            most.y = inside ? fmaxf(most.y, t[i][k]) : most.y;
+        }
+    }
+    float3 part = make_float3(0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (u32 i = 0; i < UNROLL; i++) {
+#pragma unroll
+        for (u32 k = 0; k < VECTOR; k++) {
+            bool inside = !EDGE || span_index(span, base + i * TEAM, k) < span.length;
+            float exp_s = expf(s[i][k] - most.x), exp_t = expf(t[i][k] - most.y);
+            float apart = p.a == 1u ? exp_s * (s[i][k] - t[i][k]) : exp_t * (t[i][k] - s[i][k]);
+            part.x += inside ? exp_s : 0.0f;
+            part.y += inside ? exp_t : 0.0f;
+            part.z += inside ? apart : 0.0f;
+        }
+    }
+    float3 old = moved(f, p, most);
+    f.most = most;
+    f.sums = make_float3(old.x + part.x, old.y + part.y, old.z + part.z);
+}
+
+template <u32 TEAM>
+__device__ __forceinline__ void kl_row(const E* zs, const E* zt, const float* weight, float* loss, float* lse_s, float* lse_t, float* expectation, const DistillParams& p, float* tile) {
+    u32 row = team_row<TEAM>(), lane = threadIdx.x % TEAM;
+    if (row >= p.rows) return;
+    Span span = span_of(row, p.d);
+    Pass f = {make_float2(-3.4e38f, -3.4e38f), make_float3(0.0f, 0.0f, 0.0f)};
+    for (u32 base = lane; base < span.vectors; base += TEAM * UNROLL) {
+        if (span_whole(span, base) && span_whole(span, base + (UNROLL - 1u) * TEAM)) kl_batch<TEAM, false>(f, zs, zt, p, span, base);
+        else kl_batch<TEAM, true>(f, zs, zt, p, span, base);
+    }
+    float2 most = make_float2(team_max<TEAM>(f.most.x, tile), team_max<TEAM>(f.most.y, tile)), jsd = make_float2(0.0f, 0.0f);
+    float3 sums = moved(f, p, most);
+    sums.x = team_sum<TEAM>(sums.x, tile);
+    sums.y = team_sum<TEAM>(sums.y, tile);
+    sums.z = team_sum<TEAM>(sums.z, tile);
+    if (p.a == 2u) {
+        u64 at = (u64)row * p.d;
+        jsd = jsd_sums(zs + at, zt + at, p, kl_lse(most, sums), lane, TEAM);
+        jsd.x = team_sum<TEAM>(jsd.x, tile);
+        jsd.y = team_sum<TEAM>(jsd.y, tile);
+    }
+    if (lane != 0u) return;
+    float4 values = kl_values(p, weight[row], most, sums, jsd);
+    loss[row] = values.x;
+    lse_s[row] = values.y;
+    lse_t[row] = values.z;
+    expectation[row] = values.w;
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    kl_fwd_warp_v3(const E* zs, const E* zt, const float* weight, float* loss, float* lse_s, float* lse_t, float* expectation, DistillParams p) {
+    kl_row<WARP>(zs, zt, weight, loss, lse_s, lse_t, expectation, p, nullptr);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    kl_fwd_block_v3(const E* zs, const E* zt, const float* weight, float* loss, float* lse_s, float* lse_t, float* expectation, DistillParams p) {
+    __shared__ float tile[WARP];
+    kl_row<256u>(zs, zt, weight, loss, lse_s, lse_t, expectation, p, tile);
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    kl_fwd_wide_v3(const E* zs, const E* zt, const float* weight, float* loss, float* lse_s, float* lse_t, float* expectation, DistillParams p) {
+    __shared__ float tile[WARP];
+    kl_row<512u>(zs, zt, weight, loss, lse_s, lse_t, expectation, p, tile);
+}
+
+template <u32 DIRECTION>
+__device__ __forceinline__ void kl_slopes(float* s, const float* t, const DistillParams& p, float lse_s, float lse_t, float expectation, float factor) {
+    float beta = __uint_as_float(p.b);
+#pragma unroll
+    for (u32 k = 0; k < VECTOR; k++) {
+        float log_q = s[k] * p.inverse - lse_s, log_p = t[k] * p.inverse - lse_t, slope = expf(log_q);
+        if (DIRECTION == 0u) slope -= expf(log_p);
+        if (DIRECTION == 1u) slope *= log_q - log_p - expectation;
+        if (DIRECTION == 2u) slope *= (beta - 1.0f) * log_mixture(beta, log_p - log_q).y - expectation;
+        s[k] = factor * slope;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    kl_bwd_v2(const E* zs, const E* zt, const float* weight, const float* lse_s, const float* lse_t, const float* expectation, const float* dloss, E* dz,
+              DistillParams p) {
+    // Vectors of a part, 32 at a time.
+    constexpr u32 TURNS = 4u;
+    u32 parts = div_up((p.d + 2u * VECTOR - 2u) / VECTOR, WARP * TURNS);
+    u32 item = team_row<WARP>(), row = item / parts, first = item % parts * (WARP * TURNS) + threadIdx.x % WARP;
+    if (row >= p.rows) return;
+    Span span = span_of(row, p.d);
+    float log_sum_s = lse_s[row], log_sum_t = lse_t[row], mean = expectation[row], factor = dloss[row] * weight[row] * p.factor * p.inverse;
+#pragma unroll 2
+    for (u32 i = 0; i < TURNS; i++) {
+        u32 j = first + i * WARP;
+        float s[VECTOR], t[VECTOR];
+        uint4 raw_s = span_load(zs, span, j, 0.0f), raw_t = span_load(zt, span, j, 0.0f);
+        unpack_vector(s, raw_s);
+        unpack_vector(t, raw_t);
+        if (p.a == 0u) kl_slopes<0u>(s, t, p, log_sum_s, log_sum_t, mean, factor);
+        else if (p.a == 1u) kl_slopes<1u>(s, t, p, log_sum_s, log_sum_t, mean, factor);
+        else kl_slopes<2u>(s, t, p, log_sum_s, log_sum_t, mean, factor);
+        span_store(dz, span, j, s);
     }
 }

@@ -10,7 +10,16 @@
 //
 // What lies outside of an operand reads as zero, so m, n and k may have any length.
 
-#if ARCH >= 80 || defined(ESPALIER_HOST)
+// Set where a kernel may multiply its elements on tensor instructions. Entries exist for every element type, so that a file
+// has one list of them; for the others they are empty and no record names them.
+#if (ARCH >= 80 || defined(ESPALIER_HOST)) && (defined(ELEMENT_F16) || defined(ELEMENT_BF16))
+#define TENSOR_16
+#define TENSOR_ONLY(...) __VA_ARGS__
+#else
+#define TENSOR_ONLY(...)
+#endif
+
+#ifdef TENSOR_16
 
 // Elements of k of one stage: 64 bytes.
 #define GEMM_K 32u
@@ -62,13 +71,14 @@ struct GemmSide {
     }
 
     __device__ __forceinline__ GemmSide(const Source& source_, u32 first_) : source(source_), first(first_), inside(0u) {
-        if (!ALONG_K) return;
         // Rows of m or n stay the same through all of k: looked up once.
+        if constexpr (ALONG_K) {
 #pragma unroll
-        for (u32 i = 0; i < COPIES; i++) {
-            bool there;
-            rows[i] = source.row(first + (threadIdx.x + i * THREADS) / CHUNKS, there);
-            inside |= there ? 1u << i : 0u;
+            for (u32 i = 0; i < COPIES; i++) {
+                bool there;
+                rows[i] = source.row(first + (threadIdx.x + i * THREADS) / CHUNKS, there);
+                inside |= there ? 1u << i : 0u;
+            }
         }
     }
 
@@ -125,8 +135,10 @@ __device__ __forceinline__ void gemm_tile(u32& row, u32& column) {
 }
 
 // Bytes of shared memory: STAGES (PLANES_A ROWS + PLANES_B COLUMNS) GEMM_K 2, as plans compute them.
-template <class Shape, bool A_ALONG_K, bool B_ALONG_K, u32 PLANES_A, u32 PLANES_B, bool ODD, class A, class B, class Epilogue>
-__device__ __forceinline__ void gemm(const A& source_a, const B& source_b, u32 row, u32 column, u32 k, u8* shared, Epilogue& finish) {
+// Adds the product to the sums, which start as zeros; several layouts of one kernel can so share an epilogue.
+template <class Shape, bool A_ALONG_K, bool B_ALONG_K, u32 PLANES_A, u32 PLANES_B, bool ODD, class A, class B>
+__device__ __forceinline__ void gemm_multiply(const A& source_a, const B& source_b, u32 row, u32 column, u32 k, u8* shared,
+                                              float (&sums)[Shape::DOWN][Shape::RIGHT][4]) {
     typedef GemmSide<A_ALONG_K, Shape::ROWS, PLANES_A, ODD, Shape::THREADS, A> Left;
     typedef GemmSide<B_ALONG_K, Shape::COLUMNS, PLANES_B, ODD, Shape::THREADS, B> Right;
     static_assert(PLANES_A == 1u || PLANES_B == 1u, "one operand has planes");
@@ -138,7 +150,6 @@ __device__ __forceinline__ void gemm(const A& source_a, const B& source_b, u32 r
     u32 warp = threadIdx.x / WARP;
     u32 warp_row = warp / Shape::ACROSS * Shape::WARP_ROWS, warp_column = warp % Shape::ACROSS * Shape::WARP_COLUMNS;
     u32 steps = div_up(k, GEMM_K);
-    float sums[Shape::DOWN][Shape::RIGHT][4] = {};
     u32 read = 0u, write = OPEN;
 #pragma unroll
     for (u32 stage = 0; stage < OPEN; stage++) {
@@ -191,8 +202,22 @@ __device__ __forceinline__ void gemm(const A& source_a, const B& source_b, u32 r
         write = write + 1u == Shape::STAGES ? 0u : write + 1u;
     }
     cp_async_wait<0>();
-    u32 lane = threadIdx.x % WARP;
-    finish(sums, row + warp_row + lane / 4u, column + warp_column + lane % 4u * 2u, shared);
+}
+
+// Hands the sums of the tile at (row, column) to the epilogue.
+template <class Shape, class Epilogue>
+__device__ __forceinline__ void gemm_finish(float (&sums)[Shape::DOWN][Shape::RIGHT][4], u32 row, u32 column, u8* shared, Epilogue& finish) {
+    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    row += warp / Shape::ACROSS * Shape::WARP_ROWS + lane / 4u;
+    column += warp % Shape::ACROSS * Shape::WARP_COLUMNS + lane % 4u * 2u;
+    finish(sums, row, column, shared);
+}
+
+template <class Shape, bool A_ALONG_K, bool B_ALONG_K, u32 PLANES_A, u32 PLANES_B, bool ODD, class A, class B, class Epilogue>
+__device__ __forceinline__ void gemm(const A& source_a, const B& source_b, u32 row, u32 column, u32 k, u8* shared, Epilogue& finish) {
+    float sums[Shape::DOWN][Shape::RIGHT][4] = {};
+    gemm_multiply<Shape, A_ALONG_K, B_ALONG_K, PLANES_A, PLANES_B, ODD>(source_a, source_b, row, column, k, shared, sums);
+    gemm_finish<Shape>(sums, row, column, shared, finish);
 }
 
 // Four lanes of a quad hold words of four neighbouring fragments of one row; each lane gets all four words of one fragment.
@@ -211,29 +236,32 @@ __device__ __forceinline__ void quad_transpose(u32 w[4]) {
     }
 }
 
-// Stores one row of RIGHT fragments as pairs: 16 bytes per lane where rows are aligned. All lanes of the warp come here together.
-template <u32 RIGHT>
-__device__ __forceinline__ void gemm_store_row(E* row, const u32 (&pairs)[RIGHT], bool inside, u32 column, u32 columns, bool aligned) {
-    static_assert(RIGHT % 4u == 0u, "fragments are stored in fours");
-    if (aligned) {
-        u32 t = threadIdx.x % 4u;
+// Stores COUNT neighbouring fragments of one row as pairs: 16 bytes per lane where rows are aligned. All lanes of the warp come
+// here together. Aligned rows have room for whole eights: a pair inside of `columns` takes the rest of its eight with it.
+template <u32 COUNT>
+__device__ __forceinline__ void gemm_store_row(E* row, const u32 (&pairs)[COUNT], bool inside, u32 column, u32 columns, bool aligned) {
+    u32 t = threadIdx.x % 4u;
+    if (COUNT % 4u == 0u && aligned) {
 #pragma unroll
-        for (u32 j = 0; j < RIGHT; j += 4u) {
+        for (u32 j = 0; j + 3u < COUNT; j += 4u) {
             u32 w[4] = {pairs[j], pairs[j + 1u], pairs[j + 2u], pairs[j + 3u]};
             quad_transpose(w);
             // The lane's own pair starts 2 t into each fragment; now it has all of fragment j + t.
             u32 at = column - 2u * t + (j + t) * 8u;
-            // Aligned rows have a multiple of eight columns, so the eight are inside together.
             if (inside && at < columns) *(uint4*)(row + at) = make_uint4(w[0], w[1], w[2], w[3]);
         }
         return;
     }
-    if (!inside) return;
 #pragma unroll
-    for (u32 j = 0; j < RIGHT; j++) {
+    for (u32 j = 0; j < COUNT; j++) {
         u32 at = column + j * 8u;
-        if (at < columns) row[at] = (E)(u16)pairs[j];
-        if (at + 1u < columns) row[at + 1u] = (E)(u16)(pairs[j] >> 16);
+        if (!inside || at >= columns) continue;
+        if (aligned) {
+            *(u32*)(row + at) = pairs[j];
+        } else {
+            row[at] = (E)(u16)pairs[j];
+            if (at + 1u < columns) row[at + 1u] = (E)(u16)(pairs[j] >> 16);
+        }
     }
 }
 

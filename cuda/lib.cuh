@@ -71,3 +71,120 @@ __device__ __forceinline__ float block_max(float x, float* tile) {
 #else
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) u8 name[]
 #endif
+
+// Elements of 16 bytes, the most that one access of a thread moves.
+#define VECTOR (16u / (u32)sizeof(E))
+
+// One access of 16 bytes; the address is a multiple of 16.
+template <class T> __device__ __forceinline__ uint4 load_vector(const T* from) {
+#ifdef ESPALIER_HOST
+    host::check_aligned(from, 16);
+    uint4 x;
+    memcpy(&x, from, 16);
+    return x;
+#else
+    return *(const uint4*)from;
+#endif
+}
+
+template <class T> __device__ __forceinline__ void store_vector(T* to, uint4 x) {
+#ifdef ESPALIER_HOST
+    host::check_aligned(to, 16);
+    memcpy(to, &x, 16);
+#else
+    *(uint4*)to = x;
+#endif
+}
+
+// Two 16-bit elements in one word. A NaN's payload is the hardware's, which rounds both at once.
+__device__ __forceinline__ u32 round_pair(float low, float high) {
+#if defined(ESPALIER_HOST) || ARCH < 80
+    return (u32)st(low) | (u32)st(high) << 16;
+#elif defined(ELEMENT_F16)
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+#else
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+#endif
+}
+
+// The VECTOR elements of 16 bytes as floats, and back.
+__device__ __forceinline__ void unpack_vector(float* y, uint4 x) {
+    const u32 words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (u32 k = 0; k < VECTOR; k++) {
+        if (sizeof(E) == 4) y[k] = __uint_as_float(words[k % 4u]);
+        else y[k] = ld((E)(words[k / 2u] >> (k % 2u * 16u)));
+    }
+}
+
+__device__ __forceinline__ uint4 pack_vector(const float* x) {
+    u32 words[4];
+#pragma unroll
+    for (u32 k = 0; k < 4u; k++) {
+        if (sizeof(E) == 4) words[k] = __float_as_uint(x[k]);
+        else words[k] = round_pair(x[(2u * k) % VECTOR], x[(2u * k + 1u) % VECTOR]);
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// A row of a matrix cut into aligned vectors, whatever its length: the first and the last one may hold elements of neighbours.
+// The matrix starts at a multiple of 16 bytes.
+struct Span {
+    // Element at which vector 0 starts, and how many elements of it belong to the row before.
+    u64 start;
+    u32 shift;
+    u32 length, vectors;
+};
+
+__device__ __forceinline__ Span span_of(u32 row, u32 length) {
+    u64 at = (u64)row * length;
+    u32 shift = (u32)at % VECTOR;
+    return {at - shift, shift, length, (u32)(((u64)shift + length + VECTOR - 1u) / VECTOR)};
+}
+
+// Index in the row of element k of vector j; not below `length` where it is not in the row.
+__device__ __forceinline__ u32 span_index(const Span& s, u32 j, u32 k) { return j * VECTOR + k - s.shift; }
+
+// Whether all of vector j lies in the row.
+__device__ __forceinline__ bool span_whole(const Span& s, u32 j) {
+    u32 head = s.shift > 0u ? 1u : 0u;
+    return j >= head && (j + 1u) * VECTOR <= s.shift + s.length;
+}
+
+// Vector j, with `outside` in place of what is not in the row.
+__device__ __forceinline__ uint4 span_load(const E* x, const Span& s, u32 j, float outside) {
+    if (span_whole(s, j)) return load_vector(x + s.start + (u64)j * VECTOR);
+    float values[VECTOR];
+#pragma unroll
+    for (u32 k = 0; k < VECTOR; k++) values[k] = outside;
+    if (j < s.vectors) {
+#pragma unroll
+        for (u32 k = 0; k < VECTOR; k++) {
+            if (span_index(s, j, k) < s.length) values[k] = ld(x[s.start + (u64)j * VECTOR + k]);
+        }
+    }
+    return pack_vector(values);
+}
+
+__device__ __forceinline__ void span_store(E* y, const Span& s, u32 j, const float* values) {
+    if (span_whole(s, j)) {
+        store_vector(y + s.start + (u64)j * VECTOR, pack_vector(values));
+    } else if (j < s.vectors) {
+#pragma unroll
+        for (u32 k = 0; k < VECTOR; k++) {
+            if (span_index(s, j, k) < s.length) y[s.start + (u64)j * VECTOR + k] = st(values[k]);
+        }
+    }
+}
+
+// Rows are shared by teams: a warp each, or a block each. A team's row, and its reductions in every thread of it.
+template <u32 TEAM> __device__ __forceinline__ u32 team_row() {
+    return TEAM == WARP ? linear_block() * (blockDim.x / WARP) + threadIdx.x / WARP : linear_block();
+}
+
+template <u32 TEAM> __device__ __forceinline__ float team_sum(float x, float* tile) { return TEAM == WARP ? warp_sum(x) : block_sum(x, tile); }
+template <u32 TEAM> __device__ __forceinline__ float team_max(float x, float* tile) { return TEAM == WARP ? warp_max(x) : block_max(x, tile); }

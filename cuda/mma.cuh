@@ -7,7 +7,8 @@
 //   mma_16832_s8   d[16,8] += a[16,32] b[32,8], signed bytes, i32 sums
 //                  a: four bytes from (g, 4t) (g+8, 4t) (g, 4t+16) (g+8, 4t+16);  b: four bytes from (4t, g) (4t+16, g)
 //   mma_sp_16832   d[16,8] += a[16,32] b[32,8] with two of four of a kept: a in the order of mma_16816 over kept columns,
-//                  b: (2t, g) (2t+8, g) (2t+16, g) (2t+24, g);  metadata: lanes with t = 0 (selector 0) or t = 1 of each quad pair, see PTX
+//                  b: (2t, g) (2t+8, g) (2t+16, g) (2t+24, g);  metadata: 16 bits (16 columns) of row g low and of row
+//                  g+8 high, lane t = 0 or 2 (selector 0 or 1) for the first 16 columns, t = 1 or 3 for the others
 //   ldmatrix_x4    four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8
 //   cp_async_16    16 bytes from global to shared memory, the bytes from `valid` on zero; commit closes a group, wait<N> leaves N open
 

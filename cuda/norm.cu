@@ -14,6 +14,7 @@
 // numerics: f32; centred second pass for the variance; y from the unrounded h; NaN rows stay NaN
 // source:   Ba, Kiros and Hinton 2016; Zhang and Sennrich 2019
 // rungs:    v1 a row per thread, three passes; v2 a row per block, butterfly sums
+//           v3 norm_vectors.cu
 
 struct NormParams { u32 rows, d; float epsilon, scale; u32 rms, joined, chunks; };
 

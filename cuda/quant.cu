@@ -7,11 +7,12 @@
 //           pack_int4: x[N], range[G, 2], q[N / 8] words
 // layout:   groups are runs of `length` neighbours; i8 one after the other; eight levels of four bits to a word
 // launch:   linear, 64 threads a block: 8 elements each (maps), four (i8), one word (int4), one part of a group (ranges)
+//           v2: 256 threads a block: 8 elements each (maps), a warp per part of a group (ranges)
 // cost:     about 6 operations an element; each tensor moved once
 // numerics: f32; bits are defined: one multiplication by the correctly rounded reciprocal, round to nearest even;
 //           a group narrower than 2^-100 is zero with scale 1, one with NaN or wider than 2^120 has the scale NaN
 // source:   Jacob et al. 2018 (affine levels); straight-through: Bengio et al. 2013
-// rungs:    v1 one thread, neighbouring elements
+// rungs:    v1 one thread, neighbouring elements; v2 16 bytes per access, a thread's elements in one group
 
 struct QuantParams { u32 count, length, asymmetric; float low, high, unit, shift; };
 struct RangeParams { u32 count, length, absolute, part, each; };
@@ -154,4 +155,92 @@ extern "C" __global__ void __launch_bounds__(64) pack_int4_fwd(const E* x, const
         packed |= (u32)(value + 8.0f) << (4u * b);
     }
     q[word] = packed;
+}
+
+// --- 16 bytes per access: eight elements a thread, all of one group.
+#define EACH 8u
+
+// The last thread of a tensor may have fewer.
+__device__ __forceinline__ void load_each(float* y, const E* x, u32 first, u32 count) {
+    if (first + EACH <= count) {
+#pragma unroll
+        for (u32 i = 0; i < EACH / VECTOR; i++) unpack_vector(y + i * VECTOR, load_vector(x + first + i * VECTOR));
+    } else {
+#pragma unroll
+        for (u32 k = 0; k < EACH; k++) y[k] = ld(x[min(first + k, count - 1u)]);
+    }
+}
+
+__device__ __forceinline__ void store_each(E* y, const float* x, u32 first, u32 count) {
+    if (first + EACH <= count) {
+#pragma unroll
+        for (u32 i = 0; i < EACH / VECTOR; i++) store_vector(y + first + i * VECTOR, pack_vector(x + i * VECTOR));
+    } else {
+#pragma unroll
+        for (u32 k = 0; k < EACH; k++)
+            if (first + k < count) y[first + k] = st(x[k]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) fake_quant_fwd_v2(const E* x, const float* range, E* y, QuantParams p) {
+    u32 first = linear_id() * EACH;
+    if (first >= p.count) return;
+    float values[EACH];
+    load_each(values, x, first, p.count);
+    Grid grid = grid_of(range, first / p.length, p);
+#pragma unroll
+    for (u32 k = 0; k < EACH; k++) {
+        float level = raw_level(values[k], grid);
+        values[k] = is_nan(level) ? level : __fmul_rn(clampf(level, p.low, p.high) - grid.zero, grid.scale);
+    }
+    store_each(y, values, first, p.count);
+}
+
+extern "C" __global__ void __launch_bounds__(256) fake_quant_bwd_v2(const E* x, const float* range, const E* dy, E* dx, QuantParams p) {
+    u32 first = linear_id() * EACH;
+    if (first >= p.count) return;
+    float values[EACH], slopes[EACH];
+    load_each(values, x, first, p.count);
+    load_each(slopes, dy, first, p.count);
+    Grid grid = grid_of(range, first / p.length, p);
+#pragma unroll
+    for (u32 k = 0; k < EACH; k++) {
+        // False for NaN.
+        float level = raw_level(values[k], grid);
+        if (!(level >= p.low && level <= p.high)) slopes[k] = 0.0f;
+    }
+    store_each(dx, slopes, first, p.count);
+}
+
+// Minimum and maximum do not depend on the order; a NaN is kept apart, as fminf and fmaxf lose it.
+extern "C" __global__ void __launch_bounds__(256) observe_fwd_v2(const E* x, float* range, RangeParams p) {
+    u32 id = team_row<WARP>(), lane = threadIdx.x % WARP;
+    if (id >= p.count / p.length * p.each) return;
+    u32 start = id / p.each * p.length;
+    u32 first = start + id % p.each * p.part;
+    u32 last = min(first + p.part, start + p.length);
+    float low = ld(x[first]);
+    float high = low;
+    bool nan = is_nan(low);
+    // Parts are whole vectors, but for a tensor's last one.
+#pragma unroll 4
+    for (u32 i = first + lane * VECTOR; i < last; i += WARP * VECTOR) {
+        float values[VECTOR];
+        if (i + VECTOR <= last) {
+            unpack_vector(values, load_vector(x + i));
+        } else {
+#pragma unroll
+            for (u32 k = 0; k < VECTOR; k++) values[k] = ld(x[min(i + k, last - 1u)]);
+        }
+#pragma unroll
+        for (u32 k = 0; k < VECTOR; k++) {
+            nan = nan || is_nan(values[k]);
+            low = fminf(low, values[k]);
+            high = fmaxf(high, values[k]);
+        }
+    }
+    low = -warp_max(-low);
+    high = warp_max(high);
+    nan = __any_sync(ALL_LANES, nan);
+    if (lane == 0u) store_range(range, id, low, high, nan, p.absolute);
 }

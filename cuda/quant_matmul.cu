@@ -3,11 +3,13 @@
 // grad:     none: training runs on fake-quantized values
 // shapes:   x[M, K] i8, xs[M], w[N, K] i8, ws[N], bias[N] (any array where there is none), y[M, N]
 // layout:   rows contiguous along k; four i8 to a word, little endian; rows start on words where K % 4 = 0
-// launch:   linear, 64 threads a block; one thread per element (v1), four columns (v2), 4 x 4 tile (v3)
+// launch:   linear, 64 threads a block; one thread per element (v1), four columns (v2), 4 x 4 tile (v3); mma: one block per tile
+//           of 128 weights by 128 tokens (256 threads) or 32 by 16 (128 threads), see weights.cuh
 // cost:     2 M N K operations; M K + N K bytes read, 4 M N written
 // numerics: int32 sums, exact for K below 2^17; then three f32 roundings
 // source:   Jacob et al. 2018; dynamic per-token scales: Dettmers et al. 2022
-// rungs:    v1 byte by byte, any K; v2 four columns share a word of x; v3 4 x 4 tile in registers
+// rungs:    v1 byte by byte, any K; v2 four columns share a word of x; v3 4 x 4 tile in registers; mma (sm_80, K % 16 = 0) int8 tensor
+//           instructions behind a pipeline of asynchronous copies, few_mma the same for at most 32 tokens
 
 struct Int8Params { u32 m, n, k, bias; };
 
@@ -71,3 +73,36 @@ extern "C" __global__ void __launch_bounds__(64) matmul_int8_fwd_v3(const int* x
 #pragma unroll
         for (u32 c = 0u; c < 4u; c++) store_sum(xs, ws, bias, y, p, i + r, j + c, sum[r][c]);
 }
+
+#if ARCH >= 80 || defined(ESPALIER_HOST)
+// 128 weights by 128 tokens, 128 of k a stage; and 32 weights by 16 tokens, four warps with 128 of k each.
+typedef weights::Tile<128, 128, 2, 4, 1, 3, 8> Int8Tile;
+typedef weights::Tile<32, 16, 1, 1, 4, 4, 8> Int8FewTile;
+
+template <class T>
+struct Int8Operands : weights::Operands<T> {
+    using weights::Operands<T>::Operands;
+    __device__ __forceinline__ void multiply(const u8* stage, u32, int (&sum)[T::MI][T::NI][4]) { weights::multiply_bytes<T>(*this, stage, sum); }
+};
+
+template <class T>
+__device__ __forceinline__ void matmul_int8_tile(u8* shared, const i8* x, const float* xs, const i8* w, const float* ws, const float* bias, float* y, const Int8Params& p) {
+    u32 token, row;
+    if (!weights::first_of<T>(p.m, p.n, token, row)) return;
+    Int8Operands<T> operands(x, w, p.m, p.n, p.k, p.k, token, row);
+    int sum[T::MI][T::NI][4] = {};
+    weights::run(shared, operands, sum, div_up(p.k, 128u * T::SLICES));
+    weights::StoreScaled store{xs, ws, p.bias == 1u ? bias : nullptr, y, p.n};
+    weights::put<T>(shared, operands, sum, p.m, p.n, token, row, store);
+}
+
+extern "C" __global__ void __launch_bounds__(256) matmul_int8_fwd_mma(const i8* x, const float* xs, const i8* w, const float* ws, const float* bias, float* y, Int8Params p) {
+    DYNAMIC_SHARED(shared);
+    matmul_int8_tile<Int8Tile>(shared, x, xs, w, ws, bias, y, p);
+}
+
+extern "C" __global__ void __launch_bounds__(128) matmul_int8_fwd_few_mma(const i8* x, const float* xs, const i8* w, const float* ws, const float* bias, float* y, Int8Params p) {
+    DYNAMIC_SHARED(shared);
+    matmul_int8_tile<Int8FewTile>(shared, x, xs, w, ws, bias, y, p);
+}
+#endif

@@ -198,6 +198,8 @@ pub struct Case {
     pub tolerance: Tolerance,
     /// Why the bound is wider than its class would be; empty for none.
     pub loosened: Option<(f64, &'static str)>,
+    /// Least size of the terms that an output is made of: where they cancel, its own size says nothing of their roundings.
+    pub terms: f64,
     pub grad: bool,
     /// A real model's size: timed by `kernels bench`, too large for differences.
     pub bench: bool,
@@ -208,7 +210,16 @@ pub struct Case {
 impl Case {
     /// A case over inputs drawn as given; shapes are literals of the table, so a bad one is a bug there.
     pub fn new(op: impl Op, tolerance: Tolerance) -> Self {
-        Self { op: Arc::new(op), inputs: Vec::new(), tolerance, loosened: None, grad: false, bench: false, variant: "" }
+        Self {
+            op: Arc::new(op),
+            inputs: Vec::new(),
+            tolerance,
+            loosened: None,
+            terms: 0.0,
+            grad: false,
+            bench: false,
+            variant: "",
+        }
     }
 
     #[must_use]
@@ -248,6 +259,13 @@ impl Case {
     #[must_use]
     pub fn loosened(mut self, factor: f64, reason: &'static str) -> Self {
         self.loosened = Some((factor, reason));
+        self
+    }
+
+    /// Says that outputs are differences of terms of this size, so that values near zero are judged by it.
+    #[must_use]
+    pub fn terms(mut self, size: f64) -> Self {
+        self.terms = size;
         self
     }
 

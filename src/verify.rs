@@ -166,10 +166,11 @@ fn run_poisoned(
     Ok(Ok(results))
 }
 
-fn compare(case: &Case, tolerance: Tolerance, metas: &[Meta], expected: &[Vec<f64>], got: &[Vec<f64>]) -> Verdict {
+/// Holds outputs against expected ones by the case's own bounds.
+pub fn compare(case: &Case, tolerance: Tolerance, metas: &[Meta], expected: &[Vec<f64>], got: &[Vec<f64>]) -> Verdict {
     let factor = case.loosened.map_or(1.0, |(factor, _)| factor);
     for (index, ((meta, want), have)) in metas.iter().zip(expected).zip(got).enumerate() {
-        if let Err(reason) = judge(tolerance, factor, meta.dtype, want, have) {
+        if let Err(reason) = judge(tolerance, (factor, case.terms), meta.dtype, want, have) {
             return Verdict::Failed(format!("output {index} {meta}: {reason}"));
         }
     }
@@ -181,20 +182,27 @@ const U: f64 = 5.960_464_477_539_063e-8;
 
 /// Holds values against the reference: the worst element and the normalised mean squared error must both be in bounds.
 /// Bounds by class (element: relative to the value + relative to the tensor's scale; aggregate), after Table 5 of the
-/// project's numerics notes: arithmetic 1 ulp; transcendental 4e-6 or 1e-6; contraction 2 K u; 16-bit storage adds 2 ulp.
-pub fn judge(tolerance: Tolerance, factor: f64, dtype: DType, want: &[f64], have: &[f64]) -> Result<(), String> {
+/// project's numerics notes: arithmetic 1 ulp; transcendental 4e-6 or 1e-6; contraction 2 K u; 16-bit storage adds 2 ulp. `factor` widens
+/// them; `terms` is the least scale that a tensor is judged by.
+pub fn judge(
+    tolerance: Tolerance,
+    (factor, terms): (f64, f64),
+    dtype: DType,
+    want: &[f64],
+    have: &[f64],
+) -> Result<(), String> {
     if want.len() != have.len() {
         return Err(format!("{} values where {} were expected", have.len(), want.len()));
     }
     let rounded: Vec<f64> = want.iter().map(|&x| dtype.round(x)).collect();
     let finite = |v: &&f64| v.is_finite();
-    let power = want.iter().filter(finite).map(|x| x * x).sum::<f64>();
+    let power = want.iter().filter(finite).map(|x| x * x).sum::<f64>().max(terms * terms * want.len() as f64);
     let rms = (power / want.len().max(1) as f64).sqrt();
     let exact = tolerance == Tolerance::Exact || !dtype.is_float();
     let (relative, absolute, aggregate) = match tolerance {
         _ if exact => (0.0, 0.0, 0.0),
         Tolerance::Arithmetic => (2.0 * U, 1e-38, 1e-13),
-        Tolerance::Transcendental => (4e-6, 1e-6, 1e-11),
+        Tolerance::Transcendental => (4e-6, 1e-6 * terms.max(1.0), 1e-11),
         Tolerance::Contraction { k } => {
             let bound = 2.0 * (k.max(8) as f64) * U;
             (bound, bound * rms + 1e-30, 1e-10)
@@ -275,7 +283,7 @@ fn check_gradient(case: &Case, device: &Arc<dyn Device>, seed: u64) -> Result<Ve
     for (index, (want, have)) in truth.iter().zip(&got).enumerate() {
         match (want, have) {
             (Some(want), Some(have)) => {
-                if let Err(reason) = judge(tolerance, factor, metas[index].dtype, want, have) {
+                if let Err(reason) = judge(tolerance, (factor, case.terms), metas[index].dtype, want, have) {
                     return Ok(Verdict::Failed(format!("gradient of input {index} on {}: {reason}", device.info().id)));
                 }
             }
@@ -401,15 +409,15 @@ mod tests {
     #[test]
     fn judge_refuses_what_it_must() {
         let class = Tolerance::Transcendental;
-        assert!(judge(class, 1.0, DType::F32, &[1.0, 2.0], &[1.0, 2.000_001]).is_ok());
-        assert!(judge(class, 1.0, DType::F32, &[1.0, 2.0], &[1.0, 2.1]).is_err());
-        assert!(judge(class, 1.0, DType::F32, &[1.0], &[f64::NAN]).is_err());
-        assert!(judge(class, 1.0, DType::F32, &[f64::NAN], &[1.0]).is_err());
-        assert!(judge(Tolerance::Exact, 1.0, DType::F32, &[1.0], &[1.0 + 1e-7]).is_err());
+        assert!(judge(class, (1.0, 0.0), DType::F32, &[1.0, 2.0], &[1.0, 2.000_001]).is_ok());
+        assert!(judge(class, (1.0, 0.0), DType::F32, &[1.0, 2.0], &[1.0, 2.1]).is_err());
+        assert!(judge(class, (1.0, 0.0), DType::F32, &[1.0], &[f64::NAN]).is_err());
+        assert!(judge(class, (1.0, 0.0), DType::F32, &[f64::NAN], &[1.0]).is_err());
+        assert!(judge(Tolerance::Exact, (1.0, 0.0), DType::F32, &[1.0], &[1.0 + 1e-7]).is_err());
         // Many small errors that each pass must not pass together.
         let want = vec![1e-3; 1000];
         let have = vec![1e-3 + 9e-7; 1000];
-        assert!(judge(class, 1.0, DType::F32, &want, &have).is_err());
+        assert!(judge(class, (1.0, 0.0), DType::F32, &want, &have).is_err());
     }
 
     #[test]

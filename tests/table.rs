@@ -19,7 +19,7 @@ const SEED: u64 = 1;
 fn main() {
     let arguments = Arguments::from_args();
     let mut trials = Vec::new();
-    for name in ["cpu", "wgpu"] {
+    for name in ["cpu", "wgpu", "cuda-host"] {
         match device::open(name) {
             Ok(device) => trials.extend(on(name, &device)),
             Err(e) => {

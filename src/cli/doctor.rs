@@ -7,7 +7,8 @@ use serde::Serialize;
 
 use super::{Global, say, say_json};
 use crate::data::collect::languages;
-use crate::device::{self, Adapter, Class, CpuDevice, Device, Info, Kind, WgpuDevice};
+use crate::device::cuda::compile::nvrtc;
+use crate::device::{self, Adapter, Class, CpuDevice, CudaDevice, Device, Info, Kind, WgpuDevice};
 use crate::error::Result;
 use crate::report::{Alignment, Table};
 
@@ -20,6 +21,8 @@ struct Doctor {
     devices: Vec<DeviceReport>,
     unavailable: Vec<Unavailable>,
     cuda: Option<Cuda>,
+    /// Version of NVRTC, the compiler of the CUDA kernels, or why there is none.
+    nvrtc: std::result::Result<String, String>,
     /// Languages with gettext catalogs, and how many.
     catalogs: BTreeMap<String, usize>,
     missing: Vec<Missing>,
@@ -121,6 +124,7 @@ fn examine() -> Doctor {
         devices: Vec::new(),
         unavailable: Vec::new(),
         cuda: None,
+        nvrtc: nvrtc().map(|(major, minor)| format!("{major}.{minor}")).map_err(|e| e.to_string()),
         catalogs: languages(Path::new(LOCALE)),
         missing: Vec::new(),
     };
@@ -142,6 +146,28 @@ fn examine() -> Doctor {
             what: "a Vulkan driver",
             package: "mesa-vulkan-drivers libvulkan1",
             needed_for: "--device wgpu, in software where there is no GPU",
+        });
+    }
+    if device::cuda_driver().is_some() {
+        match CudaDevice::new(0) {
+            Ok(device) => doctor.devices.push(describe(device.info())),
+            Err(e) => doctor.unavailable.push(Unavailable { device: "cuda".into(), reason: e.to_string() }),
+        }
+    }
+    #[cfg(unix)]
+    match device::CudaHostDevice::new() {
+        Ok(device) => doctor.devices.push(describe(device.info())),
+        Err(_) => doctor.missing.push(Missing {
+            what: "a C++ compiler",
+            package: "g++",
+            needed_for: "--device cuda-host, which checks the CUDA kernels without a GPU",
+        }),
+    }
+    if doctor.nvrtc.is_err() {
+        doctor.missing.push(Missing {
+            what: "NVRTC",
+            package: "none; scripts/nvrtc.sh fetches it from the Python registry",
+            needed_for: "--device cuda and `kernels cuda-check`",
         });
     }
     doctor.cuda = device::cuda_driver().map(|driver| match driver {
@@ -179,11 +205,15 @@ pub fn run(global: &Global) -> Result<()> {
     match &doctor.cuda {
         None => say("cuda: no NVIDIA driver"),
         Some(Cuda { version: Some(version), devices, .. }) => {
-            say(format!("cuda: driver {version}, {} devices ({}); no kernels yet", devices.len(), devices.join(", ")));
+            say(format!("cuda: driver {version}, {} devices ({})", devices.len(), devices.join(", ")));
         }
         Some(Cuda { reason, .. }) => {
             say(format!("cuda: driver does not answer: {}", reason.as_deref().unwrap_or("no reason")))
         }
+    }
+    match &doctor.nvrtc {
+        Ok(version) => say(format!("nvrtc: {version}")),
+        Err(_) => say("nvrtc: not found"),
     }
     let total: usize = doctor.catalogs.values().sum();
     let mut most: Vec<_> = doctor.catalogs.iter().collect();

@@ -32,7 +32,7 @@ impl NullDevice {
             class,
             software: false,
             limits,
-            features: Features { f16: true, i16: true, subgroups: true, ..Features::default() },
+            features: Features { f16: true, i16: true, subgroups: true, arch: 80, ..Features::default() },
             probes: Vec::new(),
         };
         Self { info, launches: Mutex::new(Vec::new()) }

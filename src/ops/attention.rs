@@ -4,6 +4,7 @@
 mod cases;
 mod plan;
 mod reference;
+mod tensor;
 
 use std::any::Any;
 
@@ -192,7 +193,14 @@ impl Op for Attention {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &[Kernel::cpu("attention_fwd", DType::FLOATS, cpu::attention), plan::FORWARD];
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("attention_fwd", DType::FLOATS, cpu::attention),
+            tensor::forward::<32>(),
+            tensor::forward::<64>(),
+            tensor::forward::<96>(),
+            tensor::forward::<128>(),
+            plan::FORWARD,
+        ];
         KERNELS
     }
 
@@ -254,8 +262,14 @@ impl Op for AttentionBackward {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] =
-            &[Kernel::cpu("attention_bwd", DType::FLOATS, cpu::attention_backward), plan::BACKWARD];
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("attention_bwd", DType::FLOATS, cpu::attention_backward),
+            tensor::backward::<32>(),
+            tensor::backward::<64>(),
+            tensor::backward::<96>(),
+            tensor::backward::<128>(),
+            plan::BACKWARD,
+        ];
         KERNELS
     }
 

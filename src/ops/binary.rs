@@ -9,6 +9,7 @@ use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always,
 use crate::op::{Array, Case, Cost, Family, Gradient, Op, Saves, Tolerance};
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
 use crate::ops::unary::{Function, Unary};
+use crate::ops::vector;
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
@@ -79,8 +80,11 @@ impl Op for Binary {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] =
-            &[Kernel::cpu("binary_fwd", DType::FLOATS, cpu::binary), wgsl("binary_fwd", "binary_fwd", plan)];
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("binary_fwd", DType::FLOATS, cpu::binary),
+            vector::cuda(SOURCE, ["binary_fwd_v2"; 2], DType::FLOATS, never_wraps, |p| plan(p, vectors)),
+            wgsl("binary_fwd", "binary_fwd", |p| plan(p, fours)),
+        ];
         KERNELS
     }
 
@@ -151,7 +155,8 @@ impl Op for AccumulateScaled {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("accumulate_scaled", DType::FLOATS, cpu::accumulate_scaled),
-            wgsl("accumulate_scaled", "accumulate_scaled", plan_accumulate),
+            vector::cuda(SOURCE, ["accumulate_scaled_v2"; 2], DType::FLOATS, always, |p| plan_accumulate(p, vectors)),
+            wgsl("accumulate_scaled", "accumulate_scaled", |p| plan_accumulate(p, fours)),
         ];
         KERNELS
     }
@@ -178,12 +183,26 @@ const fn wgsl(name: &'static str, entry: &'static str, plan: fn(&Problem) -> Pla
     Kernel { name, code, dtypes: DType::FLOATS, fits: always, plan }
 }
 
-fn launch(items: usize, params: Params) -> Launch {
+/// How a number of elements becomes a launch.
+type Geometry = fn(&Problem, usize, Params) -> Launch;
+
+fn fours(_: &Problem, items: usize, params: Params) -> Launch {
     Launch::linear(items.div_ceil(PER_INVOCATION), BLOCK, params).trips(PER_INVOCATION)
 }
 
+/// 16 bytes to a thread.
+fn vectors(p: &Problem, items: usize, params: Params) -> Launch {
+    Launch::linear(items.div_ceil(vector::vector(p)), vector::BLOCK, params)
+}
+
+/// Whether no vector of 16 bytes goes over the end of a broadcast b.
+fn never_wraps(p: &Problem) -> bool {
+    let period = p.inputs[1].count();
+    period == 1 || period == p.outputs[0].count() || period.is_multiple_of(vector::vector(p))
+}
+
 /// One launch per binding-sized span. A full b is cut like a; a broadcast b is bound whole and found by its period.
-fn plan(p: &Problem) -> Plan {
+fn plan(p: &Problem, launch: Geometry) -> Plan {
     let (count, size, period) = (p.outputs[0].count(), p.element.size(), p.inputs[1].count());
     let kind = p.op::<Binary>().map_or(0, |op| op.0 as usize);
     let launches = spans(count, size, p.info.limits.binding_bytes).map(|span| {
@@ -191,7 +210,7 @@ fn plan(p: &Problem) -> Plan {
         let full = period == count;
         let (base, period) = if full { (0, items) } else { (span.start, period) };
         let params = Params::new().u(items).u(kind).u(base).u(period).f(1.0);
-        let launch = launch(items, params);
+        let launch = launch(p, items, params);
         if items == count {
             return launch;
         }
@@ -201,12 +220,12 @@ fn plan(p: &Problem) -> Plan {
     Plan::sequence(launches.collect())
 }
 
-fn plan_accumulate(p: &Problem) -> Plan {
+fn plan_accumulate(p: &Problem, launch: Geometry) -> Plan {
     let (count, size) = (p.outputs[0].count(), p.element.size());
     let factor = p.op::<AccumulateScaled>().map_or(0.0, |op| op.factor);
     let launches = spans(count, size, p.info.limits.binding_bytes).map(|span| {
         let (offset, bytes) = (span.start * size, span.len() * size);
-        let launch = launch(span.len(), Params::new().u(span.len()).u(0).u(0).u(1).f(factor));
+        let launch = launch(p, span.len(), Params::new().u(span.len()).u(0).u(0).u(1).f(factor));
         if span.len() == count { launch } else { launch.window(0, offset, bytes).window(1, offset, bytes) }
     });
     Plan::sequence(launches.collect())
@@ -217,7 +236,7 @@ fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for function in [Add, Sub, Mul] {
         for &dtype in DType::FLOATS {
-            let shapes: [(&[usize], &[usize]); 12] = [
+            let shapes: [(&[usize], &[usize]); 13] = [
                 (&[1], &[1]),
                 (&[7], &[7]),
                 (&[3, 5, 17], &[3, 5, 17]),
@@ -230,6 +249,7 @@ fn cases() -> Vec<Case> {
                 (&[6, 11], &[]),
                 (&[2, 129], &[1, 1]),
                 (&[255, 257], &[255, 257]),
+                (&[5, 24], &[24]),
             ];
             for (a, b) in shapes {
                 let case = Case::new(Binary(function), Tolerance::Arithmetic).normal(a, dtype).normal(b, dtype);

@@ -108,7 +108,12 @@ impl Op for Ffn {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &[Kernel::cpu("ffn_fwd", DType::FLOATS, cpu::ffn), plan::FORWARD];
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("ffn_fwd", DType::FLOATS, cpu::ffn),
+            plan::FORWARD_TENSOR,
+            plan::FORWARD_TENSOR_SMALL,
+            plan::FORWARD,
+        ];
         KERNELS
     }
 
@@ -167,7 +172,12 @@ impl Op for FfnBackward {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &[Kernel::cpu("ffn_bwd", DType::FLOATS, cpu::ffn_backward), plan::BACKWARD];
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("ffn_bwd", DType::FLOATS, cpu::ffn_backward),
+            plan::BACKWARD_TENSOR,
+            plan::BACKWARD_TENSOR_SMALL,
+            plan::BACKWARD,
+        ];
         KERNELS
     }
 

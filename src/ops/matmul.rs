@@ -214,6 +214,8 @@ impl Op for Matmul {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("matmul_fwd", DType::FLOATS, cpu::matmul),
+            plan::TENSOR,
+            plan::TENSOR_SMALL,
             plan::QUADS_NN,
             plan::QUADS_NT,
             plan::QUADS_TN,

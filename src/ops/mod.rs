@@ -9,6 +9,7 @@ pub mod ceiling;
 pub mod distill;
 pub mod embed;
 pub mod ffn;
+pub mod large;
 pub mod layout;
 pub mod linear_loss;
 pub mod matmul;
@@ -29,6 +30,7 @@ pub mod sparse24;
 mod sparse24_matmul;
 mod sparse24_pack;
 pub mod unary;
+mod vector;
 
 /// Every op family; verification, gradient checks, benches, the support table and the docs are loops over it.
 #[rustfmt::skip] // one line each

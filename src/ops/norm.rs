@@ -8,10 +8,11 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Kernel, Params, Source, source};
+use crate::kernel::{File, Kernel, Params, Plan, Problem, Source, source};
 use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
 use crate::ops::rows::{PLANS, rungs};
 use crate::ops::unary::{Function, Unary};
+use crate::ops::vector::{self, above};
 use crate::shape::{self, Meta, Shape};
 use crate::tensor::Tensor;
 
@@ -21,6 +22,32 @@ pub use backward::{AddNormBackward, NormBackward};
 pub static FAMILY: Family = Family { name: "norm", cases: cases::cases, source: Some(SOURCE) };
 
 const SOURCE: Source = source!("norm");
+
+/// The rungs that keep a row on chip stand in a file of their own.
+const VECTORS: Source = Source {
+    wgsl: File { name: "", text: "" },
+    cuda: File {
+        name: "norm_vectors.cu",
+        text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/norm_vectors.cu")),
+    },
+};
+
+/// Rows of whole vectors, at most so many elements of them to a thread, by team.
+const KEPT: [usize; 3] = [32; 3];
+const KEPT_ADDED: [usize; 3] = [32, 32, 16];
+
+fn fits(p: &Problem, kept: [usize; 3]) -> bool {
+    vector::aligned_rows(p) && p.inputs[0].shape.last() <= kept[2] * vector::TEAMS[2]
+}
+
+macro_rules! forward {
+    ($name:literal, $kept:expr) => {{
+        const ENTRIES: [&str; 3] =
+            [concat!($name, "_fwd_warp_v3"), concat!($name, "_fwd_block_v3"), concat!($name, "_fwd_wide_v3")];
+        let plan: fn(&Problem) -> Plan = |p| Plan::of(vector::rows(p, &ENTRIES, $kept));
+        vector::cuda(VECTORS, [concat!($name, "_fwd_v3"), ENTRIES[0]], DType::FLOATS, |p| fits(p, $kept), plan)
+    }};
+}
 
 /// y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the last axis (Ba, Kiros and Hinton 2016).
 ///
@@ -129,8 +156,10 @@ impl Op for LayerNorm {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] =
-            &rungs(SOURCE, "layernorm_fwd", cpu::layernorm, ["layernorm_fwd", "layernorm_fwd_v2"], PLANS);
+        const KERNELS: &[Kernel] = &above(
+            forward!("layernorm", KEPT),
+            rungs(SOURCE, "layernorm_fwd", cpu::layernorm, ["layernorm_fwd", "layernorm_fwd_v2"], PLANS),
+        );
         KERNELS
     }
 
@@ -172,8 +201,10 @@ impl Op for RmsNorm {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] =
-            &rungs(SOURCE, "rmsnorm_fwd", cpu::rmsnorm, ["rmsnorm_fwd", "rmsnorm_fwd_v2"], PLANS);
+        const KERNELS: &[Kernel] = &above(
+            forward!("rmsnorm", KEPT),
+            rungs(SOURCE, "rmsnorm_fwd", cpu::rmsnorm, ["rmsnorm_fwd", "rmsnorm_fwd_v2"], PLANS),
+        );
         KERNELS
     }
 
@@ -222,15 +253,20 @@ impl Op for AddNorm {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const LAYER: &[Kernel] = &rungs(
-            SOURCE,
-            "add_layernorm_fwd",
-            cpu::add_layernorm,
-            ["add_layernorm_fwd", "add_layernorm_fwd_v2"],
-            PLANS,
+        const LAYER: &[Kernel] = &above(
+            forward!("add_layernorm", KEPT_ADDED),
+            rungs(
+                SOURCE,
+                "add_layernorm_fwd",
+                cpu::add_layernorm,
+                ["add_layernorm_fwd", "add_layernorm_fwd_v2"],
+                PLANS,
+            ),
         );
-        const RMS: &[Kernel] =
-            &rungs(SOURCE, "add_rmsnorm_fwd", cpu::add_rmsnorm, ["add_rmsnorm_fwd", "add_rmsnorm_fwd_v2"], PLANS);
+        const RMS: &[Kernel] = &above(
+            forward!("add_rmsnorm", KEPT_ADDED),
+            rungs(SOURCE, "add_rmsnorm_fwd", cpu::add_rmsnorm, ["add_rmsnorm_fwd", "add_rmsnorm_fwd_v2"], PLANS),
+        );
         if self.rms { RMS } else { LAYER }
     }
 

@@ -7,6 +7,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source, spans};
 use crate::op::{Array, Case, Cost, Family, Fill, Op, Tolerance};
+use crate::ops::vector;
 use crate::shape::{self, Meta};
 
 pub static FAMILY: Family = Family { name: "optim", cases, source: Some(SOURCE) };
@@ -102,7 +103,11 @@ impl Op for AdamW {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &[Kernel::cpu("adamw", &[DType::F32], cpu::adamw), wgsl("adamw", plan_adamw)];
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("adamw", &[DType::F32], cpu::adamw),
+            vector::cuda(SOURCE, ["adamw_v2"; 2], &[DType::F32], always, |p| plan_adamw(p, vector::BLOCK)),
+            wgsl("adamw", |p| plan_adamw(p, BLOCK)),
+        ];
         KERNELS
     }
 
@@ -219,22 +224,22 @@ fn plan_one(p: &Problem) -> Plan {
     Plan::of(Launch::new([1, 1, 1], p.params()))
 }
 
-fn plan_adamw(p: &Problem) -> Plan {
-    plan_flat(p, &[0, 1, 2, 3, 5], &[0, 1, 2, 3, 4, 1])
+fn plan_adamw(p: &Problem, block: u32) -> Plan {
+    plan_flat(p, block, &[0, 1, 2, 3, 5], &[0, 1, 2, 3, 4, 1])
 }
 
 fn plan_sgd(p: &Problem) -> Plan {
-    plan_flat(p, &[0, 1, 2, 4], &[0, 1, 2, 3, 1])
+    plan_flat(p, BLOCK, &[0, 1, 2, 4], &[0, 1, 2, 3, 1])
 }
 
 /// One launch per binding-sized span of the flat buffers; `flat` are the arguments that are as long as the group.
 /// `unmasked`: the slots without a mask, whose binding the shader names but then never reads; the gradient stands in.
-fn plan_flat(p: &Problem, flat: &[usize], unmasked: &[usize]) -> Plan {
+fn plan_flat(p: &Problem, block: u32, flat: &[usize], unmasked: &[usize]) -> Plan {
     let count = p.inputs[0].count();
     let launches = spans(count, 4, p.info.limits.binding_bytes).map(|span| {
         let items = span.len();
         let params = p.params().words()[1..].iter().fold(Params::new().u(items), |params, &w| params.word(w));
-        let launch = Launch::linear(items.div_ceil(PER_INVOCATION), BLOCK, params).trips(PER_INVOCATION);
+        let launch = Launch::linear(items.div_ceil(PER_INVOCATION), block, params).trips(PER_INVOCATION);
         let part = |launch: Launch, &argument: &usize| launch.window(argument, 4 * span.start, 4 * items);
         let bound = flat.iter().filter(|&&argument| argument < p.inputs.len());
         let launch = if items == count { launch } else { bound.fold(launch, part) };

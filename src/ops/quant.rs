@@ -12,6 +12,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
+use crate::ops::vector;
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
@@ -251,6 +252,7 @@ impl Op for Observe {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("observe_fwd", DType::FLOATS, cpu::observe),
+            vector::cuda(SOURCE, ["observe_fwd_v2"; 2], DType::FLOATS, whole_vectors, |p| vectors(plan_observe(p))),
             wgsl("observe_fwd", "observe_fwd", DType::FLOATS, plan_observe),
         ];
         KERNELS
@@ -304,6 +306,7 @@ impl Op for FakeQuant {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("fake_quant_fwd", DType::FLOATS, cpu::fake_quant),
+            vector::cuda(SOURCE, ["fake_quant_fwd_v2"; 2], DType::FLOATS, whole_vectors, |p| vectors(plan_fake(p))),
             wgsl("fake_quant_fwd", "fake_quant_fwd", DType::FLOATS, plan_fake),
         ];
         KERNELS
@@ -372,6 +375,7 @@ impl Op for FakeQuantBackward {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("fake_quant_bwd", DType::FLOATS, cpu::fake_quant_backward),
+            vector::cuda(SOURCE, ["fake_quant_bwd_v2"; 2], DType::FLOATS, whole_vectors, |p| vectors(plan_map(p))),
             wgsl("fake_quant_bwd", "fake_quant_bwd", DType::FLOATS, plan_map),
         ];
         KERNELS
@@ -441,7 +445,8 @@ pub(super) fn range_launches(
     const PART: usize = 1024;
     const MAX_PARTS: usize = 50_000;
     let groups = count / length;
-    let part = if length <= 4 * PART { length } else { PART.max(length.div_ceil(MAX_PARTS)) };
+    // A multiple of eight, so that parts of aligned groups are aligned.
+    let part = if length <= 4 * PART { length } else { PART.max(length.div_ceil(MAX_PARTS).next_multiple_of(8)) };
     let each = length.div_ceil(part);
     let words =
         |part: usize, each: usize, absolute: bool| Params::new().u(count).u(length).flag(absolute).u(part).u(each);
@@ -480,6 +485,35 @@ fn plan_fake(p: &Problem) -> Plan {
     let map = Launch::linear(count.div_ceil(PER_INVOCATION), BLOCK, p.params()).trips(PER_INVOCATION);
     launches.push(map.slots(&[0, 2, 1]));
     Plan::sequence(launches).scratch(count / length * 8).scratch(bytes)
+}
+
+/// Groups of whole eights, or one group: the eight neighbours of a thread share a grid, and parts of groups start at
+/// multiples of 16 bytes.
+fn whole_vectors(p: &Problem) -> bool {
+    let words = p.params();
+    let [count, length] = [0, 1].map(|i| words.words()[i] as usize);
+    length.is_multiple_of(PER_INVOCATION) || length == count
+}
+
+/// A plan with a warp for each part of a group, and larger blocks of maps.
+fn vectors(plan: Plan) -> Plan {
+    let launches = plan.launches.into_iter().map(|launch| {
+        let words = launch.params.words();
+        let [count, length] = [0, 1].map(|i| words[i] as usize);
+        match launch.entry {
+            Some("observe_fwd") => {
+                let parts = count / length * words[4] as usize;
+                let warps = Launch::linear(parts, vector::BLOCK / 32, launch.params).entry("observe_fwd_v2");
+                Launch { groups: warps.groups, entry: warps.entry, ..launch }
+            }
+            Some(_) => launch,
+            None => {
+                let items = Launch::linear(count.div_ceil(PER_INVOCATION), vector::BLOCK, launch.params);
+                Launch { groups: items.groups, ..launch }
+            }
+        }
+    });
+    Plan { launches: launches.collect(), scratch: plan.scratch }
 }
 
 #[cfg(test)]

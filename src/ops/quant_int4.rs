@@ -4,6 +4,7 @@ use std::any::Any;
 
 use super::matmul::Matmul;
 use super::quant::{BLOCK, Granularity, Grid, SOURCE as QUANT_SOURCE, Scheme, map_params, range_launches, ranges};
+use super::quant_matmul::{FEW_TOKENS, Tile};
 use super::reduce::{Axis, Reduce, ReduceFunction};
 use super::unary::Cast;
 use crate::cpu;
@@ -187,6 +188,8 @@ impl Op for MatmulInt4 {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("matmul_int4_fwd", DType::FLOATS, cpu::matmul_int4),
+            tensor("matmul_int4_fwd_few_mma", few_tokens, |p| plan_tensor(p, FEW)),
+            tensor("matmul_int4_fwd_mma", whole_chunks, |p| plan_tensor(p, MANY)),
             wgsl("matmul_int4_fwd", DType::FLOATS, plan_matmul),
         ];
         KERNELS
@@ -235,6 +238,28 @@ const fn wgsl(entry: &'static str, dtypes: &'static [DType], plan: fn(&Problem) 
     Kernel { name: entry, code, dtypes, fits: always, plan }
 }
 
+const fn tensor(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) -> Plan) -> Kernel {
+    let code = Code::Cuda { source: SOURCE, entry: name, constants: &[], arch: 80, tensor: &["mma.sync"] };
+    Kernel { name, code, dtypes: &[DType::F16, DType::Bf16], fits, plan }
+}
+
+const MANY: Tile = Tile::new([128, 128], 256, 1, 4, 2);
+const FEW: Tile = Tile::new([32, 16], 128, 4, 6, 2);
+
+/// Rows of words start on 16 bytes, and 32 products share a scale.
+fn whole_chunks(p: &Problem) -> bool {
+    p.op::<MatmulInt4>().is_some_and(|op| op.group.is_multiple_of(32))
+}
+
+fn few_tokens(p: &Problem) -> bool {
+    whole_chunks(p) && p.outputs[0].dims()[0] <= FEW_TOKENS
+}
+
+fn plan_tensor(p: &Problem, tile: Tile) -> Plan {
+    let bias = if p.inputs.len() == 4 { 3 } else { 0 };
+    Plan::of(tile.launch(p).slots(&[0, 1, 2, bias, p.inputs.len()]))
+}
+
 /// Arguments: w, packed, scales, then scratch: ranges, parts of ranges, zero points (all 0).
 fn plan_pack(p: &Problem) -> Plan {
     let (count, length) = (p.inputs[0].count(), p.params().words()[1] as usize);
@@ -280,6 +305,9 @@ fn cases() -> Vec<Case> {
         ([4, 16, 128], 64),
         ([17, 33, 256], 128),
         ([65, 63, 64], 32),
+        // Several stages and tiles of the tensor kernels, ragged ends, a group that no slice of 64 divides.
+        ([5, 70, 2112], 96),
+        ([135, 131, 352], 32),
     ] {
         let [m, n, k] = size;
         for &dtype in DType::FLOATS {
@@ -296,6 +324,10 @@ fn cases() -> Vec<Case> {
     cases.push(Case::new(PackInt4 { group: 64 }, Tolerance::Exact).normal(&[3072, 768], DType::F32).bench());
     cases.push(matmul([1, 3072, 768], 64, true, DType::F32).bench());
     cases.push(matmul([128, 3072, 768], 64, true, DType::F32).bench());
+    for dtype in [DType::F16, DType::Bf16] {
+        cases.push(matmul([1, 3072, 768], 64, true, dtype).bench());
+        cases.push(matmul([128, 3072, 768], 64, true, dtype).bench());
+    }
     cases
 }
 

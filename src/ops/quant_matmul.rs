@@ -69,6 +69,8 @@ impl Op for MatmulInt8 {
         const F32: &[DType] = &[DType::F32];
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("matmul_int8_fwd", F32, cpu::matmul_int8),
+            tensor("matmul_int8_fwd_few_mma", few_tokens, |p| plan_tensor(p, FEW)),
+            tensor("matmul_int8_fwd_mma", whole_chunks, |p| plan_tensor(p, MANY)),
             wgsl("matmul_int8_fwd_v3", "matmul_int8_fwd_v3", four_rows, plan_v3),
             wgsl("matmul_int8_fwd_v2", "matmul_int8_fwd_v2", whole_words, plan_v2),
             wgsl("matmul_int8_fwd", "matmul_int8_fwd", crate::kernel::always, plan_v1),
@@ -103,6 +105,53 @@ const fn wgsl(
 ) -> Kernel {
     let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
     Kernel { name, code, dtypes: &[DType::F32], fits, plan }
+}
+
+const fn tensor(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) -> Plan) -> Kernel {
+    let code = Code::Cuda { source: SOURCE, entry: name, constants: &[], arch: 80, tensor: &["mma.sync"] };
+    Kernel { name, code, dtypes: &[DType::F32], fits, plan }
+}
+
+/// The tiles of `cuda/weights.cuh`: weights by tokens of a block, its threads, and the bytes of its pipeline.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    pub rows: usize,
+    pub tokens: usize,
+    pub threads: u32,
+    pub shared: usize,
+}
+
+impl Tile {
+    /// `stages` times `slices` of 128 bytes of every token's row and `chunks` 16-byte chunks of every weight's row.
+    pub const fn new([rows, tokens]: [usize; 2], threads: u32, slices: usize, stages: usize, chunks: usize) -> Self {
+        Self { rows, tokens, threads, shared: stages * slices * (tokens * 128 + rows * chunks * 16) }
+    }
+
+    /// One block per tile of y `[m, n]`.
+    pub fn launch(&self, p: &Problem) -> Launch {
+        let [m, n] = [0, 1].map(|axis| p.outputs[0].dims()[axis]);
+        let tiles = m.div_ceil(self.tokens) * n.div_ceil(self.rows);
+        Launch::linear(tiles * self.threads as usize, self.threads, p.params()).shared(self.shared)
+    }
+}
+
+/// Tokens up to which many small tiles of weights are better than few large ones.
+pub(super) const FEW_TOKENS: usize = 32;
+pub(super) const MANY: Tile = Tile::new([128, 128], 256, 1, 3, 8);
+pub(super) const FEW: Tile = Tile::new([32, 16], 128, 4, 4, 8);
+
+/// Rows start on 16 bytes.
+fn whole_chunks(p: &Problem) -> bool {
+    p.inputs[0].shape.last().is_multiple_of(16)
+}
+
+fn few_tokens(p: &Problem) -> bool {
+    whole_chunks(p) && p.outputs[0].dims()[0] <= FEW_TOKENS
+}
+
+fn plan_tensor(p: &Problem, tile: Tile) -> Plan {
+    let bias = p.inputs.len() == 5;
+    Plan::of(tile.launch(p).slots(&[0, 1, 2, 3, if bias { 4 } else { 3 }, p.inputs.len()]))
 }
 
 /// Rows start on words.
@@ -162,6 +211,9 @@ fn cases() -> Vec<Case> {
         [63, 64, 96],
         [65, 63, 128],
         [33, 17, 1000],
+        // Several stages and tiles of the tensor kernels, ragged ends.
+        [5, 70, 2064],
+        [135, 131, 656],
     ] {
         cases.push(case(size, false, &narrow, &scales, epilogue));
         cases.push(case(size, true, &narrow, &scales, epilogue));

@@ -6,10 +6,12 @@ mod cross_entropy;
 use std::any::Any;
 
 use crate::cpu;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Kernel, Params, Source, source};
+use crate::kernel::{Kernel, Params, Plan, Source, always, source};
 use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
 use crate::ops::rows::{PLANS, rungs};
+use crate::ops::vector::{self, above};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
@@ -22,6 +24,16 @@ pub use super::linear_loss::{LinearCrossEntropy, LinearPredict};
 pub static FAMILY: Family = Family { name: "softmax", cases: cases::cases, source: Some(SOURCE) };
 
 const SOURCE: Source = source!("softmax");
+
+/// A row on chip, in a warp, a small or a large block; else two passes.
+const FORWARD: Kernel = vector::cuda(SOURCE, ["softmax_fwd_v3", "softmax_fwd_warp_v3"], DType::FLOATS, always, |p| {
+    let entries = ["softmax_fwd_warp_v3", "softmax_fwd_block_v3", "softmax_fwd_wide_v3", "softmax_fwd_long_v3"];
+    Plan::of(vector::rows(p, &entries, [32; 3]))
+});
+const BACKWARD: Kernel = vector::cuda(SOURCE, ["softmax_bwd_v3", "softmax_bwd_warp_v3"], DType::FLOATS, always, |p| {
+    let entries = ["softmax_bwd_warp_v3", "softmax_bwd_block_v3", "softmax_bwd_wide_v3", "softmax_bwd_long_v3"];
+    Plan::of(vector::rows(p, &entries, [32, 32, 16]))
+});
 
 /// y = exp(x) / sum exp(x) over the last axis; x and y `[.., v]` of one float type.
 #[derive(Clone, Copy, Debug)]
@@ -92,7 +104,7 @@ impl Op for Softmax {
 
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] =
-            &rungs(SOURCE, "softmax_fwd", cpu::softmax, ["softmax_fwd", "softmax_fwd_v2"], PLANS);
+            &above(FORWARD, rungs(SOURCE, "softmax_fwd", cpu::softmax, ["softmax_fwd", "softmax_fwd_v2"], PLANS));
         KERNELS
     }
 
@@ -137,7 +149,7 @@ impl Op for LogSoftmax {
 
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] =
-            &rungs(SOURCE, "softmax_fwd", cpu::softmax, ["softmax_fwd", "softmax_fwd_v2"], PLANS);
+            &above(FORWARD, rungs(SOURCE, "softmax_fwd", cpu::softmax, ["softmax_fwd", "softmax_fwd_v2"], PLANS));
         KERNELS
     }
 
@@ -187,8 +199,9 @@ impl Op for SoftmaxBackward {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] =
-            &rungs(SOURCE, "softmax_bwd", cpu::softmax_backward, ["softmax_bwd", "softmax_bwd_v2"], PLANS);
+        const ROWS: [Kernel; 4] =
+            rungs(SOURCE, "softmax_bwd", cpu::softmax_backward, ["softmax_bwd", "softmax_bwd_v2"], PLANS);
+        const KERNELS: &[Kernel] = &above(BACKWARD, ROWS);
         KERNELS
     }
 

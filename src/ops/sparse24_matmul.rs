@@ -3,7 +3,7 @@
 use std::any::Any;
 
 use super::matmul::Matmul;
-use super::quant_matmul::MAX_K;
+use super::quant_matmul::{self, FEW_TOKENS, MAX_K, Tile};
 use super::reduce::{Axis, Reduce, ReduceFunction};
 use super::sparse24_pack::{Decompress24, Gather24, compressed, meta_words, places, random_meta};
 use crate::cpu;
@@ -78,6 +78,8 @@ impl Op for MatmulSparse24 {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("matmul_sparse24_fwd", DType::FLOATS, cpu::matmul_sparse24),
+            tensor("matmul_sparse24_fwd_few_mma", FLOAT, few_floats, |p| plan_floats(p, FEW)),
+            tensor("matmul_sparse24_fwd_mma", FLOAT, whole_floats, |p| plan_floats(p, MANY)),
             Kernel { fits: four_rows, ..wgsl("matmul_sparse24_fwd_v2", DType::FLOATS, plan_rows) },
             wgsl("matmul_sparse24_fwd", DType::FLOATS, plan_elements),
         ];
@@ -159,6 +161,8 @@ impl Op for MatmulSparse24Int8 {
         const F32: &[DType] = &[DType::F32];
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("matmul_sparse24_int8_fwd", F32, cpu::matmul_sparse24_int8),
+            tensor("matmul_sparse24_int8_fwd_few_mma", BYTES, few_bytes, |p| plan_bytes(p, quant_matmul::FEW)),
+            tensor("matmul_sparse24_int8_fwd_mma", BYTES, whole_bytes, |p| plan_bytes(p, quant_matmul::MANY)),
             wgsl("matmul_sparse24_int8_fwd", F32, plan_int8),
         ];
         KERNELS
@@ -186,6 +190,51 @@ impl Op for MatmulSparse24Int8 {
 const fn wgsl(entry: &'static str, dtypes: &'static [DType], plan: fn(&Problem) -> Plan) -> Kernel {
     let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
     Kernel { name: entry, code, dtypes, fits: always, plan }
+}
+
+/// Element types of a tensor rung and the instruction it must contain.
+type Tensor24 = (&'static [DType], &'static [&'static str]);
+const FLOAT: Tensor24 = (&[DType::F16, DType::Bf16], &["mma.sp"]);
+const BYTES: Tensor24 = (&[DType::F32], &["mma.sync"]);
+
+const fn tensor(
+    name: &'static str,
+    (dtypes, tensor): Tensor24,
+    fits: fn(&Problem) -> bool,
+    plan: fn(&Problem) -> Plan,
+) -> Kernel {
+    let code = Code::Cuda { source: SOURCE, entry: name, constants: &[], arch: 80, tensor };
+    Kernel { name, code, dtypes, fits, plan }
+}
+
+const MANY: Tile = Tile::new([128, 128], 256, 1, 4, 4);
+const FEW: Tile = Tile::new([32, 16], 128, 4, 5, 4);
+
+/// Rows of values start on 16 bytes.
+fn whole_floats(p: &Problem) -> bool {
+    p.inputs[0].shape.last().is_multiple_of(16)
+}
+
+fn few_floats(p: &Problem) -> bool {
+    whole_floats(p) && p.outputs[0].dims()[0] <= FEW_TOKENS
+}
+
+fn whole_bytes(p: &Problem) -> bool {
+    p.inputs[0].shape.last().is_multiple_of(32)
+}
+
+fn few_bytes(p: &Problem) -> bool {
+    whole_bytes(p) && p.outputs[0].dims()[0] <= FEW_TOKENS
+}
+
+fn plan_floats(p: &Problem, tile: Tile) -> Plan {
+    let bias = if p.inputs.len() == 4 { 3 } else { 0 };
+    Plan::of(tile.launch(p).slots(&[0, 1, 2, bias, p.inputs.len()]))
+}
+
+fn plan_bytes(p: &Problem, tile: Tile) -> Plan {
+    let bias = if p.inputs.len() == 6 { 5 } else { 4 };
+    Plan::of(tile.launch(p).slots(&[0, 1, 2, 3, 4, bias, p.inputs.len()]))
 }
 
 fn four_rows(p: &Problem) -> bool {
@@ -237,7 +286,11 @@ fn cases() -> Vec<Case> {
     let scales = Fill::Uniform { low: 1e-3, high: 2e-2 };
     let ones = Fill::Integers { low: 1, high: 1 };
     let mut cases = Vec::new();
-    for size in [[1, 1, 4], [1, 7, 36], [2, 5, 12], [3, 9, 64], [4, 4, 68], [7, 13, 132], [33, 31, 96], [65, 64, 128]] {
+    for size in [[1, 1, 4], [1, 7, 36], [2, 5, 12], [3, 9, 64], [4, 4, 68], [7, 13, 132], [33, 31, 96], [65, 64, 128]]
+        .into_iter()
+        // Several stages and tiles of the tensor kernels, ragged ends.
+        .chain([[5, 70, 2096], [6, 33, 2080], [135, 131, 352]])
+    {
         let [m, _, k] = size;
         for bias in [false, true] {
             let case = float(size, bias, DType::F32);
@@ -251,7 +304,9 @@ fn cases() -> Vec<Case> {
     }
     // GPT-2 small's first FFN matrix over one token and over 128.
     for m in [1, 128] {
-        cases.push(float([m, 3072, 768], true, DType::F32).bench());
+        for &dtype in DType::FLOATS {
+            cases.push(float([m, 3072, 768], true, dtype).bench());
+        }
         cases.push(bytes([m, 3072, 768], true, scales.clone(), Tolerance::Contraction { k: 4 }).bench());
     }
     cases

@@ -7,6 +7,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
+use crate::ops::vector;
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
@@ -158,8 +159,11 @@ impl Op for Unary {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] =
-            &[Kernel::cpu("unary_fwd", DType::FLOATS, cpu::unary), wgsl("unary_fwd", "unary_fwd", DType::FLOATS)];
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("unary_fwd", DType::FLOATS, cpu::unary),
+            vector::cuda(SOURCE, ["unary_fwd_v2"; 2], DType::FLOATS, always, vectors),
+            wgsl("unary_fwd", "unary_fwd", DType::FLOATS),
+        ];
         KERNELS
     }
 
@@ -200,6 +204,7 @@ impl Op for UnaryBackward {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("unary_bwd", DType::FLOATS, cpu::unary_backward),
+            vector::cuda(SOURCE, ["unary_bwd_v2"; 2], DType::FLOATS, always, vectors),
             wgsl("unary_bwd", "unary_bwd", DType::FLOATS),
         ];
         KERNELS
@@ -237,6 +242,10 @@ impl Op for Cast {
         // The prelude is that of the 16-bit side, or of the source where both are; the entry says what it writes.
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("cast_fwd", DType::FLOATS, cpu::cast),
+            vector::cuda(SOURCE, ["cast_fwd_v2", "cast_to_f32_v2"], DType::FLOATS, to_f32, fours),
+            vector::cuda(SOURCE, ["cast_fwd_v2", "cast_from_f32_v2"], &[DType::F16, DType::Bf16], from_f32, fours),
+            vector::cuda(SOURCE, ["cast_fwd_v2", "cast_to_bf16_words_v2"], &[DType::F16], f16_to_bf16, vectors),
+            vector::cuda(SOURCE, ["cast_fwd_v2", "cast_from_bf16_words_v2"], &[DType::F16], bf16_to_f16, vectors),
             Kernel { fits: to_f32, ..wgsl("cast_fwd", "cast_to_f32", DType::FLOATS) },
             Kernel { fits: from_f32, ..wgsl("cast_fwd", "cast_from_f32", &[DType::F16, DType::Bf16]) },
             Kernel { fits: f16_to_bf16, ..wgsl("cast_fwd", "cast_to_bf16_words", &[DType::F16]) },
@@ -296,6 +305,16 @@ fn plan(p: &Problem) -> Plan {
     Plan::of(Launch::linear(items, BLOCK, p.params()).trips(PER_INVOCATION))
 }
 
+/// 16 bytes of the element type to a thread.
+fn vectors(p: &Problem) -> Plan {
+    Plan::of(Launch::linear(p.outputs[0].count().div_ceil(vector::vector(p)), vector::BLOCK, p.params()))
+}
+
+/// Four elements to a thread, whatever the types.
+fn fours(p: &Problem) -> Plan {
+    Plan::of(Launch::linear(p.outputs[0].count().div_ceil(4), vector::BLOCK, p.params()))
+}
+
 const FUNCTIONS: [Function; 8] = [
     Function::Relu,
     Function::GeluTanh,
@@ -325,7 +344,13 @@ fn cases() -> Vec<Case> {
                 let case = Case::new(Unary(f), tolerance).input(dims, dtype, fill(f));
                 let small = case.inputs[0].meta.count() < 300 && dtype == DType::F32;
                 cases.push(if small { case.grad() } else { case });
-                cases.push(Case::new(UnaryBackward(f), tolerance).input(dims, dtype, fill(f)).normal(dims, dtype));
+                let backward = Case::new(UnaryBackward(f), tolerance).input(dims, dtype, fill(f)).normal(dims, dtype);
+                // One element near saturation: 1 - y of a rounded y, judged by the terms and not by what is left.
+                cases.push(if dims == [1] && tolerance == Tolerance::Transcendental {
+                    backward.terms(1.0)
+                } else {
+                    backward
+                });
             }
         }
         // GPT-2 small's FFN activation over 1,024 tokens.

@@ -218,10 +218,13 @@ static void collective(unsigned line, void (*complete)(void**, unsigned), void* 
     yield();
 }
 
-// Completes the collective operations of warps whose lanes have all come. False where no warp has.
-static bool complete_warps(unsigned count) {
+// Completes the collective operations of warps whose lanes have all come. False where no warp has. Upwards and downwards
+// only the first such warp goes on, so that it runs ahead of the others as far as barriers let it; else all do, in step.
+static bool complete_warps(unsigned count, unsigned order) {
     bool any = false;
-    for (unsigned first = 0; first < count; first += LANES) {
+    unsigned warps = (count + LANES - 1) / LANES;
+    for (unsigned n = 0; n < warps && !(any && order % 3 != 2); n++) {
+        unsigned first = (order % 3 == 1 ? warps - 1 - n : n) * LANES;
         unsigned lanes = std::min(LANES, count - first);
         void* operands[LANES];
         unsigned come = 0;
@@ -262,7 +265,7 @@ static void run_block(unsigned count, unsigned order) {
             threadIdx.x = i;
             espalier_switch(&scheduler, threads[i].stack_pointer);
         }
-        if (complete_warps(count)) continue;
+        if (complete_warps(count, order)) continue;
         unsigned other = 0;
         while (other < count && threads[other].state == threads[0].state && (threads[0].state == State::Done || threads[other].line == threads[0].line)) other++;
         if (other == count && threads[0].state == State::Done) return;
@@ -474,13 +477,16 @@ extern "C" int espalier_launch(void (*kernel)(void**), void** arguments, unsigne
         if (block == 0 || block > MOST_THREADS) fail("%u threads in a block", block);
         if (shared > MOST_SHARED) fail("%u bytes of shared memory", shared);
         host::stacks = stacks;
-        if (shared != dynamic_bytes && dynamic) { munmap(dynamic - (size_t)dynamic % PAGE, MOST_SHARED + 2 * PAGE); dynamic = nullptr; }
-        if (shared && !dynamic) {
+        if (shared) {
             // The end lies at a page that nobody may touch, as far as alignment to 128 bytes lets it.
+            static unsigned char* base;
             size_t whole = (MOST_SHARED + PAGE - 1) / PAGE * PAGE;
-            auto base = (unsigned char*)mmap(nullptr, whole + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-            if (base == MAP_FAILED) fail("no memory for shared memory");
-            mprotect(base + whole, PAGE, PROT_NONE);
+            if (!base) {
+                auto mapped = mmap(nullptr, whole + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+                if (mapped == MAP_FAILED) fail("no memory for shared memory");
+                base = (unsigned char*)mapped;
+                mprotect(base + whole, PAGE, PROT_NONE);
+            }
             dynamic = base + (whole - shared) / 128 * 128;
         }
         dynamic_bytes = shared;

@@ -99,6 +99,46 @@ fn bench_checks_times_and_compares() {
 }
 
 #[test]
+fn the_cases_can_be_listed_without_a_device() {
+    let list = |extra: &[&str]| -> Vec<Value> {
+        // No machine has this device: listing opens none.
+        let arguments = ["kernels", "bench", "--list", "--device", "wgpu:no such adapter", "--format", "json"];
+        let text = stdout(&[&arguments[..], extra].concat());
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let gpu = list(&["--sizes", "gpu"]);
+    assert!(gpu.len() > 100, "{}", gpu.len());
+    for case in gpu.iter().chain(&list(&[])) {
+        let text = |key: &str| case[key].as_str().unwrap_or_else(|| panic!("{key} in {case}"));
+        assert!(!text("group").is_empty() && !text("name").is_empty() && text("params").contains('['), "{case}");
+        assert_eq!(text("mode") == "backward", text("op").contains("_bwd"), "{case}");
+        assert!(case["bytes"].as_u64().unwrap() > 0 && !case["outputs"].as_array().unwrap().is_empty(), "{case}");
+        for tensor in case["inputs"].as_array().unwrap() {
+            assert!(tensor["dims"].is_array() && tensor["dtype"].is_string(), "{case}");
+        }
+    }
+    // The published comparisons' sizes are there, each under one name in both directions.
+    let named = |name: &str| gpu.iter().filter(|c| c["name"] == name).count();
+    assert_eq!(named("NN 8192 x 8192 x 8192 bf16"), 1);
+    assert_eq!(named("cross-entropy 8192 x 131072"), 2);
+    let products = list(&["--sizes", "gpu", "--op", "matmul"]);
+    assert!(!products.is_empty() && products.iter().all(|c| c["op"] == "matmul"));
+}
+
+#[test]
+fn a_large_case_is_checked_in_parts_and_timed() {
+    let arguments = ["kernels", "bench", "--sizes", "gpu", "--op", "moe_gate", "--device", "cpu", "--format", "json"];
+    let text = stdout(&[&arguments[..], &["--samples", "5", "--seconds", "0.05"]].concat());
+    let record: bench::BenchRecord = serde_json::from_str(text.trim()).unwrap();
+    assert!(record.passed && record.median_us > 0.0, "{record:?}");
+    assert_eq!(record.error_value, Some(0.0));
+    assert!(record.error_metric.contains("sampled parts") && record.naive_ratio.is_none(), "{record:?}");
+    // What is skipped is not run.
+    let none = stdout(&[&arguments[..], &["--skip", "1"]].concat());
+    assert!(none.trim().is_empty(), "{none}");
+}
+
+#[test]
 fn the_host_cost_of_a_tiny_op_is_measured() {
     let object: Value =
         serde_json::from_str(&stdout(&["kernels", "bench", "--overhead", "--device", "cpu", "--format", "json"]))

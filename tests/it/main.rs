@@ -1,5 +1,6 @@
 //! One integration binary.
 
+mod cuda;
 mod data;
 mod device;
 mod kernels;

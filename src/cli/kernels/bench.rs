@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::measure::{self, Ceiling, Effort};
+use super::sampled;
 use crate::cli::{Global, say, say_json};
 use crate::device::{Device, Kind};
 use crate::dispatch;
@@ -13,15 +14,38 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Problem};
 use crate::op::Case;
+use crate::ops::large::{self, Large};
 use crate::report::bench::{BenchDevice, BenchRecord};
 use crate::report::{milliseconds, percent};
+use crate::shape::Meta;
 use crate::verify::{self, Verdict};
+
+/// Every tensor of every case is packed row-major.
+const LAYOUT: &str = "contiguous";
+
+/// Which sizes are timed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sizes {
+    /// The table's: small models, checked whole
+    Table,
+    /// Large models, checked in f64 on parts of the result: gigabytes, meant for a GPU
+    Gpu,
+}
 
 #[derive(clap::Args)]
 pub struct Args {
     /// Only ops whose name fits (`*` and `?`)
     #[arg(long, default_value = "*", value_name = "GLOB")]
     op: String,
+    /// Which sizes
+    #[arg(long, value_enum, default_value_t = Sizes::Table)]
+    sizes: Sizes,
+    /// Leave out this many cases at the start: how a run goes on after a kernel took the device down
+    #[arg(long, default_value_t = 0)]
+    skip: usize,
+    /// Print the cases instead of timing them; no device is opened
+    #[arg(long)]
+    list: bool,
     /// Every rung, not only the one that dispatch takes
     #[arg(long)]
     rungs: bool,
@@ -42,6 +66,29 @@ pub struct Args {
     overhead: bool,
 }
 
+/// A case as `--list` prints it: what another program needs to time the same work and to file it under the same name.
+#[derive(Serialize)]
+struct Listed {
+    group: String,
+    /// For people; a forward case and its backward have the same.
+    name: String,
+    op: &'static str,
+    params: String,
+    mode: &'static str,
+    dtype: &'static str,
+    layout: &'static str,
+    inputs: Vec<ListedTensor>,
+    outputs: Vec<ListedTensor>,
+    flops: u64,
+    bytes: u64,
+}
+
+#[derive(Serialize)]
+struct ListedTensor {
+    dims: Vec<usize>,
+    dtype: &'static str,
+}
+
 #[derive(Serialize)]
 struct Overhead {
     device: String,
@@ -53,18 +100,34 @@ struct Overhead {
     whole_us: f64,
 }
 
+/// The cases that the arguments name. Those of the table are checked whole: they have no parts.
+fn cases(args: &Args) -> Result<Vec<Large>> {
+    let named = |case: &Case| verify::glob_match(&args.op, case.op.name());
+    let cases: Vec<Large> = match args.sizes {
+        Sizes::Gpu => large::cases().into_iter().filter(|l| named(&l.case)).collect(),
+        Sizes::Table => {
+            let wanted = verify::select(&args.op).into_iter().filter(|c| c.bench || args.all);
+            wanted.map(|case| Large { group: "table", name: case.label(), case, parts: Vec::new() }).collect()
+        }
+    };
+    if cases.is_empty() {
+        let rule = "an op of `kernels list` with a bench case".into();
+        return Err(Error::Usage { argument: "--op", value: args.op.clone(), rule });
+    }
+    Ok(cases)
+}
+
 pub fn run(global: &Global, args: &Args) -> Result<()> {
+    if args.list {
+        return list(global, args);
+    }
+    let cases = cases(args)?;
     let device = global.open()?;
     if args.overhead {
         return overhead(global, &device);
     }
     let effort =
         Effort { samples: args.samples.max(1), time: Duration::from_secs_f64(args.seconds.clamp(0.01, 3600.0)) };
-    let cases: Vec<Case> = verify::select(&args.op).into_iter().filter(|c| c.bench || args.all).collect();
-    if cases.is_empty() {
-        let rule = "an op of `kernels list` with a bench case".into();
-        return Err(Error::Usage { argument: "--op", value: args.op.clone(), rule });
-    }
     let ceiling = ceilings(&device)?;
     if !global.json() {
         let Ceiling { gflops, bandwidth_gb } = ceiling;
@@ -75,14 +138,26 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
         ));
         say(header());
     }
-    let progress = global.progress(cases.len());
+    let progress = global.progress(cases.len().saturating_sub(args.skip));
     let (mut failed, mut total) = (0, 0);
-    for case in &cases {
-        progress.set_message(case.op.name());
-        for record in bench(case, &device, args, effort, ceiling)? {
+    for case in cases.iter().skip(args.skip) {
+        progress.set_message(case.case.op.name());
+        // One case that cannot run takes no other with it, unless it took the device.
+        let (records, lost) = match bench(case, &device, args, effort, ceiling) {
+            Ok(records) => (records, None),
+            Err(e) => {
+                let record =
+                    BenchRecord { supported: true, error: Some(e.to_string()), ..blank(&case.case, &device, args)? };
+                (vec![record], matches!(e, Error::DeviceLost { .. }).then_some(e))
+            }
+        };
+        for record in records {
             total += 1;
             failed += usize::from(record.supported && !record.passed);
             progress.suspend(|| if global.json() { say_json(&record) } else { say(line(&record)) });
+        }
+        if let Some(e) = lost {
+            return Err(e);
         }
         progress.inc(1);
     }
@@ -90,20 +165,63 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
     if failed > 0 { Err(Error::Failed { what: "benchmarked kernels", failed, total }) } else { Ok(()) }
 }
 
+fn mode(case: &Case) -> &'static str {
+    if case.op.name().contains("_bwd") { "backward" } else { "forward" }
+}
+
+fn list(global: &Global, args: &Args) -> Result<()> {
+    let tensors = |metas: &[Meta]| {
+        metas.iter().map(|m| ListedTensor { dims: m.dims().to_vec(), dtype: m.dtype.name() }).collect::<Vec<_>>()
+    };
+    for Large { group, name, case, .. } in cases(args)? {
+        let inputs = case.metas();
+        let outputs = case.op.infer(&inputs)?;
+        let cost = case.op.cost(&inputs, &outputs);
+        let listed = Listed {
+            group: group.into(),
+            name,
+            op: case.op.name(),
+            params: case.label(),
+            mode: mode(&case),
+            dtype: case.op.element(&inputs, &outputs).name(),
+            layout: LAYOUT,
+            inputs: tensors(&inputs),
+            outputs: tensors(&outputs),
+            flops: cost.flops as u64,
+            bytes: cost.bytes as u64,
+        };
+        if global.json() {
+            say_json(&listed);
+        } else {
+            say(format!("{:<22} {}", listed.op, listed.params));
+        }
+    }
+    Ok(())
+}
+
 /// What this device reaches on work that does nothing else: the table's multiply-add chain, and the better of the
 /// device's copy and the table's plainest elementwise kernels.
 fn ceilings(device: &Arc<dyn Device>) -> Result<Ceiling> {
     let effort = Effort { samples: 40, time: Duration::from_millis(800) };
+    // A large GPU is not even filled by the table's sizes.
+    let large = if device.info().kind == Kind::Cuda && measure::hardware(device) { large::cases() } else { Vec::new() };
     let best = |op: &str| -> Result<BenchRecord> {
         let mut record = BenchRecord { seed: 1, passed: true, ..BenchRecord::default() };
-        let Some(case) = verify::select(op).into_iter().find(|c| c.bench) else { return Ok(record) };
+        let (case, encoded) = match large.iter().find(|l| l.case.op.name() == op) {
+            Some(large) => (large.case.clone(), sampled::inputs(large, 1)),
+            None => {
+                let Some(case) = verify::select(op).into_iter().find(|c| c.bench) else { return Ok(record) };
+                let encoded = measure::inputs(&case, 1);
+                (case, encoded)
+            }
+        };
         let metas = case.metas();
         let outputs = case.op.infer(&metas)?;
         let cost = case.op.cost(&metas, &outputs);
         (record.flops, record.bytes) = (cost.flops as u64, cost.bytes as u64);
         let problem = problem(&case, &metas, &outputs, device);
         if let Some(kernel) = dispatch::candidates(&problem).first() {
-            measure::measure(&mut record, &case, kernel, device, effort)?;
+            measure::measure(&mut record, &case, &encoded, kernel, device, effort)?;
             // A ceiling is what was reached once, not what is usual.
             record.samples_us.sort_by(f64::total_cmp);
             record.samples_us.truncate(1);
@@ -117,65 +235,75 @@ fn ceilings(device: &Arc<dyn Device>) -> Result<Ceiling> {
     Ok(Ceiling { gflops: best("multiply_add_chain")?.gflops, bandwidth_gb })
 }
 
-fn problem<'a>(
-    case: &'a Case,
-    inputs: &'a [crate::shape::Meta],
-    outputs: &'a [crate::shape::Meta],
-    device: &'a Arc<dyn Device>,
-) -> Problem<'a> {
+fn problem<'a>(case: &'a Case, inputs: &'a [Meta], outputs: &'a [Meta], device: &'a Arc<dyn Device>) -> Problem<'a> {
     Problem { op: case.op.as_ref(), inputs, outputs, element: case.op.element(inputs, outputs), info: device.info() }
 }
 
-/// Records of one case: the kernel that dispatch takes, or every rung; the naive one is timed along for the ratio.
+/// The record of a case that nothing was measured of yet.
+fn blank(case: &Case, device: &Arc<dyn Device>, args: &Args) -> Result<BenchRecord> {
+    let inputs = case.metas();
+    let outputs = case.op.infer(&inputs)?;
+    Ok(BenchRecord {
+        version: env!("CARGO_PKG_VERSION").into(),
+        device: describe(device.as_ref()),
+        op: case.op.name().into(),
+        params: case.label(),
+        mode: mode(case).into(),
+        dtype: case.op.element(&inputs, &outputs).name().into(),
+        layout: LAYOUT.into(),
+        kernel: "none".into(),
+        seed: args.seed,
+        ..BenchRecord::default()
+    })
+}
+
+/// Records of one case: the kernel that dispatch takes, or every rung. For the table's sizes the naive one is timed along
+/// for the ratio; for large ones it would take the time of all the others.
 fn bench(
-    case: &Case,
+    large: &Large,
     device: &Arc<dyn Device>,
     args: &Args,
     effort: Effort,
     ceiling: Ceiling,
 ) -> Result<Vec<BenchRecord>> {
+    let case = &large.case;
     let inputs = case.metas();
     let outputs = case.op.infer(&inputs)?;
     let kernels = dispatch::candidates(&problem(case, &inputs, &outputs, device));
-    let element = case.op.element(&inputs, &outputs);
-    let blank = |kernel: &str| BenchRecord {
-        version: env!("CARGO_PKG_VERSION").into(),
-        device: describe(device.as_ref()),
-        op: case.op.name().into(),
-        params: case.label(),
-        mode: if case.op.name().contains("_bwd") { "backward" } else { "forward" }.into(),
-        dtype: element.name().into(),
-        layout: "contiguous".into(),
-        kernel: kernel.into(),
-        seed: args.seed,
-        ..BenchRecord::default()
-    };
     let Some((first, naive)) = kernels.first().zip(kernels.last()) else {
-        return Ok(vec![blank("none")]);
+        return Ok(vec![blank(case, device, args)?]);
     };
-    let verdicts = verify::forward(case, device, args.seed);
+    let sampled = args.sizes == Sizes::Gpu;
+    let encoded = if sampled { sampled::inputs(large, args.seed) } else { measure::inputs(case, args.seed) };
+    let verdicts = if sampled { Vec::new() } else { verify::forward(case, device, args.seed) };
     let time = |kernel: &'static Kernel| -> Result<BenchRecord> {
-        let mut record = blank(kernel.name);
+        let mut record = blank(case, device, args)?;
         record.supported = true;
+        record.kernel = kernel.name.into();
         record.kernel_hash = source_hash(kernel, device.info().kind);
         record.error_metric = "verified against the f64 reference".into();
-        let verdict = verdicts.iter().find(|o| o.kernel == kernel.name).map(|o| &o.verdict);
+        let verdict = if sampled {
+            Some(sampled::check(&mut record, large, &encoded, kernel, device)?)
+        } else {
+            verdicts.iter().find(|o| o.kernel == kernel.name).map(|o| o.verdict.clone())
+        };
         if let Some(Verdict::Failed(reason)) = verdict {
             // A wrong kernel has no time.
-            record.error = Some(reason.clone());
+            record.error = Some(reason);
             return Ok(record);
         }
         record.passed = true;
-        measure::measure(&mut record, case, kernel, device, effort)?;
-        rate(&mut record, case, &inputs, &outputs, ceiling);
+        measure::measure(&mut record, case, &encoded, kernel, device, effort)?;
+        rate(&mut record, case, (&inputs, &outputs), device, ceiling);
         Ok(record)
     };
     let mut records = vec![time(first)?];
-    let rungs = kernels.iter().skip(1).filter(|k| args.rungs || std::ptr::eq(**k, *naive));
+    let rungs = kernels.iter().skip(1).filter(|k| args.rungs || (!sampled && std::ptr::eq(**k, *naive)));
     for kernel in rungs {
         records.push(time(kernel)?);
     }
-    let slowest = records.last().filter(|r| r.passed).map(|r| r.median_us);
+    let last = records.last().filter(|r| r.passed && r.kernel == naive.name);
+    let slowest = last.map(|r| r.median_us);
     for record in &mut records {
         record.naive_ratio =
             slowest.filter(|_| record.passed && record.median_us > 0.0).map(|us| us / record.median_us);
@@ -187,19 +315,21 @@ fn bench(
 fn rate(
     record: &mut BenchRecord,
     case: &Case,
-    inputs: &[crate::shape::Meta],
-    outputs: &[crate::shape::Meta],
+    (inputs, outputs): (&[Meta], &[Meta]),
+    device: &Arc<dyn Device>,
     ceiling: Ceiling,
 ) {
     let cost = case.op.cost(inputs, outputs);
     (record.flops, record.bytes) = (cost.flops as u64, cost.bytes as u64);
     let compute = cost.flops / (ceiling.gflops * 1e9).max(1.0);
     let memory = cost.bytes / (ceiling.bandwidth_gb * 1e9).max(1.0);
+    // The measured ceiling is one of f32: integer units, and the matrix units of a GPU, have their own, which nothing
+    // here measures.
     let integers = case.inputs.iter().any(|i| i.meta.dtype == DType::I8);
+    let matrix_units = device.info().kind == Kind::Cuda && case.op.element(inputs, outputs) != DType::F32;
     if memory >= compute {
         (record.ceiling, record.ceiling_unit) = (Some(ceiling.bandwidth_gb), "GB/s".into());
-    } else if !integers {
-        // The measured ceiling is one of f32: integer units have their own, which nothing here measures.
+    } else if !integers && !matrix_units {
         (record.ceiling, record.ceiling_unit) = (Some(ceiling.gflops), "GFLOP/s".into());
     }
     record.summarize();
@@ -221,7 +351,7 @@ fn describe(device: &dyn Device) -> BenchDevice {
         device_id: 0,
         software: info.software,
         limits: measure::limits(device),
-        registry: vec!["cpu".into(), "wgpu".into()],
+        registry: vec!["cpu".into(), "wgpu".into(), "cuda".into()],
     }
 }
 

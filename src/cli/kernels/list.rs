@@ -37,7 +37,7 @@ struct Support {
 }
 
 /// Device kinds that kernels are written for.
-const KINDS: [Kind; 2] = [Kind::Cpu, Kind::Wgpu];
+const KINDS: [Kind; 3] = [Kind::Cpu, Kind::Wgpu, Kind::Cuda];
 
 /// The type a case stands for in the table: int8 where integers are multiplied, else the op's element type.
 fn storage(case: &Case, element: DType) -> DType {

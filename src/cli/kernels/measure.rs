@@ -14,8 +14,13 @@ use crate::verify::draw;
 
 /// Bytes of inputs and outputs at most that are kept to be cold.
 const RING_BYTES: usize = 512 << 20;
-/// Shortest sample; shorter kernels run several times in it.
+/// The same on a GPU, whose caches hold up to a quarter of this.
+const GPU_RING_BYTES: usize = 256 << 20;
+/// Shortest sample; shorter kernels run several times in it. A GPU's own clock and its launches want a longer one.
 const SAMPLE: Duration = Duration::from_micros(200);
+const GPU_SAMPLE: Duration = Duration::from_millis(1);
+/// A GPU is kept busy for this long before it is timed: clocks rise at first, and fall when the power limit is met.
+const HEAT: Duration = Duration::from_millis(200);
 /// Samples that drift by more than this between first and last third say more about the machine than about the kernel.
 const DRIFT: f64 = 0.2;
 /// Longest time two clocks may differ by, as a share, in samples long enough to tell.
@@ -32,9 +37,15 @@ pub struct Effort {
 const MINIMUM_SAMPLES: usize = 5;
 
 /// One set of arguments: inputs of its own, outputs filled with poison.
-struct Slot {
+pub(super) struct Slot {
     inputs: Vec<Tensor>,
-    outputs: Vec<Tensor>,
+    pub(super) outputs: Vec<Tensor>,
+}
+
+/// A GPU that is no program on the CPU.
+pub(super) fn hardware(device: &Arc<dyn Device>) -> bool {
+    let info = device.info();
+    matches!(info.kind, Kind::Cuda | Kind::Wgpu) && !info.software
 }
 
 /// Arguments that together do not fit the last-level cache, so that every run finds its own cold.
@@ -43,7 +54,7 @@ struct Ring {
     next: usize,
 }
 
-fn slot(case: &Case, device: &Arc<dyn Device>, encoded: &[Vec<u8>]) -> Result<Slot> {
+pub(super) fn slot(case: &Case, device: &Arc<dyn Device>, encoded: &[Vec<u8>]) -> Result<Slot> {
     let upload = |(i, bytes): (usize, &Vec<u8>)| Tensor::from_bytes(device, case.inputs[i].meta, bytes);
     let inputs: Vec<Tensor> = encoded.iter().enumerate().map(upload).collect::<Result<_>>()?;
     let aliases = case.op.aliases();
@@ -60,7 +71,7 @@ fn poisoned(device: &Arc<dyn Device>, meta: crate::shape::Meta) -> Result<Tensor
 }
 
 impl Slot {
-    fn run(&self, kernel: &Kernel, case: &Case) -> Result<()> {
+    pub(super) fn run(&self, kernel: &Kernel, case: &Case) -> Result<()> {
         dispatch::run_with(kernel, case.op.as_ref(), &self.inputs.iter().collect::<Vec<_>>(), &self.outputs)
     }
 
@@ -78,7 +89,8 @@ impl Ring {
     fn new(case: &Case, device: &Arc<dyn Device>, encoded: &[Vec<u8>]) -> Result<Self> {
         let out: usize = case.op.infer(&case.metas())?.iter().map(|m| m.bytes()).sum();
         let bytes = encoded.iter().map(Vec::len).sum::<usize>() + out;
-        let wanted = (2 * last_level_cache()).min(RING_BYTES);
+        let floor = if hardware(device) { GPU_RING_BYTES } else { 0 };
+        let wanted = (2 * last_level_cache()).max(floor).min(RING_BYTES);
         let count = wanted.div_ceil(bytes.max(1)).clamp(2, 64);
         Ok(Self { slots: (0..count).map(|_| slot(case, device, encoded)).collect::<Result<_>>()?, next: 0 })
     }
@@ -115,44 +127,56 @@ pub struct Ceiling {
     pub bandwidth_gb: f64,
 }
 
-/// Times `kernel` on `case` and fills the record's measured fields. The result must have been verified against the
-/// reference already; here the timed memory must give the same bits before and after.
+/// Inputs of a case of the table as bytes.
+pub fn inputs(case: &Case, seed: u64) -> Vec<Vec<u8>> {
+    case.inputs.iter().enumerate().map(|(i, input)| input.meta.dtype.encode(&draw(input, seed, i))).collect()
+}
+
+/// Times `kernel` on `case` over the given inputs and fills the record's measured fields. The result must have been
+/// verified against the reference already; here the timed memory must give the same bits before and after.
 pub fn measure(
     record: &mut BenchRecord,
     case: &Case,
+    encoded: &[Vec<u8>],
     kernel: &Kernel,
     device: &Arc<dyn Device>,
     effort: Effort,
 ) -> Result<()> {
-    let values: Vec<Vec<f64>> = case.inputs.iter().enumerate().map(|(i, input)| draw(input, record.seed, i)).collect();
-    let encoded: Vec<Vec<u8>> = case.inputs.iter().zip(&values).map(|(i, v)| i.meta.dtype.encode(v)).collect();
-    drop(values);
     let mut hasher = blake3::Hasher::new();
     encoded.iter().for_each(|bytes| {
         hasher.update(bytes);
     });
     record.input_hash = hasher.finalize().to_hex().to_string();
 
-    let first = slot(case, device, &encoded)?;
+    let first = slot(case, device, encoded)?;
     first.run(kernel, case)?;
     record.output_hash = first.hash()?;
     drop(first);
 
-    let mut ring = Ring::new(case, device, &encoded)?;
+    let mut ring = Ring::new(case, device, encoded)?;
     record.memory = device.stats().bytes_live;
-    record.warmups = 2;
     let mut once = || {
         let start = Instant::now();
         ring.run(kernel, case, 1)?;
         device.sync()?;
         Ok(start.elapsed())
     };
-    let warm = (0..2).map(|_| once()).collect::<Result<Vec<_>>>()?;
-    let single = warm.into_iter().min().unwrap_or(SAMPLE).max(Duration::from_nanos(100));
-    let runs = (SAMPLE.as_nanos() / single.as_nanos()).clamp(1, 1000) as usize;
+    let gpu = hardware(device);
+    let mut warm = (0..2).map(|_| once()).collect::<Result<Vec<_>>>()?;
+    let begin = Instant::now();
+    while gpu && begin.elapsed() < HEAT {
+        warm.push(once()?);
+    }
+    record.warmups = warm.len() as u32;
+    let sample = if gpu { GPU_SAMPLE } else { SAMPLE };
+    let single = warm.into_iter().min().unwrap_or(sample).max(Duration::from_nanos(100));
+    let runs = (sample.as_nanos() / single.as_nanos()).clamp(1, 1000) as usize;
     record.runs = runs as u32;
-    record.timing_source =
-        if device.info().features.timestamps { TimingSource::GpuTimestamp } else { TimingSource::Wall };
+    record.timing_source = match device.info().kind {
+        Kind::Cuda if gpu => TimingSource::Event,
+        _ if device.info().features.timestamps => TimingSource::GpuTimestamp,
+        _ => TimingSource::Wall,
+    };
 
     let begin = Instant::now();
     let (mut timer, mut wall) = (0.0, 0.0);
@@ -168,7 +192,7 @@ pub fn measure(
     record.error = doubts(&record.samples_us, timer, wall);
     record.voided = record.error.is_some();
 
-    let last = slot(case, device, &encoded)?;
+    let last = slot(case, device, encoded)?;
     last.run(kernel, case)?;
     if last.hash()? != record.output_hash {
         record.passed = false;
@@ -207,15 +231,16 @@ fn doubts(samples: &[f64], timer: f64, wall: f64) -> Option<String> {
 
 /// Bytes per second of the device's own copy, in GB/s: read and written bytes both count.
 pub fn copy_rate(device: &Arc<dyn Device>) -> Result<f64> {
-    const BYTES: usize = 64 << 20;
-    let (source, target) = (device.alloc(BYTES)?, device.alloc(BYTES)?);
-    device.upload(&source, 0, &vec![1; BYTES])?;
-    device.upload(&target, 0, &vec![2; BYTES])?;
+    // Several times what a GPU's caches hold, but no more than every adapter can bind.
+    let bytes: usize = if device.info().kind == Kind::Cuda && hardware(device) { 1 << 30 } else { 64 << 20 };
+    let (source, target) = (device.alloc(bytes)?, device.alloc(bytes)?);
+    device.upload(&source, 0, &vec![1; bytes])?;
+    device.upload(&target, 0, &vec![2; bytes])?;
     let mut best = f64::INFINITY;
     for _ in 0..5 {
-        best = best.min(device.elapsed(&mut || device.copy(&source, 0, &target, 0, BYTES))?);
+        best = best.min(device.elapsed(&mut || device.copy(&source, 0, &target, 0, bytes))?);
     }
-    Ok(2.0 * BYTES as f64 / best / 1e9)
+    Ok(2.0 * bytes as f64 / best / 1e9)
 }
 
 /// Host seconds per dispatched op: the median over blocks of a tiny op's calls, and the same with the device's work

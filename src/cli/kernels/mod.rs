@@ -2,8 +2,10 @@
 
 mod bench;
 mod compare;
+mod cuda_check;
 mod list;
 mod measure;
+mod sampled;
 mod verify;
 
 use clap::Subcommand;
@@ -21,6 +23,8 @@ pub enum Kernels {
     Bench(bench::Args),
     /// Two benchmark files case by case, decided by interval
     Compare(compare::Args),
+    /// Compiles every CUDA kernel for GPUs this machine need not have: registers, shared memory, spills, instructions
+    CudaCheck(cuda_check::Args),
 }
 
 impl Kernels {
@@ -39,5 +43,6 @@ pub fn run(global: &Global, command: Kernels) -> Result<()> {
         Kernels::Verify(args) => verify::run(global, &args),
         Kernels::Bench(args) => bench::run(global, &args),
         Kernels::Compare(args) => compare::run(global, &args),
+        Kernels::CudaCheck(args) => cuda_check::run(global, &args),
     }
 }

@@ -20,7 +20,7 @@ const fn wgsl(entry: &'static str) -> Kernel {
     Kernel { name: entry, code, dtypes: DType::FLOATS, fits: crate::kernel::always, plan: Plan::once }
 }
 
-fn extents(p: &Problem) -> Option<Extents> {
+pub(super) fn extents(p: &Problem) -> Option<Extents> {
     Extents::of(p.inputs.first()?, p.inputs.get(1)?)
 }
 
@@ -71,7 +71,7 @@ fn range(p: &Problem, (first, last): (usize, usize)) -> Params {
 }
 
 /// Context, lengths and bias, with q standing in for what is absent: it is read-only and never read as such.
-fn optional(op: &Attention) -> [usize; 3] {
+pub(super) fn optional(op: &Attention) -> [usize; 3] {
     op.optional().map(|position| position.unwrap_or(0))
 }
 

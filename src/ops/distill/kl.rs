@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Launch, Params, Plan, Problem, always};
 use crate::op::{Array, Cost, Gradient, Op, Saves};
 use crate::ops::rows::{BLOCK, PLANS, gpu, rungs};
+use crate::ops::vector::{self, above};
 use crate::shape::Meta;
 use crate::tensor::Tensor;
 
@@ -183,7 +184,7 @@ impl Op for Kl {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &rungs(SOURCE, "kl_fwd", cpu::kl, ["kl_fwd", "kl_fwd_v2"], PLANS);
+        const KERNELS: &[Kernel] = &above(FORWARD, rungs(SOURCE, "kl_fwd", cpu::kl, ["kl_fwd", "kl_fwd_v2"], PLANS));
         KERNELS
     }
 
@@ -237,8 +238,11 @@ impl Op for KlBackward {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] =
-            &[Kernel::cpu("kl_bwd", DType::FLOATS, cpu::kl_backward), gpu(SOURCE, "kl_bwd", always, elements)];
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("kl_bwd", DType::FLOATS, cpu::kl_backward),
+            vector::cuda(SOURCE, ["kl_bwd_v2"; 2], DType::FLOATS, always, |p| Plan::of(vector::parts(p))),
+            gpu(SOURCE, "kl_bwd", always, elements),
+        ];
         KERNELS
     }
 
@@ -255,6 +259,11 @@ impl Op for KlBackward {
         self
     }
 }
+
+/// One pass over both rows.
+const FORWARD: Kernel = vector::cuda(SOURCE, ["kl_fwd_v3", "kl_fwd_warp_v3"], DType::FLOATS, always, |p| {
+    Plan::of(vector::rows(p, &["kl_fwd_warp_v3", "kl_fwd_block_v3", "kl_fwd_wide_v3"], [32; 3]))
+});
 
 /// Four neighbouring elements per invocation.
 fn elements(p: &Problem) -> Plan {

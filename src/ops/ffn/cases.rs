@@ -50,6 +50,9 @@ pub(super) fn cases() -> Vec<Case> {
                 cases.push(backward(activation, lead, size, dtype));
             }
         }
+        // Several tiles of 128 along each axis, with ragged edges.
+        cases.push(forward(activation, &[140], [136, 152], DType::F16));
+        cases.push(backward(activation, &[140], [136, 152], DType::Bf16));
         // GPT-2 small's block over 64 tokens, and the demo model's over 512.
         cases.push(forward(activation, &[64], [768, 3072], DType::F32).bench());
         cases.push(backward(activation, &[64], [768, 3072], DType::F32).bench());

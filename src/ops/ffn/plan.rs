@@ -9,6 +9,25 @@ pub(super) const SOURCE: Source = source!("ffn");
 pub(super) const FORWARD: Kernel = wgsl("ffn_fwd", "ffn_up", forward);
 pub(super) const BACKWARD: Kernel = wgsl("ffn_bwd", "ffn_up", backward);
 
+/// Tensor instructions of compute capability 8.0 on 16-bit elements. The small tile takes every alignment.
+pub(super) const FORWARD_TENSOR: Kernel = tensor("ffn_fwd_mma", "ffn_up_mma", fits_large, |p| tensor_forward(p, true));
+pub(super) const FORWARD_TENSOR_SMALL: Kernel =
+    tensor("ffn_fwd_small_mma", "ffn_up_small_mma", fits, |p| tensor_forward(p, false));
+pub(super) const BACKWARD_TENSOR: Kernel =
+    tensor("ffn_bwd_mma", "ffn_slope_mma", fits_large, |p| tensor_backward(p, true));
+pub(super) const BACKWARD_TENSOR_SMALL: Kernel =
+    tensor("ffn_bwd_small_mma", "ffn_slope_small_mma", fits, |p| tensor_backward(p, false));
+
+const fn tensor(
+    name: &'static str,
+    entry: &'static str,
+    fits: fn(&Problem) -> bool,
+    plan: fn(&Problem) -> Plan,
+) -> Kernel {
+    let code = Code::Cuda { source: SOURCE, entry, constants: &[], arch: 80, tensor: &["mma.sync"] };
+    Kernel { name, code, dtypes: &[DType::F16, DType::Bf16], fits, plan }
+}
+
 const fn wgsl(name: &'static str, entry: &'static str, plan: fn(&Problem) -> Plan) -> Kernel {
     Kernel { name, code: Code::Gpu { source: SOURCE, entry, constants: &[] }, dtypes: DType::FLOATS, fits, plan }
 }
@@ -110,4 +129,103 @@ fn backward(p: &Problem) -> Plan {
     ];
     let hidden_bytes = e.rows * e.f * 4;
     Plan::sequence(launches).scratch(hidden_bytes).scratch(hidden_bytes).scratch(e.rows * hidden * 4)
+}
+
+/// Outputs of a block of the tensor rung, per axis, and tiles enough for the multiprocessors of a data-centre GPU.
+const LARGE_TILE: usize = 128;
+const LARGE_TILES: usize = 132;
+
+/// Whether a product of the large rung has tiles enough. Software adapters are never full, so that small cases verify the
+/// large tile too.
+fn many(p: &Problem, rows: usize, columns: usize) -> bool {
+    p.info.software || rows.div_ceil(LARGE_TILE) * columns.div_ceil(LARGE_TILE) >= LARGE_TILES
+}
+
+/// The large tile copies 16 bytes at a time from every matrix. Its plan takes the small tile for products with few outputs.
+fn fits_large(p: &Problem) -> bool {
+    fits(p)
+        && problem(p).is_some_and(|(activation, e)| {
+            [e.d, e.f, e.d2].iter().all(|n| n.is_multiple_of(8)) && many(p, e.rows, e.f * activation.halves())
+        })
+}
+
+/// One product of the tensor rung: large and small entry, outputs, and how many planes its operands have in all.
+struct TensorProduct {
+    entries: [&'static str; 2],
+    rows: usize,
+    columns: usize,
+    planes: usize,
+}
+
+impl TensorProduct {
+    /// The launch and the rows of its tiles. Shared memory holds four stages, with planes in the large tile three.
+    fn launch(&self, p: &Problem, large: bool, params: Params, slots: &[usize]) -> (Launch, usize) {
+        let large = large && many(p, self.rows, self.columns);
+        let (entry, tile) = if large { (self.entries[0], LARGE_TILE) } else { (self.entries[1], TILE) };
+        let stages = if large && self.planes == 3 { 3 } else { 4 };
+        let tiles = |extent: usize| extent.div_ceil(tile).max(1) as u32;
+        let launch = Launch::new([tiles(self.columns), tiles(self.rows), 1], params).entry(entry).slots(slots);
+        (launch.shared(self.planes * tile * stages * 32 * 2), tile)
+    }
+}
+
+/// `FfnTensorParams` of the kernels.
+fn tensor_params(activation: FfnActivation, e: &Extents) -> Params {
+    Params::new().u(e.rows).u(e.d).u(e.f).u(e.d2).u(activation.code())
+}
+
+/// Bytes of a 16-bit matrix in two planes whose rows start at multiples of 16 bytes.
+fn planes(rows: usize, columns: usize) -> usize {
+    2 * rows * columns.next_multiple_of(8) * 2
+}
+
+/// Arguments as in `forward`; scratch: h in two planes 7.
+fn tensor_forward(p: &Problem, large: bool) -> Plan {
+    let Some((activation, e)) = problem(p) else {
+        return Plan::default();
+    };
+    let params = tensor_params(activation, &e);
+    // Gates and values alternate in eights.
+    let columns = if activation.halves() == 2 { 2 * e.f.next_multiple_of(8) } else { e.f };
+    let up = TensorProduct { entries: ["ffn_up_mma", "ffn_up_small_mma"], rows: e.rows, columns, planes: 2 };
+    let down =
+        TensorProduct { entries: ["ffn_down_mma", "ffn_down_small_mma"], rows: e.rows, columns: e.d2, planes: 3 };
+    let launches =
+        vec![up.launch(p, large, params, &[0, 1, 2, 6, 7]).0, down.launch(p, large, params, &[7, 3, 4, 5]).0];
+    Plan::sequence(launches).scratch(planes(e.rows, e.f))
+}
+
+/// Rows of a block of `ffn_partial_mma`, and its columns.
+const PARTIAL: usize = 128;
+
+/// Arguments as in `backward`; scratch: h in two planes 10, dz in two planes 11, sums over tiles of rows for db1 12 and db2 13.
+fn tensor_backward(p: &Problem, large: bool) -> Plan {
+    let Some((activation, e)) = problem(p) else {
+        return Plan::default();
+    };
+    let hidden = e.f * activation.halves();
+    let params = tensor_params(activation, &e);
+    let product = |entries, rows, columns, planes| TensorProduct { entries, rows, columns, planes };
+    let slope = product(["ffn_slope_mma", "ffn_slope_small_mma"], e.rows, e.f, 2);
+    let dx = product(["ffn_dx_mma", "ffn_dx_small_mma"], e.rows, e.d, 3);
+    let dw1 = product(["ffn_dw1_mma", "ffn_dw1_small_mma"], hidden, e.d, 3);
+    let dw2 = product(["ffn_dw2_mma", "ffn_dw2_small_mma"], e.d2, e.f, 3);
+    let (slope, tile) = slope.launch(p, large, params, &[4, 2, 3, 10, 11, 12]);
+    let (tiles, parts) = (e.rows.div_ceil(tile), e.rows.div_ceil(PARTIAL));
+    let groups = [e.d2.div_ceil(PARTIAL).max(1) as u32, parts.max(1) as u32, 1];
+    let launches = vec![
+        slope,
+        dx.launch(p, large, params, &[11, 1, 5]).0,
+        dw1.launch(p, large, params, &[11, 0, 6]).0,
+        dw2.launch(p, large, params, &[4, 10, 8]).0,
+        column_sums("ffn_sum_f32", tiles, hidden, &[12, 7]),
+        Launch::new(groups, params).entry("ffn_partial_mma").slots(&[4, 13]),
+        column_sums("ffn_sum_f32", parts, e.d2, &[13, 9]),
+    ];
+    let sums = |rows: usize, columns: usize| rows.max(1) * columns * 4;
+    Plan::sequence(launches)
+        .scratch(planes(e.rows, e.f))
+        .scratch(planes(e.rows, hidden))
+        .scratch(sums(tiles, hidden))
+        .scratch(sums(parts, e.d2))
 }

@@ -11,7 +11,9 @@ const SHAPES: [[usize; 4]; 6] =
     [[1, 1, 2, 1], [3, 5, 7, 2], [9, 13, 17, 4], [33, 8, 65, 16], [6, 16, 129, 64], [5, 4, 2049, 3]];
 
 /// Hidden states and heads whose logits have a deviation of about 2.
-const HEAD: Fill = Fill::Normal { mean: 0.0, deviation: 2.0 };
+const HEAD: Fill = Fill::Normal { mean: 0.0, deviation: LOGIT };
+/// Size of a logit: losses are differences of such terms.
+const LOGIT: f64 = 2.0;
 const DIFFERENCE: &str = "the divergence is a difference of terms of the logits' size, whose roundings it keeps";
 
 pub(super) fn cases() -> Vec<Case> {
@@ -53,11 +55,11 @@ fn scored(op: impl Op, [n, d, v]: [usize; 3], dtype: DType, k: usize) -> Case {
 }
 
 fn entropy(smoothing: f32, [n, d, v, chunk]: [usize; 4], dtype: DType) -> Case {
-    scored(LinearCrossEntropy { smoothing, chunk }, [n, d, v], dtype, d + 64)
+    scored(LinearCrossEntropy { smoothing, chunk }, [n, d, v], dtype, d + 64).terms(LOGIT)
 }
 
 fn predict([n, d, v, chunk]: [usize; 4], dtype: DType) -> Case {
-    scored(LinearPredict { chunk }, [n, d, v], dtype, d + 64)
+    scored(LinearPredict { chunk }, [n, d, v], dtype, d + 64).terms(LOGIT)
 }
 
 /// A log sum exp of such logits.
@@ -77,7 +79,7 @@ fn heads(op: impl Op, [n, d, e, v]: [usize; 4], dtype: DType, k: usize) -> Case 
 
 fn kl(direction: Direction, temperature: f32, [n, d, e, v, chunk]: [usize; 5], dtype: DType) -> Case {
     let op = LinearKl { direction, temperature, squared: true, chunk };
-    heads(op, [n, d, e, v], dtype, d + e + 64).loosened(4.0, DIFFERENCE)
+    heads(op, [n, d, e, v], dtype, d + e + 64).loosened(4.0, DIFFERENCE).terms(LOGIT)
 }
 
 fn kl_backward(direction: Direction, [n, d, e, v, chunk]: [usize; 5], dtype: DType) -> Case {

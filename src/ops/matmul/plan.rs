@@ -12,6 +12,7 @@ type Tile = (usize, usize);
 const NAIVE_TILE: Tile = (8, 8);
 const TILE: Tile = (64, 64);
 const TALL_TILE: Tile = (128, 64);
+const TENSOR_TILE: Tile = (128, 128);
 
 const fn wgsl(
     name: &'static str,
@@ -40,6 +41,17 @@ pub(super) const REGISTERS: Kernel =
 pub(super) const WORKGROUP: Kernel =
     gpu("matmul_fwd_v4", |p| unsplit(p, SHARED), |p| plan(p, "matmul_fwd_v4", TILE, SHARED));
 pub(super) const NAIVE: Kernel = gpu("matmul_fwd", always, |p| plan(p, "matmul_fwd", NAIVE_TILE, ONE));
+
+/// Tensor instructions of compute capability 8.0 on 16-bit elements, sums in f32. The small tile takes every alignment.
+pub(super) const TENSOR: Kernel =
+    tensor("matmul_fwd_mma", fits_tensor, |p| tensor_plan(p, "matmul_fwd_mma", TENSOR_TILE));
+pub(super) const TENSOR_SMALL: Kernel =
+    tensor("matmul_small_mma", always, |p| tensor_plan(p, "matmul_small_mma", TILE));
+
+const fn tensor(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) -> Plan) -> Kernel {
+    let code = Code::Cuda { source: SOURCE, entry: name, constants: &[], arch: 80, tensor: &["mma.sync"] };
+    Kernel { name, code, dtypes: &[DType::F16, DType::Bf16], fits, plan }
+}
 
 const fn quads(constants: &'static [(&'static str, f64)], fits: fn(&Problem) -> bool) -> Kernel {
     wgsl("matmul_fwd_v3", constants, fits, |p| plan(p, "matmul_fwd_v3", TALL_TILE, FOURTH))
@@ -89,6 +101,33 @@ fn fits_quads(p: &Problem, transpose_a: bool, transpose_b: bool) -> bool {
                 && quads(a)
                 && quads(b)
         })
+}
+
+/// Large tiles wanted: enough for the multiprocessors of a data-centre GPU, most of them two at a time.
+const LARGE_TILES: usize = 132;
+
+/// Copies of 16 bytes need rows that start at multiples of eight elements. Fewer tiles than multiprocessors leave some idle,
+/// which small tiles do not; software adapters are never full, so that small cases verify this rung too.
+fn fits_tensor(p: &Problem) -> bool {
+    layout(p).is_some_and(|(_, l)| {
+        // A single row is never stepped over; rows lie along the axis whose step is not 1.
+        let aligned = |batch: usize, step: usize, rows: usize| {
+            (rows < 2 || step.is_multiple_of(8)) && (l.batch < 2 || batch.is_multiple_of(8))
+        };
+        let [batch_a, row_a, column_a] = l.a;
+        let [batch_b, row_b, column_b] = l.b;
+        let a = if column_a == 1 { aligned(batch_a, row_a, l.m) } else { aligned(batch_a, column_a, l.k) };
+        let b = if row_b == 1 { aligned(batch_b, column_b, l.n) } else { aligned(batch_b, row_b, l.k) };
+        let tiles = l.batch * l.m.div_ceil(TENSOR_TILE.0) * l.n.div_ceil(TENSOR_TILE.1);
+        a && b && (tiles >= LARGE_TILES || p.info.software)
+    })
+}
+
+/// Bytes of shared memory: four stages of 32 of k of both operands.
+fn tensor_plan(p: &Problem, entry: &'static str, tile: Tile) -> Plan {
+    let mut plan = plan(p, entry, tile, SHARED);
+    plan.launches.iter_mut().for_each(|launch| launch.shared = ((tile.0 + tile.1) * 4 * 32 * 2) as u32);
+    plan
 }
 
 /// Launches over blocks of output of one tile of outputs per workgroup, k cut so that one invocation stays in the

@@ -3,13 +3,14 @@
 
 use std::any::Any;
 
-use super::{SOURCE, words};
+use super::{KEPT_ADDED as KEPT, SOURCE, VECTORS, fits, words};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Launch, Params, Plan, Problem};
 use crate::op::{Array, Cost, Op};
 use crate::ops::rows::{BLOCK, group_launch, row_launch, rungs};
+use crate::ops::vector::{self, above};
 use crate::shape::{self, Meta};
 
 pub(crate) use crate::cpu::NORM_CHUNK as CHUNK;
@@ -94,7 +95,8 @@ impl Op for NormBackward {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &rungs(SOURCE, "norm_bwd", cpu::norm_backward, ["norm_bwd", "norm_bwd_v2"], PLANS);
+        const ROWS: [Kernel; 4] = rungs(SOURCE, "norm_bwd", cpu::norm_backward, ["norm_bwd", "norm_bwd_v2"], PLANS);
+        const KERNELS: &[Kernel] = &above(PLAIN, ROWS);
         KERNELS
     }
 
@@ -133,8 +135,9 @@ impl Op for AddNormBackward {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] =
-            &rungs(SOURCE, "add_norm_bwd", cpu::add_norm_backward, ["add_norm_bwd", "add_norm_bwd_v2"], PLANS);
+        const ROWS: [Kernel; 4] =
+            rungs(SOURCE, "add_norm_bwd", cpu::add_norm_backward, ["add_norm_bwd", "add_norm_bwd_v2"], PLANS);
+        const KERNELS: &[Kernel] = &above(ADDED, ROWS);
         KERNELS
     }
 
@@ -163,4 +166,31 @@ fn sums(p: &Problem, first: Launch) -> Plan {
     let partial = Launch::linear(chunks * d, BLOCK, p.params()).entry(partial).trips(CHUNK);
     let total = Launch::linear(d, BLOCK, p.params()).entry(total).trips(chunks);
     Plan::sequence(vec![first, partial, total]).scratch(chunks * d * 8)
+}
+
+const fn vectors(names: [&'static str; 2]) -> Kernel {
+    vector::cuda(VECTORS, names, DType::FLOATS, |p| fits(p, KEPT), vector_sums)
+}
+
+/// x and dy stay on chip.
+const PLAIN: Kernel = vectors(["norm_bwd_v3", "norm_bwd_warp_v3"]);
+const ADDED: Kernel = vectors(["add_norm_bwd_v3", "add_norm_bwd_warp_v3"]);
+
+/// As [`sums`], with 32 vectors of columns to a block of a chunk, then 32 columns to a block.
+fn vector_sums(p: &Problem) -> Plan {
+    const ACROSS: usize = 32;
+    let x = p.inputs[0].shape;
+    let (chunks, d) = (x.rows().div_ceil(CHUNK), x.last());
+    let added = p.inputs.len() == 6;
+    let (rows, partial, total) = if added {
+        let rows = ["add_norm_bwd_warp_v3", "add_norm_bwd_block_v3", "add_norm_bwd_wide_v3"];
+        (rows, "add_norm_bwd_partial_v2", "add_norm_bwd_total_v2")
+    } else {
+        let rows = ["norm_bwd_warp_v3", "norm_bwd_block_v3", "norm_bwd_wide_v3"];
+        (rows, "norm_bwd_partial_v2", "norm_bwd_total_v2")
+    };
+    let across = (d / vector::vector(p)).div_ceil(ACROSS);
+    let partial = Launch::linear(chunks * across, 1, p.params()).entry(partial);
+    let total = Launch::linear(d.div_ceil(ACROSS), 1, p.params()).entry(total);
+    Plan::sequence(vec![vector::rows(p, &rows, KEPT), partial, total]).scratch(chunks * d * 8)
 }

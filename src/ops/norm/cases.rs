@@ -27,6 +27,15 @@ pub(super) fn cases() -> Vec<Case> {
             backward(&mut cases, dims, dtype);
         }
     }
+    // Widths that a warp, a small and a large block hold in registers, whole and not.
+    for dims in [[3usize, 1024], [5, 1032], [2, 4096], [3, 9600], [2, 16_384], [1, 32_768]] {
+        for dtype in [DType::F32, DType::Bf16] {
+            cases.push(layer(&dims, dtype, Fill::NORMAL));
+            cases.push(add(&dims, dtype, 4.5, true));
+            cases.push(plain_backward(&dims, dtype, true));
+            cases.push(add_backward(&dims, dtype, (false, true)));
+        }
+    }
     let wide = &[2, 20_001];
     // Rows too long for one invocation's loop budget.
     cases.push(layer(wide, DType::F32, Fill::NORMAL));

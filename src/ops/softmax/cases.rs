@@ -64,6 +64,16 @@ pub(super) fn cases() -> Vec<Case> {
     cases.push(backward(false, &[2, VOCABULARY], DType::F32));
     cases.push(entropy(0.1, [2, VOCABULARY], DType::F32));
     cases.push(entropy_backward(0.1, [2, VOCABULARY], DType::F32));
+    // A row of a block, and of a large one; 16-bit rows longer than a block keeps.
+    for dims in [&[3usize, 4099][..], &[2, 12_345], &[2, 24_000]] {
+        cases.push(one(Softmax, dims, DType::F32, WIDE));
+        cases.push(backward(true, dims, DType::F32));
+        cases.push(one(LogSoftmax, dims, DType::Bf16, WIDE));
+        cases.push(backward(false, dims, DType::F16));
+        cases.push(entropy(0.1, [dims[0], dims[1]], DType::F16));
+        cases.push(entropy_backward(0.1, [dims[0], dims[1]], DType::Bf16));
+    }
+    cases.push(one(Softmax, &[2, 40_001], DType::Bf16, WIDE));
     // Attention-like rows, and GPT-2's vocabulary over 64 tokens.
     cases.push(one(Softmax, &[4096, 256], DType::F32, WIDE).bench());
     cases.push(one(LogSoftmax, &[64, 50_257], DType::F32, WIDE).bench());

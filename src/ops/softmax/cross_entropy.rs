@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Launch, Params, Plan, Problem, always};
 use crate::op::{Array, Cost, Gradient, Op, Saves};
 use crate::ops::rows::{BLOCK, PLANS, gpu, rungs};
+use crate::ops::vector::{self, above};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
@@ -87,13 +88,14 @@ impl Op for CrossEntropy {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &rungs(
+        const ROWS: [Kernel; 4] = rungs(
             SOURCE,
             "cross_entropy_fwd",
             cpu::cross_entropy,
             ["cross_entropy_fwd", "cross_entropy_fwd_v2"],
             PLANS,
         );
+        const KERNELS: &[Kernel] = &above(FORWARD, ROWS);
         KERNELS
     }
 
@@ -148,6 +150,7 @@ impl Op for CrossEntropyBackward {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("cross_entropy_bwd", DType::FLOATS, cpu::cross_entropy_backward),
+            vector::cuda(SOURCE, ["cross_entropy_bwd_v2"; 2], DType::FLOATS, always, |p| Plan::of(vector::parts(p))),
             gpu(SOURCE, "cross_entropy_bwd", always, elements),
         ];
         KERNELS
@@ -165,6 +168,13 @@ impl Op for CrossEntropyBackward {
         self
     }
 }
+
+/// One pass over a row, which nothing needs twice.
+const FORWARD: Kernel =
+    vector::cuda(SOURCE, ["cross_entropy_fwd_v3", "cross_entropy_fwd_warp_v3"], DType::FLOATS, always, |p| {
+        let entries = ["cross_entropy_fwd_warp_v3", "cross_entropy_fwd_block_v3", "cross_entropy_fwd_wide_v3"];
+        Plan::of(vector::rows(p, &entries, [32; 3]))
+    });
 
 /// Four neighbouring elements per invocation: rows need no loop once their log sum exp is known.
 fn elements(p: &Problem) -> Plan {
