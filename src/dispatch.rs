@@ -221,7 +221,8 @@ fn fallback(device: &Arc<dyn Device>, op: &dyn Op, inputs: &[&Tensor], metas: &[
     let n = counts.entry(op.name()).or_insert(0);
     *n += 1;
     if *n == 1 {
-        eprintln!("warning: {} has no kernel on {}: its f64 reference runs on the host", op.name(), device.info().id);
+        let id = &device.info().id;
+        crate::console::warn(format_args!("{} has no kernel on {id}: its f64 reference runs on the host", op.name()));
     }
     drop(counts);
     let values = op.reference(&arrays(inputs)?);

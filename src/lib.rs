@@ -3,6 +3,7 @@
 pub mod atomic;
 pub mod cli;
 pub mod compress;
+pub mod console;
 pub mod data;
 pub mod device;
 pub mod dispatch;

@@ -36,6 +36,7 @@ impl Table {
     /// styles and `NO_COLOR` is not set. Rows are never wrapped: a pipe or a pager needs whole lines.
     pub fn terminal(&self) -> String {
         let styled = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+            && crate::console::moves_cursor()
             && std::io::IsTerminal::is_terminal(&std::io::stdout());
         self.terminal_styled(styled)
     }
@@ -98,7 +99,20 @@ impl Table {
 
 /// The stages of a report for a terminal, without a line break at the end; empty without stages.
 pub fn stages(report: &RunReport) -> String {
-    let section = super::sections::stages(report);
+    section(&super::sections::stages(report))
+}
+
+/// All that was measured on the models of a report, for a terminal: sizes, quality per direction, latency.
+pub fn measured(report: &RunReport) -> String {
+    let sections = super::sections::sections(report);
+    let tables = sections.iter().map(|s| {
+        let below: String = s.below.iter().map(|line| format!("\n{}", plain_text(line))).collect();
+        format!("{}\n{}{below}", s.title, section(s))
+    });
+    tables.collect::<Vec<_>>().join("\n\n")
+}
+
+fn section(section: &super::sections::Section) -> String {
     if section.rows.is_empty() {
         return String::new();
     }

@@ -144,7 +144,7 @@ impl WgpuDevice {
         });
         // Errors outside any scope belong to work that nobody waits for (dropping resources of a lost device): they
         // must not end the process, which is wgpu's default.
-        opened.device.on_uncaptured_error(Arc::new(|error| eprintln!("warning: wgpu: {error}")));
+        opened.device.on_uncaptured_error(Arc::new(|error| crate::console::warn(format_args!("wgpu: {error}"))));
         let checks = std::env::var_os("ESPALIER_SHADER_CHECKS").is_none_or(|v| v != "0");
         let gpu = Gpu {
             device: opened.device,

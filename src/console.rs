@@ -1,0 +1,20 @@
+//! Lines for the person who watches, on standard error.
+
+use std::fmt::Display;
+use std::io::Write;
+
+/// Writes one line to standard error. A reader that has gone away (`2>&1 | head`) must not end a training run, which is
+/// what `eprintln!` does then: it panics.
+pub fn tell(line: impl Display) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
+/// As [`tell`], marked as a warning.
+pub fn warn(line: impl Display) {
+    tell(format_args!("warning: {line}"));
+}
+
+/// Whether the terminal moves its cursor and knows styles: `TERM=dumb` says that it does neither.
+pub fn moves_cursor() -> bool {
+    std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
