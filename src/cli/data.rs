@@ -1,10 +1,10 @@
 //! `espalier data`: text that is already on this machine.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::{Global, say, say_json};
+use crate::console;
 use crate::data::collect::{CollectOptions, Roots, collect, languages};
-use crate::data::split::Split;
 use crate::data::table::{self, OnBadRow, TableOptions};
 use crate::error::Result;
 use crate::report::{Alignment, Table};
@@ -16,22 +16,33 @@ pub enum Data {
         /// Locale name: zh_CN, es, nl, ...
         #[arg(long, default_value = "zh_CN")]
         language: String,
-        /// Folder for train.tsv, validation.tsv, test.tsv and the card
-        #[arg(long, default_value = "data/catalogs")]
-        out: PathBuf,
+        /// Folder for train.tsv, validation.tsv, test.tsv and the card [default: data/catalogs/LANGUAGE]
+        #[arg(long, value_name = "FOLDER")]
+        out: Option<PathBuf>,
+        /// Where the catalogs are installed: LANGUAGE/LC_MESSAGES/*.mo
         #[arg(long, default_value = "/usr/share/locale")]
         root: PathBuf,
+        /// Decides which packages are held out
         #[arg(long, default_value_t = 1)]
         seed: u64,
+        /// Replace the collection of another language, or write among other files; those stay
+        #[arg(long)]
+        overwrite: bool,
     },
     /// Languages of the installed catalogs, with their number of catalogs
     Languages {
+        /// Where the catalogs are installed: LANGUAGE/LC_MESSAGES/*.mo
         #[arg(long, default_value = "/usr/share/locale")]
         root: PathBuf,
     },
     /// Check a TSV or JSON-lines file of pairs
+    ///
+    /// A TSV starts with a header line that names the columns source and target (source<TAB>target; further columns are
+    /// passed over) and has one pair per line, without quoting. JSON lines have the fields "source" and "target".
     Inspect {
+        /// The file
         path: PathBuf,
+        /// Stop at the first bad row, or leave bad rows out and count them
         #[arg(long, value_enum, default_value = "stop")]
         on_bad_row: OnBadRow,
     },
@@ -39,11 +50,18 @@ pub enum Data {
 
 pub fn run(global: &Global, command: Data) -> Result<()> {
     match command {
-        Data::Collect { language, out, root, seed } => {
+        Data::Collect { language, out, root, seed, overwrite } => {
+            let out = out.unwrap_or_else(|| Path::new("data/catalogs").join(&language));
             let options = CollectOptions { seed, ..CollectOptions::new(language) };
             let collection = collect(&Roots { locale: root, ..Roots::default() }, &options)?;
-            collection.write(&out)?;
+            collection.write(&out, overwrite)?;
             let card = &collection.card;
+            let empty = card.empty_parts();
+            if !empty.is_empty() {
+                let more =
+                    "a recipe's run refuses such a folder; more packages with catalogs give more groups to split";
+                console::warn(format_args!("no pair for {}: {more}", empty.join(" and ")));
+            }
             if global.json() {
                 say_json(card);
                 return Ok(());
@@ -51,12 +69,7 @@ pub fn run(global: &Global, command: Data) -> Result<()> {
             let mut table =
                 Table::new(&[("part", Alignment::Left), ("pairs", Alignment::Right), ("packages", Alignment::Right)]);
             for (part, record) in &card.parts {
-                let name = match part {
-                    Split::Train => "train",
-                    Split::Validation => "validation",
-                    Split::Test => "test",
-                };
-                table.row(vec![name.into(), record.rows.to_string(), record.groups.len().to_string()]);
+                table.row(vec![part.name().into(), record.rows.to_string(), record.groups.len().to_string()]);
             }
             say(format!(
                 "{} catalogs read, {} skipped, {} translations",

@@ -111,6 +111,24 @@ pub struct Collection {
     pub card: CollectionCard,
 }
 
+const MAX_CARD: u64 = 256 << 20;
+
+impl CollectionCard {
+    /// The card of a written collection.
+    pub fn read(directory: &Path) -> Result<Self> {
+        let path = directory.join(CARD_FILE);
+        let bytes = persist::read_capped(&path, MAX_CARD)?;
+        let mut reader = serde_json::Deserializer::from_slice(&bytes);
+        serde_path_to_error::deserialize(&mut reader).map_err(|e| Error::file(&path, e.path(), e.inner()))
+    }
+
+    /// Parts that hold no pair: text of a single package cannot be split by package.
+    pub fn empty_parts(&self) -> Vec<&'static str> {
+        let rows = |part: &Split| self.parts.get(part).map_or(0, |p| p.rows);
+        Split::ALL.iter().filter(|part| rows(part) == 0).map(|part| part.name()).collect()
+    }
+}
+
 /// Reads every catalog of one language under `roots.locale`.
 ///
 /// Errors: a language name that is no folder name ([`Error::Usage`]); no usable catalog ([`Error::File`], naming what was
@@ -160,16 +178,44 @@ pub fn languages(locale: &Path) -> BTreeMap<String, usize> {
 }
 
 impl Collection {
-    /// Writes `train.tsv`, `validation.tsv`, `test.tsv` and the card, all or nothing; replaces an earlier collection.
+    /// Writes `train.tsv`, `validation.tsv`, `test.tsv` and the card, the card last; what else the folder holds stays.
     /// Columns (named in the first line): source, target, package, version, licence.
-    pub fn write(&self, directory: &Path) -> Result<()> {
+    ///
+    /// An earlier collection of the same language is replaced. One of another language, or a folder that holds other
+    /// things, is refused unless `overwrite`: a name typed wrongly must cost nothing.
+    pub fn write(&self, directory: &Path, overwrite: bool) -> Result<()> {
+        if !overwrite {
+            self.check_place(directory)?;
+        }
         let card = serde_json::to_vec_pretty(&self.card)
             .map_err(|e| Error::file(directory.join(CARD_FILE), format!("line {}", e.line()), e))?;
         let mut files = vec![(CARD_FILE, card)];
         for (part, name) in Split::ALL.into_iter().zip(["train.tsv", "validation.tsv", "test.tsv"]) {
             files.push((name, self.tsv(part)));
         }
-        persist::write_directory(directory, CARD_FILE, &files)
+        persist::put_files(directory, CARD_FILE, &files)
+    }
+
+    fn check_place(&self, directory: &Path) -> Result<()> {
+        let refused = |rule: String| {
+            let rule = format!("{rule}; name another folder, or replace its collection with --overwrite");
+            Err(Error::Usage { argument: "--out", value: directory.display().to_string(), rule })
+        };
+        if directory.symlink_metadata().is_err() {
+            return Ok(());
+        }
+        if !directory.is_dir() {
+            return refused("is no folder".into());
+        }
+        if !directory.join(CARD_FILE).exists() {
+            let first = fs::read_dir(directory).map_err(|e| Error::io(directory, e))?.next();
+            return first.map_or(Ok(()), |_| refused(format!("is not empty and holds no {CARD_FILE}")));
+        }
+        match CollectionCard::read(directory) {
+            Ok(card) if card.language == self.card.language => Ok(()),
+            Ok(card) => refused(format!("holds the collection of {}, not of {}", card.language, self.card.language)),
+            Err(error) => refused(format!("holds a card of something else ({error})")),
+        }
     }
 
     fn tsv(&self, part: Split) -> Vec<u8> {
@@ -219,6 +265,12 @@ fn read_catalogs(
     let mut unique = BTreeSet::new();
     let mut hasher = blake3::Hasher::new();
     for path in paths {
+        // The card is text: a name that is none would make it unwritable, and with it the whole collection.
+        if path.to_str().is_none() {
+            let path = PathBuf::from(path.to_string_lossy().into_owned());
+            card.skipped.push(SkippedCatalog { path, reason: "its file name is not UTF-8".into() });
+            continue;
+        }
         let parsed = match catalog::read(path) {
             Ok(parsed) => parsed,
             Err(error) => {

@@ -111,6 +111,9 @@ pub fn parse(path: &Path, bytes: &[u8], options: &TableOptions) -> Result<Table>
     Ok(Table { pairs, card })
 }
 
+/// Characters of a refused header that a message repeats.
+const SHOWN: usize = 80;
+
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
 /// Why a line is refused: where in the line, a rule with a fixed name to count under, and the numbers of this case.
@@ -213,8 +216,17 @@ impl<'a> Row<'a> {
                         format!("second column {name}"),
                     )),
                     (None, _) => {
-                        let rule = format!("no column {name}; the header names: {}", names.join(", "));
-                        Err(Error::file(path, "line 1", rule))
+                        // The first line may be text of any length.
+                        let mut header: String = names.join(", ").chars().take(SHOWN + 1).collect();
+                        if header.chars().count() > SHOWN {
+                            header = header.chars().take(SHOWN).chain(['…']).collect();
+                        }
+                        let form = "a TSV starts with a line that names its columns, source<TAB>target";
+                        Err(Error::file(
+                            path,
+                            "line 1",
+                            format!("no column {name}; the header names: {header} ({form})"),
+                        ))
                     }
                 }
             }

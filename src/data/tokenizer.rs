@@ -196,7 +196,8 @@ impl Tokenizer {
     }
 }
 
-fn is_language(name: &str) -> bool {
+/// Whether a name can be a language's tag.
+pub fn is_language(name: &str) -> bool {
     (1..=16).contains(&name.len()) && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'))
 }
 

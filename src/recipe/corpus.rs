@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::schema::{self, Recipe};
 use crate::data::Pair;
 use crate::data::batch::{Batch, BatchOptions, Direction, Example, GmaskPosition, OverLength, Stream};
-use crate::data::collect::{CollectOptions, Roots, collect};
+use crate::data::collect::{CARD_FILE, CollectOptions, CollectionCard, Roots, collect};
 use crate::data::order;
 use crate::data::split::{Fractions, Split};
 use crate::data::table::{self, TableOptions};
@@ -41,6 +41,8 @@ pub struct Corpus {
     /// D_d: target language -> source language, a share of the training pairs.
     pub target: Stream,
     pub held_out: Vec<HeldOut>,
+    /// Of all pairs of the three parts: what a model learned from and is measured on.
+    pub hash: String,
     /// What a reader of the report must know of the text.
     pub notes: Vec<String>,
 }
@@ -50,6 +52,19 @@ struct Parts {
     validation: Vec<Pair>,
     test: Vec<Pair>,
     notes: Vec<String>,
+}
+
+impl Parts {
+    fn hash(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for part in [&self.train, &self.validation, &self.test] {
+            hasher.update(&(part.len() as u64).to_le_bytes());
+            for side in part.iter().flat_map(|pair| [&pair.source, &pair.target]) {
+                hasher.update(&(side.len() as u64).to_le_bytes()).update(side.as_bytes());
+            }
+        }
+        hasher.finalize().to_hex().to_string()
+    }
 }
 
 impl Corpus {
@@ -90,9 +105,38 @@ impl Corpus {
             source.dropped + target.dropped,
             data.max_length,
         ));
-        let mut corpus = Self { tokenizer, source, target, held_out: Vec::new(), notes };
+        let hash = parts.hash();
+        let mut corpus = Self { tokenizer, source, target, held_out: Vec::new(), hash, notes };
         corpus.held_out = corpus.hold_out(&parts.validation, &parts.test, languages, &options)?;
+        corpus.check_survivors(recipe, &parts, labelled.len())?;
         Ok(corpus)
+    }
+
+    /// Refuses text of which the length filter leaves nothing in some part: training or measuring would fail on it later.
+    fn check_survivors(&self, recipe: &Recipe, parts: &Parts, labelled: usize) -> Result<()> {
+        let hybrid = recipe.hybrid.is_some();
+        let mut counts = vec![("training", parts.train.len(), self.source.examples.len())];
+        if labelled > 0 || hybrid {
+            counts.push(("target-language training", labelled, self.target.examples.len()));
+        }
+        for held_out in &self.held_out {
+            counts.push(("validation", parts.validation.len(), held_out.validation.len()));
+            counts.push(("test", parts.test.len(), held_out.test.len()));
+        }
+        let Some((part, all, _)) = counts.into_iter().find(|(_, _, left)| *left == 0) else {
+            return Ok(());
+        };
+        if all == 0 {
+            let (key, allowed) = ("data.target_share", "a share that chooses at least one of the training pairs");
+            return Err(Error::Recipe {
+                key: key.into(),
+                value: recipe.data.target_share.to_string(),
+                allowed: allowed.into(),
+            });
+        }
+        let allowed =
+            format!("long enough for some of the {all} {part} pairs; none fits, both sides and tags together");
+        Err(Error::Recipe { key: "data.max_length".into(), value: recipe.data.max_length.to_string(), allowed })
     }
 
     /// Held-out text for a model that is already trained; without `pairs`, the test part of the embedded terms.
@@ -111,7 +155,7 @@ impl Corpus {
         };
         let options = BatchOptions { max_length, ..BatchOptions::default() };
         let (source, target) = (Stream::default(), Stream::default());
-        let mut corpus = Self { tokenizer, source, target, held_out: Vec::new(), notes };
+        let mut corpus = Self { tokenizer, source, target, held_out: Vec::new(), hash: String::new(), notes };
         corpus.held_out = corpus.hold_out(&[], &test, languages, &options)?;
         Ok(corpus)
     }
@@ -186,7 +230,7 @@ fn labelled(pairs: &[Pair], share: f64, seed: u64) -> Vec<Pair> {
 fn read(recipe: &Recipe, folder: &Path) -> Result<Parts> {
     match &recipe.data.corpus {
         schema::Corpus::Terms { pairs } => terms(recipe.seed, *pairs),
-        schema::Corpus::Folder { path } => tables(Path::new(path)),
+        schema::Corpus::Folder { path } => tables(Path::new(path), &recipe.data),
         schema::Corpus::Catalogs { root } => catalogs(recipe, root, folder),
     }
 }
@@ -207,7 +251,16 @@ fn terms(seed: u64, count: usize) -> Result<Parts> {
     Ok(parts)
 }
 
-fn tables(folder: &Path) -> Result<Parts> {
+fn tables(folder: &Path, data: &schema::Data) -> Result<Parts> {
+    if folder.join(CARD_FILE).exists() {
+        let card = CollectionCard::read(folder)?;
+        let has = card.language.split(['_', '@', '.']).next().unwrap_or_default();
+        if data.source != "en" || (data.target != has && data.target != card.language) {
+            let (key, value) = ("data.source, data.target".into(), format!("{}, {}", data.source, data.target));
+            let allowed = format!("en, {has}: {} holds the collection of {}", folder.display(), card.language);
+            return Err(Error::Recipe { key, value, allowed });
+        }
+    }
     let part =
         |name: &str| -> Result<Vec<Pair>> { Ok(table::read(&folder.join(name), &TableOptions::default())?.pairs) };
     let (train, validation, test) = (part("train.tsv")?, part("validation.tsv")?, part("test.tsv")?);
@@ -223,7 +276,7 @@ fn catalogs(recipe: &Recipe, root: &str, folder: &Path) -> Result<Parts> {
     let roots = Roots { locale: PathBuf::from(root), ..Roots::default() };
     let options = CollectOptions { seed: recipe.seed, ..CollectOptions::new(locale(&recipe.data.target)) };
     let collection = collect(&roots, &options)?;
-    collection.write(&folder.join("data"))?;
+    collection.write(&folder.join("data"), false)?;
     let card = &collection.card;
     let part = |split: Split| -> Vec<Pair> {
         let pairs = collection.parts.get(&split).map_or(&[][..], Vec::as_slice);

@@ -143,8 +143,10 @@ fn what_is_written_reads_back_and_replaces_only_itself() {
     let machine = Machine::new();
     let collection = collect(&machine.roots(), &CollectOptions::new("zh_CN")).unwrap();
     let out = machine.root.path().join("out");
-    collection.write(&out).unwrap();
-    collection.write(&out).unwrap();
+    collection.write(&out, false).unwrap();
+    fs::write(out.join("notes.txt"), "mine").unwrap();
+    collection.write(&out, false).unwrap();
+    assert!(out.join("notes.txt").exists(), "a user's own file stays");
     let card: CollectionCard = serde_json::from_slice(&fs::read(out.join(CARD_FILE)).unwrap()).unwrap();
     assert_eq!(card, collection.card);
     for split in Split::ALL {
@@ -156,8 +158,16 @@ fn what_is_written_reads_back_and_replaces_only_itself() {
     let foreign = machine.root.path().join("foreign");
     fs::create_dir(&foreign).unwrap();
     fs::write(foreign.join("mine.txt"), "x").unwrap();
-    assert!(matches!(collection.write(&foreign), Err(Error::File { .. })));
-    assert!(foreign.join("mine.txt").exists());
+    assert!(matches!(collection.write(&foreign, false), Err(Error::Usage { .. })));
+    assert_eq!(fs::read_dir(&foreign).unwrap().count(), 1);
+    collection.write(&foreign, true).unwrap();
+    assert!(foreign.join("mine.txt").exists() && foreign.join(CARD_FILE).exists());
+    // Another language's collection took its time too.
+    let mut other = collection.clone();
+    other.card.language = "nl".into();
+    let error = other.write(&out, false).unwrap_err();
+    assert!(error.to_string().contains("zh_CN") && error.to_string().contains("--overwrite"), "{error}");
+    other.write(&out, true).unwrap();
 }
 
 #[test]

@@ -147,7 +147,12 @@ fn headers_and_options_are_checked_whatever_the_policy() {
     let refuse = |bytes: &[u8], options: &TableOptions| parse(Path::new("t"), bytes, options).unwrap_err().to_string();
     let skip = options(OnBadRow::Skip);
     assert_eq!(refuse(b"", &skip), "t: line 1: no header: the file is empty");
-    assert_eq!(refuse(b"en\tzh\na\tb\n", &skip), "t: line 1: no column source; the header names: en, zh");
+    assert_eq!(
+        refuse(b"en\tzh\na\tb\n", &skip),
+        "t: line 1: no column source; the header names: en, zh (a TSV starts with a line that names its columns, source<TAB>target)"
+    );
+    let long = refuse(format!("{}\tb\n", "x".repeat(100_000)).as_bytes(), &TableOptions::default());
+    assert!(long.len() < 300 && long.contains('…'), "{long}");
     assert_eq!(refuse(b"source\ttarget\tsource\n", &skip), "t: line 1, column 3: second column source");
     assert!(refuse(b"\xff\n", &skip).contains("line 1, byte 1: not UTF-8"));
     let far = TableOptions { source: Column::Number(7), ..skip.clone() };
