@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::console;
 use crate::error::{Error, Result};
 
 /// One measured value.
@@ -56,20 +57,28 @@ impl MetricsLog {
     }
 
     /// Opens the log after cutting it back to the events with `step` at most `last`, so that a resumed run does not
-    /// log its repeated steps twice.
+    /// log its repeated steps twice; returns those events. A damaged line costs the events from there on and a warning:
+    /// this is only a log, and training goes on without it.
     ///
     /// # Errors
-    /// As [`read`], and `Error::Io` when writing fails; the old log is then untouched.
-    pub fn open_after(path: impl AsRef<Path>, last: u64) -> Result<Self> {
+    /// `Error::Io`; the old log is then untouched.
+    pub fn open_after(path: impl AsRef<Path>, last: u64) -> Result<(Self, Vec<MetricEvent>)> {
         let path = path.as_ref();
+        let mut events = Vec::new();
         if path.exists() {
+            let damage;
+            (events, damage) = parse(path, &std::fs::read(path).map_err(|source| Error::io(path, source))?);
+            if let Some(error) = damage {
+                console::warn(format_args!("{error}; the log is cut off there"));
+            }
+            events.retain(|event| event.step <= last);
             let mut kept = Vec::new();
-            for event in read(path)?.iter().filter(|event| event.step <= last) {
+            for event in &events {
                 kept.extend(line(path, event)?);
             }
             crate::atomic::write_atomic(path, &kept)?;
         }
-        Self::open(path)
+        Ok((Self::open(path)?, events))
     }
 
     /// Writes one event.
@@ -95,14 +104,24 @@ fn line(path: &Path, event: &MetricEvent) -> Result<Vec<u8>> {
 pub fn read(path: impl AsRef<Path>) -> Result<Vec<MetricEvent>> {
     let path = path.as_ref();
     let content = std::fs::read(path).map_err(|source| Error::io(path, source))?;
+    match parse(path, &content) {
+        (events, None) => Ok(events),
+        (_, Some(error)) => Err(error),
+    }
+}
+
+/// The events up to the first damaged line, and what is wrong with that.
+fn parse(path: &Path, content: &[u8]) -> (Vec<MetricEvent>, Option<Error>) {
     let mut events = Vec::new();
-    for (index, line) in whole_lines(&content).split(|&byte| byte == b'\n').enumerate() {
+    for (index, line) in whole_lines(content).split(|&byte| byte == b'\n').enumerate() {
         if !line.is_empty() {
-            let event = serde_json::from_slice(line);
-            events.push(event.map_err(|error| Error::file(path, format!("line {}", index + 1), error))?);
+            match serde_json::from_slice(line) {
+                Ok(event) => events.push(event),
+                Err(error) => return (events, Some(Error::file(path, format!("line {}", index + 1), error))),
+            }
         }
     }
-    Ok(events)
+    (events, None)
 }
 
 /// The content up to the last line break.
@@ -173,12 +192,28 @@ mod tests {
     fn resuming_forgets_the_steps_to_be_repeated() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("metrics.jsonl");
-        let mut log = MetricsLog::open_after(&path, 0).unwrap();
+        let mut log = MetricsLog::open_after(&path, 0).unwrap().0;
         for step in 1..=5 {
             log.append(&event(step, 1.0)).unwrap();
         }
-        MetricsLog::open_after(&path, 3).unwrap().append(&event(4, 2.0)).unwrap();
+        let (mut log, kept) = MetricsLog::open_after(&path, 3).unwrap();
+        assert_eq!(kept.len(), 3);
+        log.append(&event(4, 2.0)).unwrap();
         let steps: Vec<_> = read(&path).unwrap().iter().map(|event| event.step).collect();
         assert_eq!(steps, [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_damaged_line_does_not_stop_a_training() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.jsonl");
+        let mut content = line(&path, &event(1, 0.5)).unwrap();
+        content.extend(b"{\"step\": \xff}\n");
+        content.extend(line(&path, &event(2, 0.25)).unwrap());
+        std::fs::write(&path, content).unwrap();
+        let (mut log, kept) = MetricsLog::open_after(&path, 2).unwrap();
+        assert_eq!(kept, [event(1, 0.5)]);
+        log.append(&event(3, 0.125)).unwrap();
+        assert_eq!(read(&path).unwrap(), [event(1, 0.5), event(3, 0.125)]);
     }
 }

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use serde::{Deserialize, Serialize};
 
-use crate::data::persist::{read_capped, write_directory};
+use crate::console;
+use crate::data::persist::{put_files, read_capped, write_directory};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -51,6 +52,19 @@ pub struct Manifest {
 /// `Error::Io` with the file; an existing directory is then untouched. `Error::File` when `path` exists and holds no
 /// manifest, that is when something else wrote it.
 pub fn save(path: &Path, files: &[(&str, Vec<u8>)], summary: BTreeMap<String, String>) -> Result<()> {
+    write_directory(path, MANIFEST, &with_manifest(path, files, summary)?)
+}
+
+/// As [`save`], into a directory that may hold other files: a place inside a folder that is known to be the caller's.
+pub fn save_among(path: &Path, files: &[(&str, Vec<u8>)], summary: BTreeMap<String, String>) -> Result<()> {
+    put_files(path, MANIFEST, &with_manifest(path, files, summary)?)
+}
+
+fn with_manifest<'a>(
+    path: &Path,
+    files: &[(&'a str, Vec<u8>)],
+    summary: BTreeMap<String, String>,
+) -> Result<Vec<(&'a str, Vec<u8>)>> {
     let record =
         |bytes: &Vec<u8>| FileRecord { bytes: bytes.len() as u64, blake3: blake3::hash(bytes).to_hex().to_string() };
     let records = files.iter().map(|(name, bytes)| (name.to_string(), record(bytes))).collect();
@@ -59,7 +73,7 @@ pub fn save(path: &Path, files: &[(&str, Vec<u8>)], summary: BTreeMap<String, St
     let text = serde_json::to_vec_pretty(&manifest).map_err(|e| Error::io(path.join(MANIFEST), e.into()))?;
     let mut all = files.to_vec();
     all.push((MANIFEST, text));
-    write_directory(path, MANIFEST, &all)
+    Ok(all)
 }
 
 fn name_of(path: &Path) -> String {
@@ -79,6 +93,11 @@ pub fn manifest(path: &Path) -> Result<Manifest> {
         return Err(Error::file(&file, "version", format!("{} is not {VERSION}", manifest.version)));
     }
     Ok(manifest)
+}
+
+/// Blake3 of a directory's manifest, and through it of all its files.
+pub fn manifest_hash(path: &Path) -> Result<String> {
+    Ok(blake3::hash(&read_capped(&path.join(MANIFEST), MAX_JSON)?).to_hex().to_string())
 }
 
 /// Reads a directory that [`save`] wrote; every file's size and hash is held against the manifest.
@@ -180,13 +199,23 @@ pub fn model_from(path: &Path, files: &BTreeMap<String, Vec<u8>>, device: &Arc<d
     Model::new(config, tensors, device)
 }
 
-/// Newest directory `step-N` below `folder` that verifies, with its step; damaged ones are passed over and named on
-/// stderr, never deleted.
+/// Key of a checkpoint's step in its manifest's summary.
+pub const STEP: &str = "step";
+
+/// Newest directory `step-N` below `folder` that verifies and whose manifest has the same step, with that step; others
+/// are passed over and named on stderr, never deleted.
 pub fn latest(folder: &Path) -> Result<Option<(u64, PathBuf)>> {
     for (step, path) in steps(folder)?.into_iter().rev() {
-        match load(&path) {
-            Ok(_) => return Ok(Some((step, path))),
-            Err(e) => eprintln!("warning: {}: damaged checkpoint passed over: {e}", path.display()),
+        let saved = load(&path).and_then(|(manifest, _)| match manifest.summary.get(STEP) {
+            // A directory can be renamed; only what was saved with the weights says how far they are.
+            Some(saved) if saved.parse() != Ok(step) => {
+                Err(Error::file(path.join(MANIFEST), STEP, format!("{saved} where the directory's name has {step}")))
+            }
+            _ => Ok(()),
+        });
+        match saved {
+            Ok(()) => return Ok(Some((step, path))),
+            Err(e) => console::warn(format_args!("{}: checkpoint passed over: {e}", path.display())),
         }
     }
     Ok(None)
@@ -210,13 +239,24 @@ fn steps(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// Removes all but the newest `keep` checkpoints, each by a rename first so that a torn removal is no checkpoint.
-pub fn retain(folder: &Path, keep: usize) -> Result<()> {
-    let all = steps(folder)?;
-    for (step, path) in all.iter().take(all.len().saturating_sub(keep)) {
-        let trash = folder.join(format!(".removing-{step}"));
-        std::fs::rename(path, &trash).map_err(|e| Error::io(path, e))?;
+/// Removes all but the newest `keep` checkpoints up to step `newest`. Later ones are damaged leftovers that were passed
+/// over; counted, they would push out the one just saved.
+pub fn retain(folder: &Path, newest: u64, keep: usize) -> Result<()> {
+    let mut all = steps(folder)?;
+    all.retain(|(step, _)| *step <= newest);
+    all.iter().take(all.len().saturating_sub(keep)).try_for_each(|(_, path)| discard(path))
+}
+
+/// Removes whatever has a checkpoint's name, by a rename first so that a torn removal is no checkpoint.
+pub fn discard(path: &Path) -> Result<()> {
+    let Ok(metadata) = path.symlink_metadata() else { return Ok(()) };
+    if !metadata.is_dir() {
+        return std::fs::remove_file(path).map_err(|e| Error::io(path, e));
+    }
+    let trash = path.with_file_name(format!(".removing-{}", name_of(path)));
+    if trash.exists() {
         std::fs::remove_dir_all(&trash).map_err(|e| Error::io(&trash, e))?;
     }
-    Ok(())
+    std::fs::rename(path, &trash).map_err(|e| Error::io(path, e))?;
+    std::fs::remove_dir_all(&trash).map_err(|e| Error::io(&trash, e))
 }

@@ -55,7 +55,11 @@ pub struct Job<'a> {
 #[derive(Clone, Debug, Default)]
 pub struct Summary {
     pub steps: u64,
+    /// Of all sessions that the stage took.
     pub seconds: f64,
+    /// Of the sessions before this one, as their last checkpoint has it.
+    pub earlier_seconds: f64,
+    /// Of this session.
     pub tokens: u64,
     pub train_loss: f64,
     pub validation_loss: f64,
@@ -136,20 +140,21 @@ pub fn step(
 pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> Result<Summary> {
     let checkpoints = job.folder.join("checkpoints");
     std::fs::create_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
-    let resumed = restore(model, &checkpoints)?;
+    let resumed = restore(model, &checkpoints, job.steps)?;
     let mut optimizer = Optimizer::new(model, job.settings, |_| true)?;
-    let done = match resumed {
-        Some((step, state)) => {
+    let (done, earlier_seconds) = match resumed {
+        Some(Resumed { step, seconds, state }) => {
             optimizer.restore(&state, step)?;
-            step
+            (step, seconds)
         }
-        None => 0,
+        None => (0, 0.0),
     };
     for method in methods.iter_mut() {
         method.on_update(done, model, &mut optimizer)?;
     }
-    let mut log = Log::open(job, done)?;
-    let mut summary = Summary { steps: done, ..Summary::default() };
+    let (mut log, logged) = Log::open(job, done)?;
+    let curve = logged_curve(&logged);
+    let mut summary = Summary { steps: done, earlier_seconds, curve, ..Summary::default() };
     let started = Instant::now();
     for step_index in done..job.steps {
         let micros = job.source.micro_batches(step_index)?;
@@ -164,10 +169,10 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
         summary.train_loss = loss;
         summary.steps = now;
         let speed = summary.tokens as f64 / started.elapsed().as_secs_f64().max(1e-9);
-        log.step(now, loss, norm, rate, speed)?;
         let due = |every: u64| every > 0 && now % every == 0;
-        let validated =
-            (due(job.validate_every) || now == job.steps).then(|| (job.validate)(model, methods)).transpose()?;
+        let validates = due(job.validate_every) || now == job.steps;
+        log.step(now, loss, norm, rate, speed, validates)?;
+        let validated = validates.then(|| (job.validate)(model, methods)).transpose()?;
         if let Some(loss) = validated {
             // NaN alone is a corpus without validation text; infinity is a model that went wrong.
             if loss.is_infinite() {
@@ -181,7 +186,8 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
         }
         let stop = STOP.load(Relaxed);
         if now < job.steps && (stop || due(job.checkpoint_every)) {
-            save(model, &optimizer, &checkpoints, now, job)?;
+            let seconds = earlier_seconds + started.elapsed().as_secs_f64();
+            save(model, &optimizer, &checkpoints, (now, seconds), job)?;
         }
         if stop && now < job.steps {
             log.bar.abandon_with_message("stopped; saved");
@@ -193,33 +199,71 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
     for method in methods.iter_mut() {
         method.on_finish(model)?;
     }
-    summary.seconds = started.elapsed().as_secs_f64();
+    summary.seconds = earlier_seconds + started.elapsed().as_secs_f64();
     Ok(summary)
+}
+
+/// The loss curve up to where a session starts, from what the earlier ones logged.
+fn logged_curve(events: &[MetricEvent]) -> Vec<(u64, Option<f64>, Option<f64>)> {
+    let mut points: BTreeMap<u64, (Option<f64>, Option<f64>)> = BTreeMap::new();
+    for event in events.iter().filter(|event| event.name == "loss") {
+        let point = points.entry(event.step).or_default();
+        match event.split.as_str() {
+            "train" => point.0 = Some(event.value),
+            "validation" => point.1 = Some(event.value),
+            _ => {}
+        }
+    }
+    points.into_iter().map(|(step, (train, validation))| (step, train, validation)).collect()
 }
 
 const OPTIMIZER: &str = "optimizer.safetensors";
 
-fn save(model: &Model, optimizer: &Optimizer, checkpoints: &Path, step: u64, job: &Job) -> Result<()> {
+/// Key of the seconds trained so far in a checkpoint's summary.
+const SECONDS: &str = "seconds";
+
+fn save(
+    model: &Model,
+    optimizer: &Optimizer,
+    checkpoints: &Path,
+    (step, seconds): (u64, f64),
+    job: &Job,
+) -> Result<()> {
     optimizer.check_finite()?;
     let mut files = store::model_files(model)?;
     files.push((OPTIMIZER, store::encode(&optimizer.state())?));
     let summary = [
         ("stage", job.stage.to_string()),
-        ("step", step.to_string()),
+        (store::STEP, step.to_string()),
+        (SECONDS, seconds.to_string()),
         ("seed", job.seed.to_string()),
         ("device", model.device().info().name.clone()),
     ];
     let summary: BTreeMap<String, String> = summary.map(|(k, v)| (k.to_string(), v)).into();
-    store::save(&checkpoints.join(format!("step-{step}")), &files, summary)?;
-    store::retain(checkpoints, job.keep_checkpoints.max(1))
+    let path = checkpoints.join(format!("step-{step}"));
+    // What has this name was passed over when the training started: it is damaged or nothing of ours.
+    store::discard(&path)?;
+    store::save(&path, &files, summary)?;
+    store::retain(checkpoints, step, job.keep_checkpoints.max(1))
 }
 
-/// Puts the newest checkpoint's parameters into `model`; returns its step and the optimizer's state.
-fn restore(model: &mut Model, checkpoints: &Path) -> Result<Option<(u64, BTreeMap<String, Tensor>)>> {
+/// Where an earlier session stopped.
+struct Resumed {
+    step: u64,
+    seconds: f64,
+    /// The optimizer's.
+    state: BTreeMap<String, Tensor>,
+}
+
+/// Puts the newest checkpoint's parameters into `model`.
+fn restore(model: &mut Model, checkpoints: &Path, steps: u64) -> Result<Option<Resumed>> {
     let Some((step, path)) = store::latest(checkpoints)? else {
         return Ok(None);
     };
-    let (_, files) = store::load(&path)?;
+    if step > steps {
+        return Err(Error::file(&path, store::STEP, format!("{step} is beyond the {steps} steps of this training")));
+    }
+    let (manifest, files) = store::load(&path)?;
     let saved = store::model_from(&path, &files, model.device())?;
     if saved.config != model.config {
         return Err(Error::file(&path, store::CONFIG, "another model than this stage trains; use --overwrite"));
@@ -227,7 +271,9 @@ fn restore(model: &mut Model, checkpoints: &Path) -> Result<Option<(u64, BTreeMa
     let state = files.get(OPTIMIZER).ok_or_else(|| Error::file(&path, OPTIMIZER, "missing from the manifest"))?;
     let state = store::decode(&path.join(OPTIMIZER), state, model.device())?;
     model.tensors = saved.tensors;
-    Ok(Some((step, state)))
+    let seconds = manifest.summary.get(SECONDS).and_then(|s| s.parse().ok());
+    let seconds = seconds.filter(|s: &f64| s.is_finite() && *s >= 0.0).unwrap_or(0.0);
+    Ok(Some(Resumed { step, seconds, state }))
 }
 
 /// Seconds since the Unix epoch.
@@ -244,12 +290,17 @@ struct Log {
 }
 
 impl Log {
-    fn open(job: &Job, done: u64) -> Result<Self> {
-        let metrics = MetricsLog::open_after(job.folder.join("metrics.jsonl"), done)?;
+    /// Returns also what earlier sessions logged up to step `done`.
+    fn open(job: &Job, done: u64) -> Result<(Self, Vec<MetricEvent>)> {
+        let (metrics, logged) = MetricsLog::open_after(job.folder.join("metrics.jsonl"), done)?;
         let events = job.folder.join("tb");
         std::fs::create_dir_all(&events).map_err(|e| Error::io(&events, e))?;
         let events = EventWriter::create(events, job.stage, now())?;
-        let bar = if job.progress { ProgressBar::new(job.steps) } else { ProgressBar::hidden() };
+        let bar = if job.progress && crate::console::moves_cursor() {
+            ProgressBar::new(job.steps)
+        } else {
+            ProgressBar::hidden()
+        };
         let template = "{prefix:<12} [{bar:32}] {pos}/{len} {msg} ETA {eta}";
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("=> "));
@@ -257,7 +308,7 @@ impl Log {
         bar.set_prefix(job.stage.to_string());
         bar.set_position(done);
         bar.reset_eta();
-        Ok(Self { metrics, events, bar, every: (job.steps / 100).max(1) })
+        Ok((Self { metrics, events, bar, every: (job.steps / 100).max(1) }, logged))
     }
 
     fn write(&mut self, step: u64, split: &str, name: &str, value: f64, unit: &str) -> Result<()> {
@@ -267,10 +318,11 @@ impl Log {
         self.metrics.append(&event)
     }
 
-    fn step(&mut self, step: u64, loss: f64, norm: f64, rate: f64, speed: f64) -> Result<()> {
+    /// A validated step is logged too: the curve of a resumed training is read from the log.
+    fn step(&mut self, step: u64, loss: f64, norm: f64, rate: f64, speed: f64, validated: bool) -> Result<()> {
         self.bar.set_position(step);
         self.bar.set_message(format!("loss {loss:.3}  {speed:.0} tokens/s "));
-        if step.is_multiple_of(self.every) {
+        if validated || step.is_multiple_of(self.every) {
             self.write(step, "train", "loss", loss, "nats/token")?;
             self.write(step, "train", "gradient_norm", norm, "")?;
             self.write(step, "train", "learning_rate", rate, "")?;

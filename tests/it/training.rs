@@ -11,7 +11,7 @@ use espalier::recipe::{self, Options, Recipe};
 use espalier::report;
 use espalier::train::lifecycle::{Method, Micro};
 use espalier::train::store;
-use espalier::train::trainer::{Job, Source, train};
+use espalier::train::trainer::{Job, Source, Summary, train};
 
 use crate::model::{SIZE, SPECIAL, cpu, examples, micro, settings};
 
@@ -40,6 +40,15 @@ fn run(
     fails_at: Option<u64>,
     checkpoint_every: u64,
 ) -> espalier::Result<Vec<u8>> {
+    session(folder, device, fails_at, checkpoint_every).map(|(weights, _)| weights)
+}
+
+fn session(
+    folder: &Path,
+    device: &Arc<dyn Device>,
+    fails_at: Option<u64>,
+    checkpoint_every: u64,
+) -> espalier::Result<(Vec<u8>, Summary)> {
     let mut model = Model::init(Config::glm(SIZE, 37), device, 1)?;
     let validate = |_: &Model, _: &[Box<dyn Method>]| Ok(0.0);
     let job = Job {
@@ -50,14 +59,14 @@ fn run(
         seed: 1,
         source: &Steps { device, fails_at },
         validate: &validate,
-        validate_every: 0,
+        validate_every: 3,
         checkpoint_every,
         keep_checkpoints: 2,
         folder,
         progress: false,
     };
-    train(&mut model, &job, &mut [])?;
-    store::encode(&model.tensors)
+    let summary = train(&mut model, &job, &mut [])?;
+    Ok((store::encode(&model.tensors)?, summary))
 }
 
 #[test]
@@ -71,6 +80,18 @@ fn a_resumed_run_equals_an_uninterrupted_one_to_the_bit() {
         let have = run(folder.path(), &device, None, 2).unwrap();
         assert!(want == have, "killed at step {killed}: the final weights differ");
     }
+}
+
+#[test]
+fn a_resumed_training_reports_all_its_sessions() {
+    let device = cpu();
+    let whole = session(tempfile::tempdir().unwrap().path(), &device, None, 0).unwrap().1;
+    let folder = tempfile::tempdir().unwrap();
+    session(folder.path(), &device, Some(5), 2).unwrap_err();
+    let resumed = session(folder.path(), &device, None, 2).unwrap().1;
+    assert_eq!(whole.curve.len(), STEPS as usize);
+    assert_eq!(resumed.curve, whole.curve);
+    assert!(resumed.earlier_seconds > 0.0 && resumed.seconds > resumed.earlier_seconds, "{resumed:?}");
 }
 
 #[test]
@@ -102,6 +123,30 @@ fn a_damaged_checkpoint_is_passed_over_for_the_one_before() {
 }
 
 #[test]
+fn a_checkpoint_is_what_its_manifest_says_not_its_name() {
+    let device = cpu();
+    let want = run(tempfile::tempdir().unwrap().path(), &device, None, 0).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    run(folder.path(), &device, Some(7), 2).unwrap_err();
+    let checkpoints = folder.path().join("checkpoints");
+    std::fs::rename(checkpoints.join("step-6"), checkpoints.join("step-99999")).unwrap();
+    assert!(want == run(folder.path(), &device, None, 2).unwrap(), "the training was taken for finished");
+    assert!(checkpoints.join("step-6").exists(), "what was passed over does not push out what was saved");
+}
+
+#[test]
+fn what_stands_in_a_checkpoints_place_does_not_block_it() {
+    let device = cpu();
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoints = folder.path().join("checkpoints");
+    std::fs::create_dir_all(checkpoints.join("step-2")).unwrap();
+    std::fs::write(checkpoints.join("step-2").join("torn"), "x").unwrap();
+    std::fs::write(checkpoints.join("step-4"), "a plain file").unwrap();
+    run(folder.path(), &device, None, 2).unwrap();
+    assert_eq!(store::latest(&checkpoints).unwrap().unwrap().0, 6);
+}
+
+#[test]
 fn truncated_and_tampered_model_files_are_refused_with_their_place() {
     let device = cpu();
     let folder = tempfile::tempdir().unwrap();
@@ -128,7 +173,7 @@ fn truncated_and_tampered_model_files_are_refused_with_their_place() {
 }
 
 /// Every stage, as small as it can be.
-fn tiny(sets: &[&str]) -> Recipe {
+pub fn tiny(sets: &[&str]) -> Recipe {
     let mut all: Vec<String> = [
         "name=tiny",
         "data.corpus={ terms = { pairs = 600 } }",
@@ -163,7 +208,7 @@ fn tiny(sets: &[&str]) -> Recipe {
     Recipe::load(None, &all).unwrap()
 }
 
-fn options(out: &Path) -> Options {
+pub fn options(out: &Path) -> Options {
     Options { out: out.to_path_buf(), overwrite: false, progress: false, command: "test".into() }
 }
 
