@@ -134,7 +134,19 @@ pub struct Info {
     pub probes: Vec<Probe>,
 }
 
+/// Threads of a CPU device at most: more than any machine has only costs memory and time.
+pub const MAX_THREADS: usize = 1024;
+
 impl Info {
+    /// What results depend on. Two devices of the same arithmetic give the same bits; the number of threads is no part of
+    /// it, so a run may go on with another.
+    pub fn arithmetic(&self) -> String {
+        match self.kind {
+            Kind::Cpu => format!("cpu ({})", crate::cpu::level()),
+            kind => format!("{} ({})", kind.name(), self.name),
+        }
+    }
+
     /// Whether kernels of this element type can run here at all.
     pub fn stores(&self, dtype: DType) -> bool {
         match dtype {
@@ -252,7 +264,8 @@ pub fn open(name: &str) -> Result<Arc<dyn Device>> {
             let threads = match rest {
                 None => None,
                 Some(n) => {
-                    Some(n.parse().ok().filter(|&n| n > 0).ok_or_else(|| unknown("cpu:THREADS, a count from 1"))?)
+                    let count = n.parse().ok().filter(|n| (1..=MAX_THREADS).contains(n));
+                    Some(count.ok_or_else(|| unknown("cpu:THREADS, a count from 1 to 1024"))?)
                 }
             };
             Ok(Arc::new(CpuDevice::new(threads)?))

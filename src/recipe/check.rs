@@ -1,10 +1,27 @@
 //! Ranges of a recipe's values: everything that could fail late is refused before the first stage runs.
 
-use super::schema::{Distil, Recipe, Training};
+use super::schema::{Corpus, Distil, Evaluate, Hybrid, MAX_BEAMS, MAX_SEED, Recipe, Training};
+use super::stages::matches;
 use crate::compress::experts::SIZE_MULTIPLE;
+use crate::compress::hybrid::student_factors;
 use crate::compress::structure::scaled_ffn;
+use crate::data::tokenizer::is_language;
 use crate::error::{Error, Result};
+use crate::nn::Config;
 use crate::train::optimizer::Rule;
+
+/// Above this every weight is gone after one step, whatever the rule.
+const MAX_RATE: f64 = 1000.0;
+/// A step's micro-batches are in memory together.
+const MAX_ACCUMULATE: usize = 1024;
+const MAX_CALIBRATION: usize = 100_000;
+/// Entries of one block's rotary tables, as a saved model's config has it.
+const MAX_ROTARY: usize = 1 << 26;
+const MAX_WIDTH: usize = 65_536;
+
+fn refuse<T>(key: &str, value: impl ToString, allowed: impl ToString) -> Result<T> {
+    Err(Error::Recipe { key: key.into(), value: value.to_string(), allowed: allowed.to_string() })
+}
 
 impl Training {
     fn check(&self, key: &str) -> Result<()> {
@@ -14,11 +31,14 @@ impl Training {
         if self.steps == 0 || self.steps > 100_000_000 {
             return rule("steps", self.steps.to_string(), "1 to 100000000");
         }
-        if self.batch == 0 || self.batch > 65_536 || self.accumulate == 0 {
-            return rule("batch", format!("{} x {}", self.batch, self.accumulate), "1 to 65536, accumulate from 1");
+        if self.batch == 0 || self.batch > 65_536 {
+            return rule("batch", self.batch.to_string(), "1 to 65536");
         }
-        if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
-            return rule("learning_rate", self.learning_rate.to_string(), "a finite rate above 0");
+        if self.accumulate == 0 || self.accumulate > MAX_ACCUMULATE {
+            return rule("accumulate", self.accumulate.to_string(), "1 to 1024");
+        }
+        if !(self.learning_rate > 0.0 && self.learning_rate <= MAX_RATE) {
+            return rule("learning_rate", self.learning_rate.to_string(), "a rate above 0, at most 1000");
         }
         if !(0.0..=1.0).contains(&self.warmup) {
             return rule("warmup", self.warmup.to_string(), "0 to 1, a share of the steps");
@@ -44,6 +64,10 @@ impl Distil {
         let factors = [self.weights.hidden, self.weights.soft, self.weights.hard, self.gold];
         let sound = |x: &f32| x.is_finite() && *x >= 0.0;
         if factors.iter().all(sound) && self.temperature.is_finite() && self.temperature > 0.0 {
+            if factors.iter().all(|x| *x == 0.0) {
+                let value = format!("{:?}, gold {}", self.weights, self.gold);
+                return refuse(key, value, "at least one factor above 0: with none there is nothing to learn from");
+            }
             return Ok(());
         }
         let value = format!("{:?}, gold {}, temperature {}", self.weights, self.gold, self.temperature);
@@ -51,45 +75,138 @@ impl Distil {
     }
 }
 
+impl Evaluate {
+    fn check(&self) -> Result<()> {
+        if !(1..=MAX_BEAMS).contains(&self.beams) {
+            return refuse("evaluate.beams", self.beams, format!("1 to {MAX_BEAMS}"));
+        }
+        if self.latency_batches.len() > 32 || self.latency_batches.iter().any(|b| !(1..=4096).contains(b)) {
+            let allowed = "at most 32 batch sizes, each 1 to 4096";
+            return refuse("evaluate.latency_batches", format!("{:?}", self.latency_batches), allowed);
+        }
+        // The half of it is a context, which cannot be empty.
+        if !(2..=8192).contains(&self.latency_length) {
+            return refuse("evaluate.latency_length", self.latency_length, "2 to 8192");
+        }
+        Ok(())
+    }
+}
+
+impl Hybrid {
+    fn check(&self, target_share: f64) -> Result<()> {
+        self.teacher.check("hybrid.teacher")?;
+        self.student.check("hybrid.student")?;
+        if !(0.0..=1.0).contains(&self.lambda) {
+            return refuse("hybrid.lambda", self.lambda, "0 to 1");
+        }
+        if let Some(alpha) = self.alpha.filter(|a| !(0.0..=1.0).contains(a)) {
+            return refuse("hybrid.alpha", alpha, "0 to 1");
+        }
+        if student_factors(self.student_loss, self.lambda) == (0.0, 0.0) {
+            return refuse("hybrid.lambda", self.lambda, "below 1 for the literal loss: with 1 nothing is left of it");
+        }
+        let weights = [self.stream_weights.0, self.stream_weights.1];
+        if weights.iter().any(|w| !w.is_finite() || *w <= 0.0) {
+            return refuse("hybrid.stream_weights", format!("{:?}", self.stream_weights), "finite and above 0");
+        }
+        if !self.temperature.is_finite() || self.temperature <= 0.0 {
+            return refuse("hybrid.temperature", self.temperature, "finite and above 0");
+        }
+        if target_share == 0.0 {
+            let allowed = "above 0 for hybrid tuning: it needs a target-language stream";
+            return refuse("data.target_share", 0, allowed);
+        }
+        Ok(())
+    }
+}
+
 impl Recipe {
     pub(super) fn check(&self) -> Result<()> {
-        let rule = |key: &str, value: String, allowed: &str| {
-            Err(Error::Recipe { key: key.into(), value, allowed: allowed.into() })
-        };
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         if self.name.is_empty() || self.name.len() > 128 || self.name.starts_with('.') || !self.name.chars().all(plain)
         {
-            return rule("name", format!("{:?}", self.name), "1 to 128 letters, digits, '.', '_', '-', no leading dot");
+            let allowed = "1 to 128 letters, digits, '.', '_', '-', no leading dot";
+            return refuse("name", format!("{:?}", self.name), allowed);
         }
-        if !(300..=1_000_000).contains(&self.data.vocabulary) {
-            return rule(
-                "data.vocabulary",
-                self.data.vocabulary.to_string(),
-                "300 to 1000000 (256 bytes and special tokens come first)",
-            );
+        if self.seed > MAX_SEED {
+            return refuse("seed", self.seed, format!("0 to {MAX_SEED}"));
         }
-        if !(8..=8192).contains(&self.data.max_length) || self.data.max_length > self.model.max_positions {
-            return rule("data.max_length", self.data.max_length.to_string(), "8 to 8192, at most model.max_positions");
+        self.check_data()?;
+        self.check_model()?;
+        self.teacher.check("teacher")?;
+        self.check_compression()?;
+        if let Some(h) = &self.hybrid {
+            h.check(self.data.target_share)?;
         }
-        if !(0.0..=1.0).contains(&self.data.target_share) {
-            return rule("data.target_share", self.data.target_share.to_string(), "0 to 1");
+        self.evaluate.check()
+    }
+
+    fn check_data(&self) -> Result<()> {
+        let data = &self.data;
+        if !(300..=1_000_000).contains(&data.vocabulary) {
+            let allowed = "300 to 1000000 (256 bytes and special tokens come first)";
+            return refuse("data.vocabulary", data.vocabulary, allowed);
         }
+        if !(8..=8192).contains(&data.max_length) || data.max_length > self.model.max_positions {
+            return refuse("data.max_length", data.max_length, "8 to 8192, at most model.max_positions");
+        }
+        if !(0.0..=1.0).contains(&data.target_share) {
+            return refuse("data.target_share", data.target_share, "0 to 1");
+        }
+        for (key, language) in [("data.source", &data.source), ("data.target", &data.target)] {
+            if !is_language(language) {
+                return refuse(key, format!("{language:?}"), "a language code of 1 to 16 letters, digits, '_' or '-'");
+            }
+        }
+        if data.source == data.target {
+            return refuse("data.target", &data.target, "another language than data.source");
+        }
+        // Labels decide which tag a sentence gets; a wrong one trains a model that takes one language for another.
+        let (source, target) = (data.source.as_str(), data.target.as_str());
+        match &data.corpus {
+            Corpus::Terms { pairs } if !(1..=1_000_000).contains(pairs) => {
+                refuse("data.corpus.terms.pairs", pairs, "1 to 1000000")
+            }
+            Corpus::Terms { .. } if (source, target) != ("en", "zh") => {
+                let allowed = "source en and target zh: the embedded terms are English and Chinese";
+                refuse("data.source, data.target", format!("{source}, {target}"), allowed)
+            }
+            Corpus::Catalogs { .. } if source != "en" => {
+                refuse("data.source", source, "en: catalogs translate from English")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_model(&self) -> Result<()> {
         let m = self.model;
         let sizes = [m.layers, m.heads, m.head_size, m.ffn_width, m.max_positions];
-        let most = [1024, 1024, 4096, 1 << 20, 1 << 20];
+        let most = [1024, 1024, 4096, 1 << 20, 1_000_000];
         if sizes.iter().zip(most).any(|(&n, most)| n == 0 || n > most)
             || !m.head_size.is_multiple_of(4)
             || !m.ffn_width.is_multiple_of(16)
         {
-            let allowed = "from 1 to 1024 layers and heads, 4096 head_size, 1048576 ffn_width; head_size a multiple of 4 (2-D rotary), ffn_width of 16";
-            return rule("model", format!("{m:?}"), allowed);
+            let allowed = "from 1 to 1024 layers and heads, 4096 head_size, 1048576 ffn_width, 1000000 max_positions; head_size a multiple of 4 (2-D rotary), ffn_width of 16";
+            return refuse("model", format!("{m:?}"), allowed);
         }
-        self.teacher.check("teacher")?;
+        if m.heads * m.head_size > MAX_WIDTH {
+            let value = format!("{} x {}", m.heads, m.head_size);
+            return refuse("model.heads, model.head_size", value, format!("a width of at most {MAX_WIDTH}"));
+        }
+        if m.max_positions * (m.head_size / 2) > MAX_ROTARY {
+            let allowed = format!("at most {} for this head_size", MAX_ROTARY / (m.head_size / 2));
+            return refuse("model.max_positions", m.max_positions, allowed);
+        }
+        Ok(())
+    }
+
+    fn check_compression(&self) -> Result<()> {
+        let m = self.model;
         if let Some(s) = &self.structure {
             s.training.check("structure.training")?;
             s.distil.check("structure.distil")?;
-            if s.calibration_batches == 0 {
-                return rule("structure.calibration_batches", "0".into(), "from 1");
+            if s.calibration_batches == 0 || s.calibration_batches > MAX_CALIBRATION {
+                return refuse("structure.calibration_batches", s.calibration_batches, "1 to 100000");
             }
             if s.layers == 0
                 || s.layers > m.layers
@@ -98,54 +215,78 @@ impl Recipe {
                 || s.head_size % 4 != 0
             {
                 let allowed = format!("layers 1 to {}, head_size a multiple of 4 up to {}", m.layers, m.head_size);
-                return rule("structure", format!("layers {}, head_size {}", s.layers, s.head_size), &allowed);
+                return refuse("structure", format!("layers {}, head_size {}", s.layers, s.head_size), allowed);
             }
         }
         if let Some(s) = &self.sparsify {
             s.training.check("sparsify.training")?;
             s.distil.check("sparsify.distil")?;
+            let layers = self.structure.as_ref().map_or(m.layers, |s| s.layers);
+            let names: Vec<String> = (0..layers).flat_map(Config::linears).collect();
+            if let Some(part) = s.linears.iter().find(|part| !names.iter().any(|name| matches(name, part))) {
+                let allowed = format!("parts of linear names, {} to {}", names[0], names[names.len() - 1]);
+                return refuse("sparsify.linears", format!("{part:?}"), allowed);
+            }
         }
         if let Some(q) = &self.quantize {
             q.training.check("quantize.training")?;
             q.distil.check("quantize.distil")?;
         }
-        if let Some(e) = &self.experts
-            && !(e.share > 0.0 && e.share <= 1.0)
-        {
-            return rule("experts.share", e.share.to_string(), "above 0 to 1");
+        let Some(e) = &self.experts else {
+            return Ok(());
+        };
+        if !(e.share > 0.0 && e.share <= 1.0) {
+            return refuse("experts.share", e.share, "above 0 to 1");
         }
-        if let Some(e) = &self.experts {
-            let width =
-                self.structure.as_ref().map_or(m.ffn_width, |s| scaled_ffn(m.ffn_width, m.head_size, s.head_size));
-            if e.expert_size == 0 || e.expert_size % SIZE_MULTIPLE != 0 || !width.is_multiple_of(e.expert_size) {
-                let allowed = format!("a multiple of {SIZE_MULTIPLE} that divides the FFN width {width}");
-                return rule("experts.expert_size", e.expert_size.to_string(), &allowed);
-            }
-            if e.calibration_batches == 0 || !e.router_rate.is_finite() || e.router_rate <= 0.0 {
-                let value = format!("calibration_batches {}, router_rate {}", e.calibration_batches, e.router_rate);
-                return rule("experts", value, "from 1; a finite rate above 0");
-            }
+        let width = self.structure.as_ref().map_or(m.ffn_width, |s| scaled_ffn(m.ffn_width, m.head_size, s.head_size));
+        if e.expert_size == 0 || e.expert_size % SIZE_MULTIPLE != 0 || !width.is_multiple_of(e.expert_size) {
+            let allowed = format!("a multiple of {SIZE_MULTIPLE} that divides the FFN width {width}");
+            return refuse("experts.expert_size", e.expert_size, allowed);
         }
-        if let Some(h) = &self.hybrid {
-            h.teacher.check("hybrid.teacher")?;
-            h.student.check("hybrid.student")?;
-            if !(0.0..=1.0).contains(&h.lambda) || h.alpha.is_some_and(|a| !(0.0..=1.0).contains(&a)) {
-                return rule("hybrid.lambda", format!("{} (alpha {:?})", h.lambda, h.alpha), "0 to 1");
-            }
-            let weights = [h.stream_weights.0, h.stream_weights.1];
-            if weights.iter().any(|w| !w.is_finite() || *w <= 0.0) || !h.temperature.is_finite() || h.temperature <= 0.0
-            {
-                let value = format!("stream_weights {:?}, temperature {}", h.stream_weights, h.temperature);
-                return rule("hybrid", value, "finite and above 0");
-            }
-            if self.data.target_share == 0.0 {
-                return rule(
-                    "data.target_share",
-                    "0".into(),
-                    "above 0 for hybrid tuning: it needs a target-language stream",
-                );
-            }
+        if e.calibration_batches == 0 || e.calibration_batches > MAX_CALIBRATION {
+            return refuse("experts.calibration_batches", e.calibration_batches, "1 to 100000");
+        }
+        if !(e.router_rate > 0.0 && f64::from(e.router_rate) <= MAX_RATE) {
+            return refuse("experts.router_rate", e.router_rate, "a rate above 0, at most 1000");
+        }
+        if e.router_steps > 1_000_000 {
+            return refuse("experts.router_steps", e.router_steps, "0 to 1000000");
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each of these was accepted once and failed, or was aborted, after hours of training.
+    #[test]
+    fn what_would_fail_late_is_refused_with_its_key() {
+        for (set, key) in [
+            ("evaluate.latency_batches=[0]", "evaluate.latency_batches"),
+            ("evaluate.latency_length=0", "evaluate.latency_length"),
+            ("evaluate.beams=0", "evaluate.beams"),
+            ("evaluate.beams=1000000", "evaluate.beams"),
+            ("model.max_positions=1048576", "model"),
+            ("teacher.learning_rate=1e300", "teacher.learning_rate"),
+            ("teacher.accumulate=100000", "teacher.accumulate"),
+            ("structure.distil={ weights = { hidden = 0.0, soft = 0.0, hard = 0.0 }, gold = 0.0 }", "structure.distil"),
+            ("sparsify.linears=[\"nonsense\"]", "sparsify.linears"),
+            ("sparsify.linears=[\"\"]", "sparsify.linears"),
+            ("data.target=de", "data.source, data.target"),
+            ("data.target=en", "data.target"),
+            ("data.corpus={ terms = { pairs = 100000000000 } }", "data.corpus.terms.pairs"),
+            ("hybrid.alpha=2.0", "hybrid.alpha"),
+            ("experts.router_rate=1e30", "experts.router_rate"),
+        ] {
+            match Recipe::load(None, &[set.to_string()]) {
+                Err(Error::Recipe { key: found, .. }) => assert_eq!(found, key, "{set}"),
+                other => panic!("{set}: {other:?}"),
+            }
+        }
+        assert!(Recipe::load(None, &["sparsify.linears=[\"ffn\", \"blocks.2.attention\"]".into()]).is_ok());
+        // The last block of the teacher is gone by then.
+        assert!(Recipe::load(None, &["sparsify.linears=[\"blocks.3\"]".into()]).is_err());
     }
 }

@@ -6,12 +6,13 @@ use std::time::Instant;
 
 use super::corpus::Corpus;
 use super::evaluate::evaluate;
-use super::run_folder::{RunFolder, StageRecord, State, fingerprint};
+use super::run_folder::{Origin, RunFolder, StageRecord, State, fingerprint};
 use super::schema::{Mask, Recipe, Selection};
 use super::source::{Draw, teacher_cache};
 use super::stages::{self, Context, Objective};
 use crate::compress::freeze::freeze;
 use crate::compress::teacher::TeacherCache;
+use crate::console;
 use crate::data::mixture;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -44,6 +45,8 @@ struct Outcome {
     curves: Vec<LossCurve>,
     notes: Vec<String>,
     invariants: Vec<Invariant>,
+    /// Of sessions that stopped before this stage was finished.
+    earlier_seconds: f64,
 }
 
 struct Flow<'a> {
@@ -54,11 +57,14 @@ struct Flow<'a> {
     options: &'a Options,
     report: RunReport,
     tokenizer: Vec<u8>,
+    /// Spent in earlier sessions on what the report shows.
+    earlier_seconds: f64,
 }
 
 /// Runs a recipe and returns the path of its report.
 pub fn run(recipe: &Recipe, device: &Arc<dyn Device>, options: &Options) -> Result<PathBuf> {
     let started = Instant::now();
+    super::plan::check_memory(recipe, device)?;
     let resolved = recipe.to_toml()?;
     let folder = RunFolder::open(&options.out, &resolved, options.overwrite)?;
     say(options, format!("run folder {}  device {} ({})", folder.path.display(), device.info().id, device.info().name));
@@ -76,15 +82,19 @@ pub fn run(recipe: &Recipe, device: &Arc<dyn Device>, options: &Options) -> Resu
         reproduce: options.command.clone(),
         ..RunReport::default()
     };
-    let mut flow = Flow { recipe, corpus: &corpus, folder, device: device.clone(), options, report, tokenizer };
+    let device = device.clone();
+    let mut flow = Flow { recipe, corpus: &corpus, folder, device, options, report, tokenizer, earlier_seconds: 0.0 };
     flow.stages()?;
-    flow.report.seconds = started.elapsed().as_secs_f64();
+    flow.report.seconds = flow.earlier_seconds + started.elapsed().as_secs_f64();
+    if flow.earlier_seconds > 0.0 {
+        flow.report.notes.push("the run was resumed: times are summed over its sessions".into());
+    }
     flow.write_report()
 }
 
 fn say(options: &Options, text: impl std::fmt::Display) {
     if options.progress {
-        eprintln!("{text}");
+        console::tell(text);
     }
 }
 
@@ -129,18 +139,24 @@ impl Flow<'_> {
         baseline: bool,
         work: impl FnOnce(&Context) -> Result<Outcome>,
     ) -> Result<(Model, State, String)> {
-        let key = [parts, &[self.device.info().name.as_str(), env!("CARGO_PKG_VERSION")]].concat();
+        let arithmetic = self.device.info().arithmetic();
+        let key = [parts, &[arithmetic.as_str(), env!("CARGO_PKG_VERSION")]].concat();
         let fingerprint = fingerprint(&key);
         if let Some((record, model)) = self.folder.finished(name, &fingerprint, &self.device)?
             && record.row.invariants.iter().all(|i| i.ok)
         {
             say(self.options, format!("{name}: finished before, taken from the run folder"));
+            self.earlier_seconds += record.row.seconds.unwrap_or(0.0);
             self.adopt(&record);
             return Ok((model, record.state, fingerprint));
         }
         let path = self.folder.stage(name)?;
-        self.folder.claim(&path, &fingerprint)?;
         let corpus = self.corpus;
+        let origin = Origin { fingerprint: fingerprint.clone(), device: arithmetic, text: corpus.hash.clone() };
+        if let Some(reason) = self.folder.claim(&path, &origin)? {
+            // Said even to a quiet run: work that was done is done again.
+            console::warn(format_args!("{reason}: stage {name} starts anew"));
+        }
         let context = Context { recipe: self.recipe, corpus, folder: &path, name, progress: self.options.progress };
         let started = Instant::now();
         let mut outcome = work(&context)?;
@@ -149,7 +165,8 @@ impl Flow<'_> {
         outcome.invariants.extend(stages::invariants(&outcome.model, &outcome.state)?);
         outcome.invariants.push(self.reloads(&path.join("deployed"), name, &deployed)?);
         row.baseline = baseline;
-        row.seconds = Some(started.elapsed().as_secs_f64());
+        row.seconds = Some(outcome.earlier_seconds + started.elapsed().as_secs_f64());
+        self.earlier_seconds += outcome.earlier_seconds;
         row.sparsity = sparsity(&outcome.model)?;
         row.invariants = outcome.invariants.iter().map(as_reported).collect();
         // Before anything is recorded: a stage that broke its promise is not finished.
@@ -192,7 +209,8 @@ impl Flow<'_> {
         let (recipe, corpus) = (self.recipe, self.corpus);
         let device = self.device.clone();
         let parts = [text(&recipe.data)?, text(&recipe.model)?, text(&recipe.teacher)?, recipe.seed.to_string()];
-        let parts: Vec<&str> = parts.iter().map(String::as_str).chain([corpus.tokenizer.hash()]).collect();
+        let parts: Vec<&str> =
+            parts.iter().map(String::as_str).chain([corpus.tokenizer.hash(), &corpus.hash]).collect();
         let (model, state, fingerprint) = self.stage("teacher", &parts, false, |context| {
             let config = Config::glm(recipe.model, corpus.tokenizer.vocabulary());
             let mut model = Model::init(config, &device, recipe.seed)?;
@@ -296,7 +314,7 @@ impl Flow<'_> {
             if !state.sparse.is_empty() {
                 notes.push("expert weights keep their 2:4 zeros but run on the dense grouped kernels".into());
             }
-            Ok(Outcome { model, state, curves: Vec::new(), notes, invariants })
+            Ok(Outcome { model, state, curves: Vec::new(), notes, invariants, earlier_seconds: 0.0 })
         })?;
         Ok(Student { model, state, fingerprint })
     }
@@ -378,7 +396,8 @@ fn text(part: &impl serde::Serialize) -> Result<String> {
 
 fn trained(name: &str, model: Model, state: State, summary: Summary) -> Outcome {
     let curve = LossCurve { stage: name.into(), unit: "nats/token".into(), points: summary.curve };
-    Outcome { model, state, curves: vec![curve], notes: Vec::new(), invariants: Vec::new() }
+    let earlier_seconds = summary.earlier_seconds;
+    Outcome { model, state, curves: vec![curve], notes: Vec::new(), invariants: Vec::new(), earlier_seconds }
 }
 
 fn as_reported(invariant: &Invariant) -> report::Invariant {

@@ -1,9 +1,11 @@
 //! The flow: a recipe of stages from text to a compressed, measured model.
 
 mod check;
+pub mod contents;
 pub mod corpus;
 pub mod evaluate;
 pub mod flow;
+mod lock;
 pub mod plan;
 pub mod run_folder;
 pub mod schema;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use super::corpus::Corpus;
 use super::schema::{Recipe, Training};
 use crate::compress::structure::scaled_ffn;
-use crate::device::Device;
+use crate::device::{Device, Kind};
+use crate::error::{Error, Result};
 use crate::nn::Config;
 use crate::nn::config::Size;
 use crate::report::model::{Machine, RunReport};
@@ -57,6 +58,32 @@ pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
     stages
 }
 
+/// Refuses a recipe whose largest stage does not fit into the memory of this machine: the allocator would end the process
+/// in the middle of it. Devices with memory of their own say so themselves.
+pub fn check_memory(recipe: &Recipe, device: &Arc<dyn Device>) -> Result<()> {
+    let info = device.info();
+    if !(matches!(info.kind, Kind::Cpu | Kind::Reference) || info.software) {
+        return Ok(());
+    }
+    let largest = plan(recipe).into_iter().max_by_key(|stage| stage.estimated_memory);
+    match (largest, physical_memory()) {
+        (Some(stage), Some(memory)) if stage.estimated_memory as u64 > memory => Err(Error::OutOfMemory {
+            device: format!("this machine for stage {} (an estimate; see --dry-run)", stage.stage),
+            requested: stage.estimated_memory as u64,
+            live: 0,
+            cap: memory,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes of physical memory, where the system tells.
+pub fn physical_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
+    Some(1024 * line.trim().split(' ').next()?.parse::<u64>().ok()?)
+}
+
 fn planned(name: &str, size: Size, recipe: &Recipe, training: Option<&Training>) -> PlannedStage {
     let config = Config::glm(size, recipe.data.vocabulary);
     let parameters: usize = config.parameters().iter().map(|(_, dims)| dims.iter().product::<usize>()).sum();
@@ -83,18 +110,17 @@ pub fn machine(device: &Arc<dyn Device>, corpus: &Corpus) -> Machine {
         let line = text.lines().find(|l| l.starts_with(key)).and_then(|l| l.split_once(':'));
         line.map(|(_, value)| value.trim().to_string())
     };
-    let memory = field(&read("/proc/meminfo"), "MemTotal").and_then(|m| m.split(' ').next()?.parse::<u64>().ok());
     Machine {
         device: format!("{}: {}", info.id, info.name),
         driver: info.driver.clone(),
         software: info.software,
         processor: field(&read("/proc/cpuinfo"), "model name").unwrap_or_else(|| std::env::consts::ARCH.into()),
         cores: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
-        memory_bytes: memory.unwrap_or(0) * 1024,
+        memory_bytes: physical_memory().unwrap_or(0),
         system: field(&read("/etc/os-release").replace('=', ":"), "PRETTY_NAME")
             .map_or_else(|| std::env::consts::OS.into(), |n| n.trim_matches('"').to_string()),
         versions: vec![("espalier".into(), env!("CARGO_PKG_VERSION").into())],
-        hashes: vec![("tokenizer".into(), corpus.tokenizer.hash().into())],
+        hashes: vec![("text".into(), corpus.hash.clone()), ("tokenizer".into(), corpus.tokenizer.hash().into())],
     }
 }
 

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::contents::{self, is_blank};
+use super::lock::FolderLock;
 use crate::atomic::write_atomic;
 use crate::compress::freeze::Form;
 use crate::data::persist::read_capped;
@@ -15,8 +17,12 @@ use crate::report::model::{LossCurve, StageRow};
 use crate::train::store;
 use std::sync::Arc;
 
-const RECORD: &str = "stage.json";
-const RECIPE: &str = "recipe.resolved.toml";
+pub const RECORD: &str = "stage.json";
+pub const ORIGIN: &str = "origin.json";
+pub const RECIPE: &str = "recipe.resolved.toml";
+pub const STAGES: &str = "stages";
+pub const CHECKPOINTS: &str = "checkpoints";
+pub const MODEL: &str = "model";
 const MAX_JSON: u64 = 64 << 20;
 
 /// What a finished stage is known by.
@@ -51,49 +57,108 @@ impl State {
     }
 }
 
+/// What a stage's work follows from; kept beside it, so that a restart can say why.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    /// Hash of everything below and of the stage's settings and predecessors.
+    pub fingerprint: String,
+    /// Kind of arithmetic; see `device::Info::arithmetic`.
+    pub device: String,
+    /// Hash of the prepared text.
+    pub text: String,
+}
+
+/// `stage.json`: the record and what it is held against.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Sealed {
+    /// Of the two below.
+    blake3: String,
+    /// Blake3 of the model's manifest.
+    model: String,
+    record: StageRecord,
+}
+
+impl Sealed {
+    fn new(model: String, record: StageRecord) -> Result<Self> {
+        let mut sealed = Self { blake3: String::new(), model, record };
+        sealed.blake3 = sealed.hash()?;
+        Ok(sealed)
+    }
+
+    /// Of the compact form, which numbers and names alone decide.
+    fn hash(&self) -> Result<String> {
+        let text = serde_json::to_string(&self.record).map_err(|e| Error::io(RECORD, e.into()))?;
+        Ok(fingerprint(&[&self.model, &text]))
+    }
+}
+
 pub struct RunFolder {
     pub path: PathBuf,
+    _lock: FolderLock,
 }
 
 impl RunFolder {
-    /// Opens a run's folder; a run of another recipe there is refused unless `overwrite`.
+    /// Opens a run's folder and holds it; results of another recipe there are refused unless `overwrite`, which removes
+    /// what a run wrote and nothing else.
     pub fn open(path: &Path, recipe: &str, overwrite: bool) -> Result<Self> {
+        let refused = |rule: &str| {
+            Err(Error::Usage { argument: "--out", value: path.display().to_string(), rule: rule.to_string() })
+        };
+        if path.symlink_metadata().is_ok() && !path.is_dir() {
+            return refused("is no folder");
+        }
         let resolved = path.join(RECIPE);
-        if resolved.exists() {
-            let old = read_capped(&resolved, MAX_JSON)?;
-            if old != recipe.as_bytes() {
-                if !overwrite {
-                    let rule = "holds a run of another recipe; --overwrite starts anew, --out names another folder";
-                    return Err(Error::file(path, RECIPE, rule));
-                }
-                std::fs::remove_dir_all(path).map_err(|e| Error::io(path, e))?;
-            } else if overwrite {
-                std::fs::remove_dir_all(path).map_err(|e| Error::io(path, e))?;
-            }
-        } else if path.exists() && std::fs::read_dir(path).map_err(|e| Error::io(path, e))?.next().is_some() {
-            return Err(Error::file(path, "folder", "is not empty and holds no run; --out names another folder"));
+        if path.is_dir() && !resolved.exists() && !is_blank(path)? {
+            return refused("is not empty and holds no run; name another folder");
         }
         std::fs::create_dir_all(path).map_err(|e| Error::io(path, e))?;
+        let lock = FolderLock::take(path)?;
+        if resolved.exists() {
+            let same = read_capped(&resolved, MAX_JSON)? == recipe.as_bytes();
+            if overwrite {
+                contents::remove(path)?;
+            } else if !same && contents::has_results(path) {
+                // A run that ended before any result, on a mistake in its recipe perhaps, holds nothing worth a refusal.
+                return refused("holds a run of another recipe; --overwrite starts anew, --out names another folder");
+            }
+        }
         write_atomic(&resolved, recipe.as_bytes())?;
-        Ok(Self { path: path.to_path_buf() })
+        Ok(Self { path: path.to_path_buf(), _lock: lock })
     }
 
     /// Folder of a stage, made if missing.
     pub fn stage(&self, name: &str) -> Result<PathBuf> {
-        let path = self.path.join("stages").join(name);
+        let path = self.path.join(STAGES).join(name);
         std::fs::create_dir_all(&path).map_err(|e| Error::io(&path, e))?;
         Ok(path)
     }
 
-    /// Marks a stage's folder as working under `fingerprint`; checkpoints of another lineage go.
-    pub fn claim(&self, stage: &Path, fingerprint: &str) -> Result<()> {
-        let marker = stage.join("fingerprint");
-        let same = std::fs::read(&marker).is_ok_and(|old| old == fingerprint.as_bytes());
-        let checkpoints = stage.join("checkpoints");
-        if !same && checkpoints.exists() {
-            std::fs::remove_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
+    /// Marks a stage's folder as working from `origin`; checkpoints of another one go. Returns why the stage starts anew,
+    /// where there was something to go on with.
+    pub fn claim(&self, stage: &Path, origin: &Origin) -> Result<Option<String>> {
+        let marker = stage.join(ORIGIN);
+        let old = read_capped(&marker, MAX_JSON).ok().and_then(|b| serde_json::from_slice::<Origin>(&b).ok());
+        let checkpoints = stage.join(CHECKPOINTS);
+        let mut reason = None;
+        if old.as_ref() != Some(origin) {
+            if stage.join(RECORD).exists() || contents::has_checkpoints(stage) {
+                reason = Some(match &old {
+                    Some(old) if old.device != origin.device => {
+                        format!("device changed from {} to {}", old.device, origin.device)
+                    }
+                    Some(old) if old.text != origin.text => "the text changed".to_string(),
+                    _ => "what it follows from changed".to_string(),
+                });
+            }
+            if checkpoints.exists() {
+                std::fs::remove_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
+            }
         }
-        write_atomic(&marker, fingerprint.as_bytes())
+        let text = serde_json::to_vec_pretty(origin).map_err(|e| Error::io(&marker, e.into()))?;
+        write_atomic(&marker, &text)?;
+        Ok(reason)
     }
 
     /// A finished stage with this fingerprint, with its model in training form.
@@ -104,29 +169,59 @@ impl RunFolder {
         device: &Arc<dyn Device>,
     ) -> Result<Option<(StageRecord, Model)>> {
         let folder = self.stage(name)?;
+        // A damaged stage is not redone unasked: hours of training may be saved by a copy from elsewhere.
+        let advice = || format!("delete {} to redo the stage, or start anew with --overwrite", folder.display());
+        self.recorded(&folder, fingerprint, device).map_err(|error| match error {
+            Error::File { path, position, rule } => {
+                Error::File { path, position, rule: format!("{rule}; {}", advice()) }
+            }
+            Error::Io { path, source } => Error::file(path, "file", format!("{source}; {}", advice())),
+            other => other,
+        })
+    }
+
+    fn recorded(
+        &self,
+        folder: &Path,
+        fingerprint: &str,
+        device: &Arc<dyn Device>,
+    ) -> Result<Option<(StageRecord, Model)>> {
         let path = folder.join(RECORD);
         if !path.exists() {
             return Ok(None);
         }
         let bytes = read_capped(&path, MAX_JSON)?;
         let mut reader = serde_json::Deserializer::from_slice(&bytes);
-        let record: StageRecord =
+        let sealed: Sealed =
             serde_path_to_error::deserialize(&mut reader).map_err(|e| Error::file(&path, e.path(), e.inner()))?;
-        if record.fingerprint != fingerprint {
+        if sealed.hash()? != sealed.blake3 {
+            return Err(Error::file(&path, "content", "its hash is not the recorded one: the file was changed"));
+        }
+        if sealed.record.fingerprint != fingerprint {
             return Ok(None);
         }
-        let model = store::load_model(&folder.join("model"), device)?;
-        Ok(Some((record, model)))
+        let folder = folder.join(MODEL);
+        if store::manifest_hash(&folder)? != sealed.model {
+            return Err(Error::file(&folder, "manifest.json", "is not the one that the stage's record names"));
+        }
+        Ok(Some((sealed.record, store::load_model(&folder, device)?)))
     }
 
     /// Saves a finished stage: its model first, its record last.
     pub fn finish(&self, name: &str, record: &StageRecord, model: &Model, extra: &[(&str, Vec<u8>)]) -> Result<()> {
         let folder = self.stage(name)?;
-        self.save_model(&folder.join("model"), name, model, extra)?;
-        let text = serde_json::to_vec_pretty(record).map_err(|e| Error::io(folder.join(RECORD), e.into()))?;
-        write_atomic(folder.join(RECORD), &text)?;
+        let path = folder.join(RECORD);
+        // An older record must not stand beside the new model, not even for a moment.
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&path, e)),
+            _ => {}
+        }
+        self.save_model(&folder.join(MODEL), name, model, extra)?;
+        let sealed = Sealed::new(store::manifest_hash(&folder.join(MODEL))?, record.clone())?;
+        let text = serde_json::to_vec_pretty(&sealed).map_err(|e| Error::io(&path, e.into()))?;
+        write_atomic(&path, &text)?;
         // The finished model supersedes its checkpoints.
-        let checkpoints = folder.join("checkpoints");
+        let checkpoints = folder.join(CHECKPOINTS);
         if checkpoints.exists() {
             std::fs::remove_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
         }
@@ -138,7 +233,7 @@ impl RunFolder {
         files.extend(extra.iter().cloned());
         let summary: BTreeMap<String, String> =
             [("stage".to_string(), stage.to_string()), ("device".into(), model.device().info().name.clone())].into();
-        store::save(path, &files, summary)
+        store::save_among(path, &files, summary)
     }
 }
 

@@ -371,6 +371,11 @@ impl Default for Evaluate {
     }
 }
 
+/// TOML's integers are signed.
+pub const MAX_SEED: u64 = i64::MAX as u64;
+/// Hypotheses of a beam search: each holds a cache of keys and values.
+pub const MAX_BEAMS: usize = 64;
+
 /// The recipe that `espalier run` takes without an argument.
 pub const QUICK: &str = include_str!("../../recipes/quick.toml");
 
@@ -382,9 +387,15 @@ impl Recipe {
         match path {
             None => Self::parse(Path::new("quick.toml"), QUICK, overrides),
             Some(path) => {
-                let bytes = crate::data::persist::read_capped(path, MAX_BYTES)?;
+                // A recipe is an argument: whatever is wrong with it is a matter of usage, not of data.
+                let usage = |rule: String| Error::Usage { argument: "RECIPE", value: path.display().to_string(), rule };
+                let bytes = crate::data::persist::read_capped(path, MAX_BYTES).map_err(|e| match e {
+                    Error::Io { source, .. } => usage(format!("cannot be read: {source}")),
+                    Error::File { rule, .. } => usage(rule),
+                    other => other,
+                })?;
                 let text = String::from_utf8(bytes)
-                    .map_err(|e| Error::file(path, format!("byte {}", e.utf8_error().valid_up_to()), "is not UTF-8"))?;
+                    .map_err(|e| usage(format!("is not UTF-8 from byte {} on", e.utf8_error().valid_up_to() + 1)))?;
                 Self::parse(path, &text, overrides)
             }
         }
@@ -396,12 +407,8 @@ impl Recipe {
         } else {
             // Parsed once as it stands, so that its own mistakes are reported with their lines.
             toml::from_str::<Recipe>(text).map_err(|e| refused(path, text, &e))?;
-            let mut table: toml::Table = toml::from_str(text).map_err(|e| refused(path, text, &e))?;
-            for set in overrides {
-                apply(&mut table, set)?;
-            }
-            let text = toml::to_string(&table).map_err(|e| Error::file(path, "--set", e))?;
-            toml::from_str(&text).map_err(|e| refused(Path::new("--set"), &text, &e))?
+            let table: toml::Table = toml::from_str(text).map_err(|e| refused(path, text, &e))?;
+            overridden(table, overrides)?
         };
         recipe.check()?;
         Ok(recipe)
@@ -411,6 +418,22 @@ impl Recipe {
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string_pretty(self).map_err(|e| Error::file("recipe", "serialisation", e))
     }
+}
+
+/// Applies all overrides, then reads the whole: one may bring what another needs.
+fn overridden(mut table: toml::Table, overrides: &[String]) -> Result<Recipe> {
+    let mut states = Vec::with_capacity(overrides.len());
+    for set in overrides {
+        apply(&mut table, set)?;
+        states.push(table.clone());
+    }
+    table.try_into().map_err(|error: toml::de::Error| {
+        // To blame is the first one behind the last state that reads.
+        let sound = states.iter().rposition(|state| state.clone().try_into::<Recipe>().is_ok()).map_or(0, |i| i + 1);
+        let blamed = states.get(sound).and_then(|state| state.clone().try_into::<Recipe>().err()).unwrap_or(error);
+        let value = overrides.get(sound).cloned().unwrap_or_default();
+        Error::Usage { argument: "--set", value, rule: blamed.message().trim().to_string() }
+    })
 }
 
 /// A TOML error with key, line and, for an unknown key, the allowed ones.
@@ -477,7 +500,11 @@ mod tests {
         let recipe = Recipe::load(None, &sets).unwrap();
         assert_eq!((recipe.teacher.steps, recipe.experts.is_none(), recipe.name.as_str()), (7, true, "other"));
         assert!(Recipe::load(None, &["teacher.steps=0".into()]).is_err());
-        assert!(Recipe::load(None, &["teacher.stepz=1".into()]).is_err());
+        let sets = ["teacher.stepz=1".to_string(), "seed=3".to_string()];
+        let error = Recipe::load(None, &sets).unwrap_err();
+        assert!(error.to_string().starts_with("--set: teacher.stepz=1 is not usable: unknown field"), "{error}");
+        let error = Recipe::load(None, &["seed=1".into(), "teacher.steps=many".into()]).unwrap_err();
+        assert!(error.to_string().contains("--set: teacher.steps=many"), "{error}");
         assert!(Recipe::load(None, &["nonsense".into()]).is_err());
     }
 }

@@ -167,16 +167,22 @@ pub fn choose(context: &Context, teacher: &Model, settings: &schema::Structure, 
     let scores = importance::score(teacher, &micros)?;
     let blocks = teacher.config.blocks.len();
     // Judged on training text: the validation text is what the comparison with random pruning is read from.
-    let losses: Vec<f64> = (0..blocks)
-        .map(|i| importance::loss(&structure::without_block(teacher, i)?, &micros))
-        .collect::<Result<_>>()?;
+    // Where all blocks stay there is nothing to judge, and a model of one block cannot be run without it.
+    let judge = |i: usize| importance::loss(&structure::without_block(teacher, i)?, &micros);
+    let losses: Vec<f64> =
+        if settings.layers < blocks { (0..blocks).map(judge).collect::<Result<_>>()? } else { vec![0.0; blocks] };
     structure::by_importance(&teacher.config, &scores, &losses, target)
 }
 
 /// Linears of all blocks whose name contains one of `parts` (all when empty).
 pub fn linears(config: &Config, parts: &[String]) -> Vec<String> {
     let all = (0..config.blocks.len()).flat_map(Config::linears);
-    all.filter(|l| parts.is_empty() || parts.iter().any(|p| l.contains(p.as_str()))).collect()
+    all.filter(|l| parts.is_empty() || parts.iter().any(|p| matches(l, p))).collect()
+}
+
+/// Whether a linear's name has this part; an empty one names nothing.
+pub fn matches(name: &str, part: &str) -> bool {
+    !part.is_empty() && name.contains(part)
 }
 
 /// Splits the FFNs into experts; promises on FFN tensors move to the expert tensors.

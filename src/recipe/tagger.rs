@@ -4,14 +4,18 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::lock::FolderLock;
+use super::{contents, run_folder};
+use crate::atomic::write_atomic;
 use crate::data::batch::IGNORE;
+use crate::data::persist::read_capped;
 use crate::data::split::{Fractions, Split};
 use crate::data::tagging::{TagBatch, TagBatches, TagExample, examples, tag_names};
 use crate::data::terms::TermSet;
 use crate::data::tokenizer::Tokenizer;
 use crate::device::Device;
 use crate::dispatch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::metrics::{EntityRule, entity_f1};
 use crate::nn::config::Size;
 use crate::nn::{Batch, Config, Model, Pass};
@@ -33,6 +37,8 @@ pub struct TaggerOptions {
     pub batch: usize,
     pub learning_rate: f64,
     pub seed: u64,
+    /// Train anew where another tagger stands, or among other files.
+    pub overwrite: bool,
     pub progress: bool,
 }
 
@@ -46,6 +52,7 @@ impl Default for TaggerOptions {
             batch: 32,
             learning_rate: 1e-3,
             seed: 1,
+            overwrite: false,
             progress: false,
         }
     }
@@ -62,6 +69,9 @@ pub struct TaggerResult {
     pub validation_loss: f64,
     pub seconds: f64,
 }
+
+/// A killed training loses at most the steps since.
+const CHECKPOINT_EVERY: u64 = 100;
 
 struct TagSource {
     batches: Mutex<TagBatches>,
@@ -101,8 +111,51 @@ fn upload(device: &Arc<dyn Device>, batch: &TagBatch) -> Result<Batch> {
     })
 }
 
+/// What decides a training; kept in its folder.
+const RECORD: &str = "tagger.json";
+const MAX_RECORD: u64 = 1 << 20;
+
+/// Makes the folder this training's and holds it. A run's model is never written over; another tagger's, or among files
+/// of a user, only where that is asked for.
+fn open(folder: &Path, options: &TaggerOptions, device: &Arc<dyn Device>) -> Result<FolderLock> {
+    let refused = |rule: &str| {
+        Err(Error::Usage { argument: "--out", value: folder.display().to_string(), rule: rule.to_string() })
+    };
+    if folder.symlink_metadata().is_ok() && !folder.is_dir() {
+        return refused("is no folder");
+    }
+    if folder.join(run_folder::RECIPE).exists() {
+        return refused("holds a run of a recipe; name another folder");
+    }
+    let TaggerOptions { size, sentences, vocabulary, steps, batch, learning_rate, seed, .. } = options;
+    let decided = serde_json::json!({
+        "size": size, "sentences": sentences, "vocabulary": vocabulary, "steps": steps, "batch": batch,
+        "learning_rate": learning_rate, "seed": seed, "device": device.info().arithmetic(),
+    });
+    let record = folder.join(RECORD);
+    if !record.exists() && folder.is_dir() && !options.overwrite && !contents::is_blank(folder)? {
+        return refused("is not empty and holds no tagger; name another folder, or write into it with --overwrite");
+    }
+    std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+    let lock = FolderLock::take(folder)?;
+    if record.exists() {
+        let old: Option<serde_json::Value> = serde_json::from_slice(&read_capped(&record, MAX_RECORD)?).ok();
+        if old.as_ref() != Some(&decided) && !options.overwrite {
+            return refused("holds a tagger of other settings; name another folder, or start anew with --overwrite");
+        }
+    }
+    if options.overwrite {
+        contents::remove_training(folder)?;
+        contents::remove_model(&folder.join(run_folder::MODEL))?;
+    }
+    let text = serde_json::to_vec_pretty(&decided).map_err(|e| Error::io(&record, e.into()))?;
+    write_atomic(&record, &text)?;
+    Ok(lock)
+}
+
 /// Trains the tagger and saves it under `folder/model`.
 pub fn run(device: &Arc<dyn Device>, folder: &Path, options: &TaggerOptions) -> Result<TaggerResult> {
+    let _lock = open(folder, options, device)?;
     let terms = TermSet::embedded()?;
     let sentences = terms.expand(options.seed, options.sentences, Fractions::default())?;
     let texts = sentences.iter().filter(|s| s.split == Split::Train).map(|s| s.pair.source.as_str());
@@ -130,7 +183,7 @@ pub fn run(device: &Arc<dyn Device>, folder: &Path, options: &TaggerOptions) -> 
         source: &source,
         validate: &validate,
         validate_every: (options.steps / 4).max(1),
-        checkpoint_every: 0,
+        checkpoint_every: CHECKPOINT_EVERY,
         keep_checkpoints: 1,
         folder,
         progress: options.progress,
@@ -139,8 +192,9 @@ pub fn run(device: &Arc<dyn Device>, folder: &Path, options: &TaggerOptions) -> 
     let path = folder.join("tokenizer.json");
     tokenizer.save(&path)?;
     let mut files = store::model_files(&model)?;
-    files.push(("tokenizer.json", crate::data::persist::read_capped(&path, 256 << 20)?));
-    store::save(&folder.join("model"), &files, [("stage".to_string(), "tagger".to_string())].into())?;
+    files.push(("tokenizer.json", read_capped(&path, 256 << 20)?));
+    let path = folder.join(run_folder::MODEL);
+    store::save_among(&path, &files, [("stage".to_string(), "tagger".to_string())].into())?;
     score(&model, &test, &labels, pad, &summary)
 }
 
