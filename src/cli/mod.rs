@@ -5,6 +5,8 @@ mod data;
 mod doctor;
 mod flow;
 mod kernels;
+mod model;
+mod tagger;
 
 use std::fmt::Display;
 use std::io::Write;
@@ -13,6 +15,7 @@ use std::sync::Arc;
 
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 
+use crate::console;
 use crate::device::{self, Device};
 use crate::error::{Error, Result};
 
@@ -62,7 +65,7 @@ impl Global {
 
     /// A bar with an estimate of the time left, on standard error; hidden where that is no terminal.
     fn progress(&self, length: usize) -> indicatif::ProgressBar {
-        if self.quiet {
+        if self.quiet || !console::moves_cursor() {
             return indicatif::ProgressBar::hidden();
         }
         let style = indicatif::ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} ETA {eta} {wide_msg}");
@@ -82,13 +85,14 @@ enum Command {
     #[command(subcommand)]
     Data(data::Data),
     Run(flow::Run),
-    Eval(flow::Eval),
-    Translate(flow::Translate),
-    Info(flow::Info),
+    Eval(model::Eval),
+    Translate(model::Translate),
+    Info(model::Info),
     Report(flow::Report),
-    TrainTagger(flow::TrainTagger),
+    TrainTagger(tagger::TrainTagger),
     /// Completion script for a shell, on standard output
     Completions {
+        /// The shell
         shell: clap_complete::Shell,
     },
 }
@@ -100,7 +104,7 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error[{}]: {e}", e.code());
+            console::tell(format_args!("error[{}]: {e}", e.code()));
             ExitCode::from(e.exit_code() as u8)
         }
     }
@@ -117,25 +121,31 @@ fn run(cli: Cli) -> Result<()> {
         Command::Kernels(command) => kernels::run(&cli.global, command),
         Command::Data(command) => data::run(&cli.global, command),
         Command::Run(args) => flow::run(&cli.global, args),
-        Command::Eval(args) => flow::eval(&cli.global, args),
-        Command::Translate(args) => flow::translate(&cli.global, args),
-        Command::Info(args) => flow::info(&cli.global, args),
+        Command::Eval(args) => model::eval(&cli.global, args),
+        Command::Translate(args) => model::translate(&cli.global, args),
+        Command::Info(args) => model::info(&cli.global, args),
         Command::Report(args) => flow::compare_runs(&cli.global, args),
-        Command::TrainTagger(args) => flow::train_tagger(&cli.global, args),
+        Command::TrainTagger(args) => tagger::train_tagger(&cli.global, args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "espalier", &mut script);
-            say(String::from_utf8_lossy(&script));
+            say(String::from_utf8_lossy(&script).trim_end());
             Ok(())
         }
     }
 }
 
-/// Prints one line or block. A reader that has gone away (`| head`) ends the program quietly, not with a panic.
+/// Prints one line or block. A reader that has gone away (`| head`) ends the program quietly, not with a panic; any other
+/// failure, a full disk above all, ends it with an error: the caller must not take half a result for a whole one.
 fn say(text: impl Display) {
     let mut stdout = std::io::stdout().lock();
-    if writeln!(stdout, "{text}").and_then(|()| stdout.flush()).is_err() {
-        std::process::exit(0);
+    if let Err(e) = writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
+        if e.kind() == std::io::ErrorKind::BrokenPipe {
+            std::process::exit(0);
+        }
+        let e = Error::io("standard output", e);
+        console::tell(format_args!("error[{}]: {e}", e.code()));
+        std::process::exit(e.exit_code());
     }
 }
 
@@ -144,6 +154,6 @@ fn say_json(value: &impl serde::Serialize) {
     match serde_json::to_string(value) {
         Ok(text) => say(text),
         // Only maps with keys that are no text can fail; none is printed.
-        Err(e) => eprintln!("error: {e}"),
+        Err(e) => console::tell(format_args!("error: {e}")),
     }
 }

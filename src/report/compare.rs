@@ -61,6 +61,16 @@ pub struct Comparison {
     /// 95 % bootstrap interval of the ratio.
     pub interval: Option<(f64, f64)>,
     pub verdict: Verdict,
+    /// Why nothing is decided where the numbers themselves do not say it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+impl Comparison {
+    /// Whether both files have the case.
+    pub fn is_paired(&self) -> bool {
+        !matches!(self.verdict, Verdict::OnlyInA | Verdict::OnlyInB)
+    }
 }
 
 /// Pairs the records of two files by case, in case order. A case that stands twice in one file is taken from its last
@@ -78,8 +88,8 @@ pub fn compare(a: &[BenchRecord], b: &[BenchRecord]) -> Vec<Comparison> {
 
 fn judge(case: Case, a: Option<&BenchRecord>, b: Option<&BenchRecord>) -> Comparison {
     let time = |record: Option<&BenchRecord>| record.filter(|r| !r.samples_us.is_empty()).map(|r| r.median_us);
-    let mut result =
-        Comparison { case, a_us: time(a), b_us: time(b), ratio: None, interval: None, verdict: Verdict::NotComparable };
+    let (a_us, b_us, verdict) = (time(a), time(b), Verdict::NotComparable);
+    let mut result = Comparison { case, a_us, b_us, ratio: None, interval: None, verdict, reason: None };
     let (a, b) = match (a, b) {
         (Some(a), Some(b)) => (a, b),
         (a, _) => {
@@ -98,6 +108,8 @@ fn judge(case: Case, a: Option<&BenchRecord>, b: Option<&BenchRecord>) -> Compar
     result.verdict = if a.suspect() || b.suspect() || a.voided || b.voided {
         Verdict::Suspect
     } else if a.samples_us.len().min(b.samples_us.len()) < MINIMUM_SAMPLES {
+        let (a, b) = (a.samples_us.len(), b.samples_us.len());
+        result.reason = Some(format!("{a} and {b} samples, {MINIMUM_SAMPLES} each are needed"));
         Verdict::Undecided
     } else {
         let (low, high) = interval;
@@ -160,7 +172,10 @@ fn table(comparisons: &[Comparison], clean: fn(&str) -> String) -> Table {
             time(comparison.b_us),
             comparison.ratio.map_or_else(|| "-".into(), |ratio| format!("{ratio:.3}x")),
             comparison.interval.map_or_else(|| "-".into(), |(low, high)| format!("{low:.3} to {high:.3}")),
-            comparison.verdict.name().into(),
+            match &comparison.reason {
+                Some(reason) => format!("{}: {reason}", comparison.verdict.name()),
+                None => comparison.verdict.name().into(),
+            },
         ]);
     }
     table

@@ -53,10 +53,10 @@ pub struct Args {
     #[arg(long)]
     all: bool,
     /// Samples per kernel
-    #[arg(long, default_value_t = 30)]
+    #[arg(long, default_value_t = 30, value_parser = samples)]
     samples: usize,
     /// Seconds of sampling per kernel at most
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, value_parser = seconds, allow_negative_numbers = true)]
     seconds: f64,
     /// Seed of the inputs
     #[arg(long, default_value_t = 1)]
@@ -87,6 +87,20 @@ struct Listed {
 struct ListedTensor {
     dims: Vec<usize>,
     dtype: &'static str,
+}
+
+/// Longest sampling of one kernel.
+const MAX_SECONDS: f64 = 3600.0;
+const MAX_SAMPLES: usize = 1_000_000;
+
+fn seconds(text: &str) -> std::result::Result<f64, String> {
+    let value = text.parse().ok().filter(|s: &f64| *s > 0.0 && *s <= MAX_SECONDS);
+    value.ok_or_else(|| format!("seconds above 0, at most {MAX_SECONDS}"))
+}
+
+fn samples(text: &str) -> std::result::Result<usize, String> {
+    let value = text.parse().ok().filter(|n| (1..=MAX_SAMPLES).contains(n));
+    value.ok_or_else(|| format!("1 to {MAX_SAMPLES}"))
 }
 
 #[derive(Serialize)]
@@ -126,8 +140,7 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
     if args.overhead {
         return overhead(global, &device);
     }
-    let effort =
-        Effort { samples: args.samples.max(1), time: Duration::from_secs_f64(args.seconds.clamp(0.01, 3600.0)) };
+    let effort = Effort { samples: args.samples, time: Duration::from_secs_f64(args.seconds.max(0.01)) };
     let ceiling = ceilings(&device)?;
     if !global.json() {
         let Ceiling { gflops, bandwidth_gb } = ceiling;

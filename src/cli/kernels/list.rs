@@ -8,6 +8,7 @@ use crate::cli::{Format, Global, say, say_json};
 use crate::device::{Class, Device, Kind, Limits, NullDevice};
 use crate::dispatch;
 use crate::dtype::DType;
+use crate::error::{Error, Result};
 use crate::kernel::Problem;
 use crate::op::Case;
 use crate::ops::FAMILIES;
@@ -111,11 +112,16 @@ An op is listed with the storage types for which a verified kernel exists on tha
 its gradient is differenced against the f64 reference. Names in `_bwd` are the fused backward kernels, ops of their own.
 ";
 
-pub fn run(global: &Global, args: &Args) {
+pub fn run(global: &Global, args: &Args) -> Result<()> {
     let support = support(&args.op);
+    if support.is_empty() {
+        let rule = "a name, or a pattern with * and ?, that fits an op of `kernels list`".into();
+        return Err(Error::Usage { argument: "--op", value: args.op.clone(), rule });
+    }
     match global.format {
         Format::Json => say_json(&support),
         Format::Markdown => say(format!("{PAGE}\n{}", table(&support, false).markdown().trim_end())),
         Format::Text => say(table(&support, true).terminal()),
     }
+    Ok(())
 }

@@ -36,10 +36,7 @@ impl Kernels {
 
 pub fn run(global: &Global, command: Kernels) -> Result<()> {
     match command {
-        Kernels::List(args) => {
-            list::run(global, &args);
-            Ok(())
-        }
+        Kernels::List(args) => list::run(global, &args),
         Kernels::Verify(args) => verify::run(global, &args),
         Kernels::Bench(args) => bench::run(global, &args),
         Kernels::Compare(args) => compare::run(global, &args),

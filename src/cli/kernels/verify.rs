@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::cli::{Global, say, say_json};
-use crate::device::Device;
+use crate::device::{Device, MAX_THREADS};
 use crate::error::{Error, Result};
 use crate::op::Case;
 use crate::verify::{self, Outcome, Verdict};
@@ -28,8 +28,12 @@ pub struct Args {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Cases at a time; 0 takes every core
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = jobs)]
     jobs: usize,
+}
+
+fn jobs(text: &str) -> std::result::Result<usize, String> {
+    text.parse().ok().filter(|&n| n <= MAX_THREADS).ok_or_else(|| format!("0 to {MAX_THREADS}"))
 }
 
 #[derive(Serialize)]
@@ -115,7 +119,15 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
             "{device} ({adapter}): {total} cases, {passed} passed, {failed} failed, {skipped} skipped; {checks} kernel runs in {seconds:.1} s"
         ));
     }
-    if failed > 0 { Err(Error::Failed { what: "kernel cases", failed, total }) } else { Ok(()) }
+    if failed > 0 {
+        return Err(Error::Failed { what: "kernel cases", failed, total });
+    }
+    if summary.passed == 0 {
+        // A script that asks whether the kernels are right must not read "yes" where none was run.
+        let rule = format!("a device with kernels for these ops: all {total} cases were skipped, nothing was checked");
+        return Err(Error::Usage { argument: "--device, --op", value: format!("{id}, {}", args.op), rule });
+    }
+    Ok(())
 }
 
 /// Prints what went wrong as it happens; JSON gets the same at the end.
