@@ -65,7 +65,7 @@ pub fn check_memory(recipe: &Recipe, device: &Arc<dyn Device>) -> Result<()> {
     if !(matches!(info.kind, Kind::Cpu | Kind::Reference) || info.software) {
         return Ok(());
     }
-    let largest = plan(recipe).into_iter().max_by_key(|stage| stage.estimated_memory);
+    let largest = plan(recipe).into_iter().rev().max_by_key(|stage| stage.estimated_memory);
     match (largest, physical_memory()) {
         (Some(stage), Some(memory)) if stage.estimated_memory as u64 > memory => Err(Error::OutOfMemory {
             device: format!("this machine for stage {} (an estimate; see --dry-run)", stage.stage),
