@@ -1,7 +1,7 @@
 //! One integration binary.
 
-mod cuda;
 mod commands;
+mod cuda;
 mod data;
 mod device;
 mod kernels;
