@@ -2,7 +2,7 @@
 CARGO ?= cargo
 DEVICE ?= auto
 
-.PHONY: help demo test lint bench docs vulkan nvrtc rust
+.PHONY: help demo test lint bench docs vulkan nvrtc gpu-bundle rust
 
 help:
 	@echo "make demo    train, compress, fine-tune and report on the embedded corpus (CPU or GPU, about 10 minutes)"
@@ -10,6 +10,7 @@ help:
 	@echo "make lint    formatting and clippy, warnings denied"
 	@echo "make bench   kernel benchmarks (criterion) over the table's real model sizes"
 	@echo "make docs    regenerate the support table"
+	@echo "make gpu-bundle    pack what a GPU machine without toolchain and network needs (target/gpu-bundle)"
 
 rust:
 	@command -v $(CARGO) >/dev/null || { echo "A Rust toolchain (1.92 or newer) is needed: see https://rustup.rs"; exit 1; }
@@ -37,3 +38,7 @@ bench: rust
 
 docs: rust
 	CARGO=$(CARGO) sh scripts/support.sh
+
+# Checks, times and compares on a machine that has a GPU and nothing else: see scripts/gpu_run.sh.
+gpu-bundle: rust
+	CARGO=$(CARGO) sh scripts/gpu_bundle.sh

@@ -2,14 +2,8 @@
 // elements by the tensor instructions of one warp (attention_mma.cu, attention_bwd_mma.cu). Blocks have 128 threads.
 //
 //   HEAD    head dimension that registers are laid out for: 32, 64, 96 or 128; columns from D on are zeros
-//   SPLIT   0 rounds P and dS to the storage type before the second product, as most libraries do: fewer products and
-//           digits; 1 (the default) keeps them as the sum of two values of the storage type
 
 #if defined(HEAD) && (ARCH >= 80 || defined(ESPALIER_HOST))
-
-#ifndef SPLIT
-#define SPLIT 1
-#endif
 
 struct AttentionParams {
     u32 batch, queries, keys, heads, dim;
@@ -61,12 +55,6 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     asm("cvt.rn." MMA_TYPE "x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 #endif
-}
-
-// A pair as the sum of two pairs of the storage type.
-__device__ __forceinline__ void split(u32& whole, u32& rest, float x, float y) {
-    whole = pack(x, y);
-    rest = SPLIT ? pack(x - ld((u16)whole), y - ld((u16)(whole >> 16))) : 0u;
 }
 
 __device__ __forceinline__ bool unusual(u32 pair) {
@@ -193,19 +181,20 @@ __device__ __forceinline__ void multiply(float product[M][N / 8][4], const Left<
     }
 }
 
-// sum[16 M, HEAD] += weight[16 M, 16] (16 rows of a tile), where weight is columns 16 n.. of the product of `multiply`.
+// sum[16 M, HEAD] += weight[16 M, 16] (16 rows of a tile), where weight is columns 16 n.. of the product of `multiply`, rounded
+// to the storage type.
 // `sees(m, half, i)` says whether row 8 half + g of m may know of tile row i. Where that is so for all of them, `mixed` is
 // false; else a tile row that is not finite must not reach the others, although they weigh it with 0.
 template <int M, int N, class Sees>
 __device__ __forceinline__ void add_rows(float sum[M][HEAD / 8][4], const float weight[M][N / 8][4], int n, const E* rows, bool mixed, Sees sees) {
-    u32 lane = threadIdx.x % WARP, whole[M][4], rest[M][4];
+    u32 lane = threadIdx.x % WARP, left[M][4];
     const E* at = rows + lane % 16u * PITCH + lane / 16u * 8u;
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float* pair = &weight[m][2 * n + i / 2][i % 2 * 2];
-            split(whole[m][i], rest[m][i], pair[0], pair[1]);
+            left[m][i] = pack(pair[0], pair[1]);
         }
 #pragma unroll
     for (int d = 0; d < HEAD / 16; d++) {
@@ -223,8 +212,7 @@ __device__ __forceinline__ void add_rows(float sum[M][HEAD / 8][4], const float 
                     for (int c = 0; c < 2; c++) {
                         float* old = sum[m][2 * d + c];
                         float now[4] = {old[0], old[1], old[2], old[3]};
-                        mma_16816(now, whole[m], one + 2 * c);
-                        if (SPLIT) mma_16816(now, rest[m], one + 2 * c);
+                        mma_16816(now, left[m], one + 2 * c);
 #pragma unroll
                         for (int j = 0; j < 4; j++) old[j] = sees(m, j / 2, i) ? now[j] : old[j];
                     }
@@ -233,14 +221,8 @@ __device__ __forceinline__ void add_rows(float sum[M][HEAD / 8][4], const float 
         }
 #pragma unroll
         for (int m = 0; m < M; m++) {
-            mma_16816(sum[m][2 * d], whole[m], b);
-            mma_16816(sum[m][2 * d + 1], whole[m], b + 2);
-        }
-#pragma unroll
-        for (int m = 0; m < M; m++) {
-            if (!SPLIT) continue;
-            mma_16816(sum[m][2 * d], rest[m], b);
-            mma_16816(sum[m][2 * d + 1], rest[m], b + 2);
+            mma_16816(sum[m][2 * d], left[m], b);
+            mma_16816(sum[m][2 * d + 1], left[m], b + 2);
         }
     }
 }

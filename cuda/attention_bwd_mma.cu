@@ -7,9 +7,9 @@
 // layout:   contiguous; the plan puts arguments into slots, an absent optional input is any read argument and never read
 // launch:   linear blocks of 128 threads: 64 query rows (q), 64 key rows (kv), 64 x 64 pairs (bias), 16 rows (rows); shared rows
 //           of HEAD + 8 elements: 128 + 4 STEP (q, kv; kv has 4 STEP floats more), 256 (bias)
-// cost:     14 B H T S D flops (q and kv both recompute scores), 20 with SPLIT
-// numerics: f32 sums; P and dS enter the second product as two 16-bit values (SPLIT), which keeps 16 bits of them in bf16
-//           and 22 in f16; no atomics: every sum has one order; hidden keys matter to nobody, not even as NaN;
+// cost:     14 B H T S D flops (q and kv both recompute scores)
+// numerics: f32 sums; P and dS are rounded once, to the storage type, for the second product, P in f16 times 2^8 backward;
+//           no atomics: every sum has one order; hidden keys matter to nobody, not even as NaN;
 //           nor do queries matter to keys that they do not see; infinite values may come out as NaN
 // source:   Dao et al. 2022; Dao 2023 (FlashAttention-2)
 // rungs:    v2: a block keeps its rows and their gradients, the others stream through shared memory in two stages; v1 is attention.cu

@@ -5,9 +5,9 @@
 //           D is a multiple of 8, at most HEAD
 // layout:   contiguous; the plan puts arguments into slots, an absent optional input is any read argument and never read
 // launch:   linear, one block of 128 threads for 128 query rows of a head; shared: 128 + 2 KEYS rows of HEAD + 8 elements
-// cost:     4 B H T S D flops, 6 with SPLIT
-// numerics: f32 sums; P and dS enter the second product as two 16-bit values (SPLIT), which keeps 16 bits of them in bf16
-//           and 22 in f16; no atomics: every sum has one order; hidden keys matter to nobody, not even as NaN;
+// cost:     4 B H T S D flops
+// numerics: f32 sums, the sum of P too; P is rounded once, to the storage type, for the second product; no atomics:
+//           every sum has one order; hidden keys matter to nobody, not even as NaN;
 //           a row without keys gives y = 0 and lse = MASKED; infinite values may come out as NaN
 // source:   Dao 2023 (FlashAttention-2); Milakov and Gimelshein 2018
 // rungs:    v2: 32 query rows a warp, KEYS keys at a time through shared memory, scores stay in registers; v1 is attention.cu

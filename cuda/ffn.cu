@@ -8,8 +8,8 @@
 // launch:   products 64 threads as 8x8, 8x8 outputs each; act, slope one element, sum one column per thread;
 //           mma: 128 threads, 128x128 outputs (small: 64x64), tiles of columns in x, of rows in y
 // cost:     forward 2 R D (F' + F) flop, backward twice that
-// numerics: f32 sums in the order of k or of rows; hidden values never rounded to 16 bits on the way: in mma h and dz are sums of two
-//           16-bit numbers (16 or 22 bits), each multiplied for itself; db1 and db2 by tiles of rows, then over the tiles
+// numerics: f32 sums in the order of k or of rows; v1 never rounds hidden values to 16 bits on the way, mma rounds h and dz once, to what
+//           the next product multiplies (h from the unrounded z); db1 and db2 by tiles of rows, then over the tiles, from unrounded dz
 // source:   GELU: Hendrycks and Gimpel 2016; GEGLU: Shazeer 2020
 // rungs:    v1 8x8 outputs in registers, no barriers; mma (f16, bf16) tensor instructions, activation, its slope and db1 in the
 //           products' epilogues
@@ -150,21 +150,10 @@ struct FfnTensorParams {
 
 #ifdef TENSOR_16
 
-// A value as the sum of two numbers of 16 bits. What 16 bits cannot hold stays infinite.
-__device__ __forceinline__ void split_pair(const float x[2], u32& high, u32& low) {
-    E h[2], l[2];
-#pragma unroll
-    for (u32 i = 0; i < 2u; i++) {
-        h[i] = st(x[i]);
-        l[i] = is_finite(ld(h[i])) ? st(x[i] - ld(h[i])) : (E)0;
-    }
-    high = pack_pair(h[0], h[1]);
-    low = pack_pair(l[0], l[1]);
-}
-
 // Rows of a matrix [rows, inner] without gaps; k is its rows or its columns.
 __device__ __forceinline__ GemmRows ffn_rows(const E* base, u32 rows, u32 inner) { return {base, inner, rows, inner, 0, inner % 8u == 0u}; }
-__device__ __forceinline__ GemmRows ffn_planes(const E* base, u32 rows, u32 inner, u32 step) { return {base, step, rows, inner, (u64)rows * step, true}; }
+// Hidden values in scratch.
+__device__ __forceinline__ GemmRows ffn_hidden(const E* base, u32 rows, u32 inner, u32 step) { return {base, step, rows, inner, 0, true}; }
 
 // w1 of GEGLU with eight gates and their eight values in turn, so that a lane gets both of an element.
 struct FfnGates {
@@ -184,7 +173,7 @@ __device__ __forceinline__ void ffn_bias(float (&shift)[2], const E* bias, u32 c
     for (u32 q = 0; q < 2u; q++) shift[q] = column + q < columns ? ld(bias[column + q]) : 0.0f;
 }
 
-// z = sums + b1 to memory, h = act(z) from the unrounded z to its planes.
+// z = sums + b1 to memory, h = act(z) from the unrounded z to scratch.
 struct FfnUpStore {
     const E* bias;
     E* z_out;
@@ -199,7 +188,6 @@ struct FfnUpStore {
 
     template <u32 DOWN, u32 RIGHT>
     __device__ __forceinline__ void plain(float (&sums)[DOWN][RIGHT][4], u32 row, u32 column) const {
-        u64 plane = (u64)p.rows * p.h_step();
 #pragma unroll
         for (u32 first = 0; first < RIGHT; first += 4u) {
             float shift[4][2];
@@ -208,7 +196,7 @@ struct FfnUpStore {
             for (u32 j = 0; j < 4u; j++) ffn_bias(shift[j], bias, at + j * 8u, p.f);
 #pragma unroll
             for (u32 i = 0; i < 2u * DOWN; i++) {
-                u32 r = row + i * 8u, z_pairs[4], high[4], low[4];
+                u32 r = row + i * 8u, z_pairs[4], h_pairs[4];
 #pragma unroll
                 for (u32 j = 0; j < 4u; j++) {
                     float z[2], h[2];
@@ -219,13 +207,12 @@ struct FfnUpStore {
                         h[q] = p.mode == 0u ? (z[q] < 0.0f ? 0.0f : z[q]) : z[q] * sigmoid_2u(z[q]);
                     }
                     z_pairs[j] = pack_pair(st(z[0]), st(z[1]));
-                    split_pair(h, high[j], low[j]);
+                    h_pairs[j] = pack_pair(st(h[0]), st(h[1]));
                 }
                 bool inside = r < p.rows;
                 u64 line = inside ? r : 0u;
                 gemm_store_row<4>(z_out + line * p.f, z_pairs, inside, at, p.f, p.f % 8u == 0u);
-                gemm_store_row<4>(h_out + line * p.h_step(), high, inside, at, p.f, true);
-                gemm_store_row<4>(h_out + plane + line * p.h_step(), low, inside, at, p.f, true);
+                gemm_store_row<4>(h_out + line * p.h_step(), h_pairs, inside, at, p.f, true);
             }
         }
     }
@@ -235,10 +222,9 @@ struct FfnUpStore {
     __device__ __forceinline__ void gated(float (&sums)[DOWN][RIGHT][4], u32 row, u32 column) const {
         const u32 HALF = RIGHT / 2u;
         u32 t2 = threadIdx.x % 4u * 2u, at = (column - t2) / 2u + t2;
-        u64 plane = (u64)p.rows * p.h_step();
 #pragma unroll
         for (u32 i = 0; i < 2u * DOWN; i++) {
-            u32 r = row + i * 8u, gates[HALF], values[HALF], high[HALF], low[HALF];
+            u32 r = row + i * 8u, gates[HALF], values[HALF], h_pairs[HALF];
 #pragma unroll
             for (u32 j = 0; j < HALF; j++) {
                 float gate_shift[2], value_shift[2], gate[2], value[2], h[2];
@@ -252,14 +238,13 @@ struct FfnUpStore {
                 }
                 gates[j] = pack_pair(st(gate[0]), st(gate[1]));
                 values[j] = pack_pair(st(value[0]), st(value[1]));
-                split_pair(h, high[j], low[j]);
+                h_pairs[j] = pack_pair(st(h[0]), st(h[1]));
             }
             bool inside = r < p.rows, aligned = p.f % 8u == 0u;
             u64 line = inside ? r : 0u;
             gemm_store_row<HALF>(z_out + line * 2u * p.f, gates, inside, at, p.f, aligned);
             gemm_store_row<HALF>(z_out + line * 2u * p.f + p.f, values, inside, at, p.f, aligned);
-            gemm_store_row<HALF>(h_out + line * p.h_step(), high, inside, at, p.f, true);
-            gemm_store_row<HALF>(h_out + plane + line * p.h_step(), low, inside, at, p.f, true);
+            gemm_store_row<HALF>(h_out + line * p.h_step(), h_pairs, inside, at, p.f, true);
         }
     }
 };
@@ -288,7 +273,7 @@ struct FfnStore {
     }
 };
 
-// The sums are dh. h again from the stored z, and dz, to their planes; the tile's column sums of dz to partial_db1[tile of rows, hidden].
+// The sums are dh. h again from the stored z, and dz, to scratch; the tile's column sums of dz to partial_db1[tile of rows, hidden].
 template <class Shape>
 struct FfnSlopeStore {
     const E* z_in;
@@ -317,7 +302,6 @@ struct FfnSlopeStore {
         float (*columns)[HIGH][Shape::COLUMNS] = (float (*)[HIGH][Shape::COLUMNS])shared;
         u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, parts = p.mode == 2u ? 2u : 1u;
         u32 tile_row = row / Shape::ROWS, tile_column = column / Shape::COLUMNS;
-        u64 h_plane = (u64)p.rows * p.h_step(), dz_plane = (u64)p.rows * p.dz_step();
         // The last stages have been read by every warp.
         __syncthreads();
 #pragma unroll
@@ -326,7 +310,7 @@ struct FfnSlopeStore {
             u32 at = column + first * 8u;
 #pragma unroll
             for (u32 i = 0; i < 2u * Shape::DOWN; i++) {
-                u32 r = row + i * 8u, high[3][4], low[3][4];
+                u32 r = row + i * 8u, h_pairs[4], dz_pairs[2][4];
                 bool inside = r < p.rows;
                 u64 line = inside ? r : 0u;
                 const E* z_line = z_in + line * p.hidden();
@@ -354,21 +338,16 @@ struct FfnSlopeStore {
                         }
                         total[0][j][q] += dz[q];
                     }
-                    split_pair(h, high[0][j], low[0][j]);
-                    split_pair(dz, high[1][j], low[1][j]);
-                    if (p.mode == 2u) split_pair(dvalue, high[2][j], low[2][j]);
+                    h_pairs[j] = pack_pair(st(h[0]), st(h[1]));
+                    dz_pairs[0][j] = pack_pair(st(dz[0]), st(dz[1]));
+                    if (p.mode == 2u) dz_pairs[1][j] = pack_pair(st(dvalue[0]), st(dvalue[1]));
                 }
-                gemm_store_row<4>(h_out + line * p.h_step(), high[0], inside, at, p.f, true);
-                gemm_store_row<4>(h_out + h_plane + line * p.h_step(), low[0], inside, at, p.f, true);
+                gemm_store_row<4>(h_out + line * p.h_step(), h_pairs, inside, at, p.f, true);
                 // With two parts the room after the first belongs to the second.
                 bool aligned = p.mode != 2u || p.f % 8u == 0u;
                 E* to = dz_out + line * p.dz_step();
-                gemm_store_row<4>(to, high[1], inside, at, p.f, aligned);
-                gemm_store_row<4>(to + dz_plane, low[1], inside, at, p.f, aligned);
-                if (p.mode == 2u) {
-                    gemm_store_row<4>(to + p.f, high[2], inside, at, p.f, aligned);
-                    gemm_store_row<4>(to + p.f + dz_plane, low[2], inside, at, p.f, aligned);
-                }
+                gemm_store_row<4>(to, dz_pairs[0], inside, at, p.f, aligned);
+                if (p.mode == 2u) gemm_store_row<4>(to + p.f, dz_pairs[1], inside, at, p.f, aligned);
             }
             for (u32 part = 0; part < parts; part++) {
 #pragma unroll
@@ -394,44 +373,44 @@ struct FfnSlopeStore {
 };
 
 // The block's tile of a product over k.
-template <class Shape, bool A_ALONG_K, bool B_ALONG_K, u32 PLANES_A, u32 PLANES_B, bool ODD, class B, class Epilogue>
+template <class Shape, bool A_ALONG_K, bool B_ALONG_K, bool ODD, class B, class Epilogue>
 __device__ __forceinline__ void ffn_product(const GemmRows& a, const B& b, u32 k, Epilogue finish) {
     DYNAMIC_SHARED(shared);
     u32 row, column;
     gemm_tile(row, column);
-    gemm<Shape, A_ALONG_K, B_ALONG_K, PLANES_A, PLANES_B, ODD>(a, b, row * Shape::ROWS, column * Shape::COLUMNS, k, shared, finish);
+    gemm<Shape, A_ALONG_K, B_ALONG_K, 1, 1, ODD>(a, b, row * Shape::ROWS, column * Shape::COLUMNS, k, shared, finish);
 }
 
 template <class Shape, bool ODD>
 __device__ __forceinline__ void ffn_up_tile(const E* x, const E* w1, const E* b1, E* z, E* h, const FfnTensorParams& p) {
     FfnGates right = {w1, p.d, p.f, 0, p.d % 8u == 0u, p.mode == 2u};
-    ffn_product<Shape, true, true, 1, 1, ODD>(ffn_rows(x, p.rows, p.d), right, p.d, FfnUpStore{b1, z, h, p});
+    ffn_product<Shape, true, true, ODD>(ffn_rows(x, p.rows, p.d), right, p.d, FfnUpStore{b1, z, h, p});
 }
 
 template <class Shape, bool ODD>
 __device__ __forceinline__ void ffn_down_tile(const E* h, const E* w2, const E* b2, E* y, const FfnTensorParams& p) {
-    ffn_product<Shape, true, true, 2, 1, ODD>(ffn_planes(h, p.rows, p.f, p.h_step()), ffn_rows(w2, p.d2, p.f), p.f, FfnStore{b2, y, p.rows, p.d2});
+    ffn_product<Shape, true, true, ODD>(ffn_hidden(h, p.rows, p.f, p.h_step()), ffn_rows(w2, p.d2, p.f), p.f, FfnStore{b2, y, p.rows, p.d2});
 }
 
 template <class Shape, bool ODD>
 __device__ __forceinline__ void ffn_slope_tile(const E* dy, const E* w2, const E* z, E* h, E* dz, float* partial, const FfnTensorParams& p) {
-    ffn_product<Shape, true, false, 1, 1, ODD>(ffn_rows(dy, p.rows, p.d2), ffn_rows(w2, p.d2, p.f), p.d2, FfnSlopeStore<Shape>{z, h, dz, partial, p});
+    ffn_product<Shape, true, false, ODD>(ffn_rows(dy, p.rows, p.d2), ffn_rows(w2, p.d2, p.f), p.d2, FfnSlopeStore<Shape>{z, h, dz, partial, p});
 }
 
 template <class Shape, bool ODD>
 __device__ __forceinline__ void ffn_dx_tile(const E* dz, const E* w1, E* dx, const FfnTensorParams& p) {
-    ffn_product<Shape, true, false, 2, 1, ODD>(ffn_planes(dz, p.rows, p.hidden(), p.dz_step()), ffn_rows(w1, p.hidden(), p.d), p.hidden(),
+    ffn_product<Shape, true, false, ODD>(ffn_hidden(dz, p.rows, p.hidden(), p.dz_step()), ffn_rows(w1, p.hidden(), p.d), p.hidden(),
                                               FfnStore{nullptr, dx, p.rows, p.d});
 }
 
 template <class Shape, bool ODD>
 __device__ __forceinline__ void ffn_dw1_tile(const E* dz, const E* x, E* dw1, const FfnTensorParams& p) {
-    ffn_product<Shape, false, false, 2, 1, ODD>(ffn_planes(dz, p.rows, p.hidden(), p.dz_step()), ffn_rows(x, p.rows, p.d), p.rows, FfnStore{nullptr, dw1, p.hidden(), p.d});
+    ffn_product<Shape, false, false, ODD>(ffn_hidden(dz, p.rows, p.hidden(), p.dz_step()), ffn_rows(x, p.rows, p.d), p.rows, FfnStore{nullptr, dw1, p.hidden(), p.d});
 }
 
 template <class Shape, bool ODD>
 __device__ __forceinline__ void ffn_dw2_tile(const E* dy, const E* h, E* dw2, const FfnTensorParams& p) {
-    ffn_product<Shape, false, false, 1, 2, ODD>(ffn_rows(dy, p.rows, p.d2), ffn_planes(h, p.rows, p.f, p.h_step()), p.rows, FfnStore{nullptr, dw2, p.d2, p.f});
+    ffn_product<Shape, false, false, ODD>(ffn_rows(dy, p.rows, p.d2), ffn_hidden(h, p.rows, p.f, p.h_step()), p.rows, FfnStore{nullptr, dw2, p.d2, p.f});
 }
 
 #endif
@@ -443,7 +422,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) ffn_up_mma(const E* x, cons
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) ffn_down_mma(const E* h, const E* w2, const E* b2, E* y, FfnTensorParams p) {
-    TENSOR_ONLY(ffn_down_tile<GemmLargePlanes, false>(h, w2, b2, y, p);)
+    TENSOR_ONLY(ffn_down_tile<GemmLarge, false>(h, w2, b2, y, p);)
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) ffn_slope_mma(const E* dy, const E* w2, const E* z, E* h, E* dz, float* partial, FfnTensorParams p) {
@@ -451,15 +430,15 @@ extern "C" __global__ void __launch_bounds__(128, 2) ffn_slope_mma(const E* dy, 
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) ffn_dx_mma(const E* dz, const E* w1, E* dx, FfnTensorParams p) {
-    TENSOR_ONLY(ffn_dx_tile<GemmLargePlanes, false>(dz, w1, dx, p);)
+    TENSOR_ONLY(ffn_dx_tile<GemmLarge, false>(dz, w1, dx, p);)
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) ffn_dw1_mma(const E* dz, const E* x, E* dw1, FfnTensorParams p) {
-    TENSOR_ONLY(ffn_dw1_tile<GemmLargePlanes, false>(dz, x, dw1, p);)
+    TENSOR_ONLY(ffn_dw1_tile<GemmLarge, false>(dz, x, dw1, p);)
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) ffn_dw2_mma(const E* dy, const E* h, E* dw2, FfnTensorParams p) {
-    TENSOR_ONLY(ffn_dw2_tile<GemmLargePlanes, false>(dy, h, dw2, p);)
+    TENSOR_ONLY(ffn_dw2_tile<GemmLarge, false>(dy, h, dw2, p);)
 }
 
 extern "C" __global__ void __launch_bounds__(128) ffn_up_small_mma(const E* x, const E* w1, const E* b1, E* z, E* h, FfnTensorParams p) {

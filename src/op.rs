@@ -200,6 +200,8 @@ pub struct Case {
     pub loosened: Option<(f64, &'static str)>,
     /// Least size of the terms that an output is made of: where they cancel, its own size says nothing of their roundings.
     pub terms: f64,
+    /// Outputs on whose way one intermediate may be rounded to the storage type, as the plain op-by-op chain rounds it.
+    pub rounded: &'static [usize],
     pub grad: bool,
     /// A real model's size: timed by `kernels bench`, too large for differences.
     pub bench: bool,
@@ -216,6 +218,7 @@ impl Case {
             tolerance,
             loosened: None,
             terms: 0.0,
+            rounded: &[],
             grad: false,
             bench: false,
             variant: "",
@@ -266,6 +269,13 @@ impl Case {
     #[must_use]
     pub fn terms(mut self, size: f64) -> Self {
         self.terms = size;
+        self
+    }
+
+    /// Says that kernels may round one intermediate of these outputs to the storage type (see `verify::ROUNDED`).
+    #[must_use]
+    pub fn rounded_between(mut self, outputs: &'static [usize]) -> Self {
+        self.rounded = outputs;
         self
     }
 

@@ -53,13 +53,14 @@ pub struct Distillation {
 
 impl Distillation {
     fn hidden_loss(&self, pass: &mut Pass, rows: &Var, teacher: &Tensor, weights: &Tensor) -> Result<Var> {
-        let teacher = Var::constant(teacher.clone());
+        let teacher = pass.constant(teacher)?;
         let op = HiddenMse { reduction: self.reduction, normalised: self.normalised };
         let weights = Var::constant(weights.clone());
         match &self.projection {
             Projection::Kept(selection) => {
                 // Selecting columns is a product with a 0/1 matrix; the teacher is a constant, so nothing is recorded.
-                let kept = pass.tape.first(Matmul::linear(), &[&teacher, &Var::constant(selection.clone())])?;
+                let selection = pass.constant(selection)?;
+                let kept = pass.tape.first(Matmul::linear(), &[&teacher, &selection])?;
                 pass.tape.first(op, &[rows, &kept, &weights])
             }
             Projection::Learned => {
@@ -114,9 +115,9 @@ impl Method for Distillation {
                 chunk: LOSS_CHUNK,
             };
             let head = pass.head_weight()?;
-            let constants =
-                [&teacher.hidden, &self.teacher_head, &teacher.soft_weights].map(|t| Var::constant(t.clone()));
-            let losses = pass.tape.first(op, &[&rows, &head, &constants[0], &constants[1], &constants[2]])?;
+            let (hidden, teacher_head) = (pass.constant(&teacher.hidden)?, pass.constant(&self.teacher_head)?);
+            let weights = Var::constant(teacher.soft_weights.clone());
+            let losses = pass.tape.first(op, &[&rows, &head, &hidden, &teacher_head, &weights])?;
             let total = sum(pass, &losses)?;
             terms.push(scaled(pass, &total, self.weights.soft)?);
         }

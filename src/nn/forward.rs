@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::config::{Activation, AttentionKind, Head, NormKind, Positions, Residual};
 use super::model::{Model, missing};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::attention::{Attention, Mask};
 use crate::ops::binary::{Binary, BinaryFunction};
@@ -14,7 +15,7 @@ use crate::ops::moe::{GroupedMatmul, GroupedMatmulInt8, MoeCombine, MoeDispatch,
 use crate::ops::norm::{AddNorm, LayerNorm, RmsNorm};
 use crate::ops::random::Dropout;
 use crate::ops::rope::{Rope, RopeKind};
-use crate::ops::unary::{Function, Unary};
+use crate::ops::unary::{Cast, Function, Unary};
 use crate::rng::Site;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
@@ -61,6 +62,9 @@ pub struct Pass<'m> {
     pub tape: Tape,
     pub model: &'m Model,
     leaves: BTreeMap<String, Var>,
+    /// Parameters as they enter products: the leaves, or their casts.
+    entered: BTreeMap<String, Var>,
+    compute: Option<DType>,
     hooks: Vec<&'m dyn OutputHook>,
     dropout: Option<(f32, Site)>,
     /// When set, the FFN inputs `[rows, d]` of every block are kept here.
@@ -78,13 +82,33 @@ impl<'m> Pass<'m> {
     }
 
     fn on(model: &'m Model, tape: Tape) -> Self {
-        Self { tape, model, leaves: BTreeMap::new(), hooks: Vec::new(), dropout: None, ffn_inputs: None }
+        let (leaves, entered) = (BTreeMap::new(), BTreeMap::new());
+        Self { tape, model, leaves, entered, compute: None, hooks: Vec::new(), dropout: None, ffn_inputs: None }
     }
 
     #[must_use]
     pub fn hooks(mut self, hooks: impl IntoIterator<Item = &'m dyn OutputHook>) -> Self {
         self.hooks.extend(hooks);
         self
+    }
+
+    /// Computes in a 16-bit type. Parameters stay f32 and are cast where they are used, so their gradients are f32.
+    #[must_use]
+    pub fn computing(mut self, dtype: Option<DType>) -> Self {
+        self.compute = dtype;
+        self
+    }
+
+    /// A tensor that is no parameter, in the type that this pass computes in.
+    pub fn constant(&mut self, tensor: &Tensor) -> Result<Var> {
+        self.entering(Var::constant(tensor.clone()))
+    }
+
+    fn entering(&mut self, var: Var) -> Result<Var> {
+        match self.compute {
+            Some(to) if var.tensor.dtype() == DType::F32 => self.tape.first(Cast { to }, &[&var]),
+            _ => Ok(var),
+        }
     }
 
     /// Dropout after the embedding, each attention and each FFN; `site.step` is the training step.
@@ -96,19 +120,24 @@ impl<'m> Pass<'m> {
 
     /// A parameter as a variable: the same one however often it is used.
     pub fn parameter(&mut self, name: &str) -> Result<Var> {
-        self.optional(name).ok_or_else(|| missing(name))
+        self.optional(name)?.ok_or_else(|| missing(name))
     }
 
-    pub(super) fn optional(&mut self, name: &str) -> Option<Var> {
-        if let Some(var) = self.leaves.get(name) {
-            return Some(var.clone());
+    pub(super) fn optional(&mut self, name: &str) -> Result<Option<Var>> {
+        if let Some(var) = self.entered.get(name) {
+            return Ok(Some(var.clone()));
         }
-        let tensor = self.model.tensors.get(name)?;
+        let Some(tensor) = self.model.tensors.get(name) else {
+            return Ok(None);
+        };
         // Routers are trained on their own, by regression on expert scores.
         let trained = tensor.dtype().is_float() && !name.contains(".router.");
-        let var = if trained { self.tape.leaf(tensor) } else { Var::constant(tensor.clone()) };
-        self.leaves.insert(name.to_string(), var.clone());
-        Some(var)
+        let leaf = if trained { self.tape.leaf(tensor) } else { Var::constant(tensor.clone()) };
+        self.leaves.insert(name.to_string(), leaf.clone());
+        // Scales of integer weights belong to integer products, which are f32 outside.
+        let entered = if name.ends_with(".scale") { leaf } else { self.entering(leaf)? };
+        self.entered.insert(name.to_string(), entered.clone());
+        Ok(Some(entered))
     }
 
     /// Parameters used so far.
@@ -335,8 +364,8 @@ impl<'m> Pass<'m> {
         order: &Var,
         offsets: &Var,
     ) -> Result<Var> {
-        let bias = self.optional(&format!("{name}.bias"));
-        if let Some(weight) = self.optional(&format!("{name}.weight")) {
+        let bias = self.optional(&format!("{name}.bias"))?;
+        if let Some(weight) = self.optional(&format!("{name}.weight"))? {
             let (x, weight) = self.hooked(name, x.clone(), weight)?;
             let experts = weight.dims()[0];
             let op = GroupedMatmul { k, relu, bias: bias.is_some(), gather: first, experts };

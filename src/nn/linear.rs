@@ -16,8 +16,8 @@ pub(super) const ACTIVATION: Quantize =
 impl Pass<'_> {
     /// y = x W^T + b for x `[.., k]`, on the kernel of the stored representation.
     pub fn linear(&mut self, name: &str, x: &Var) -> Result<Var> {
-        let bias = self.optional(&format!("{name}.bias"));
-        if let Some(weight) = self.optional(&format!("{name}.weight")) {
+        let bias = self.optional(&format!("{name}.bias"))?;
+        if let Some(weight) = self.optional(&format!("{name}.weight"))? {
             let (x, weight) = self.hooked(name, x.clone(), weight)?;
             return match &bias {
                 Some(bias) => {
@@ -27,9 +27,9 @@ impl Pass<'_> {
             };
         }
         let rows = self.rows(x)?;
-        let scale = self.optional(&format!("{name}.scale"));
-        let y = if let Some(values) = self.optional(&format!("{name}.values")) {
-            let metadata = self.optional(&format!("{name}.metadata")).ok_or_else(|| missing(name))?;
+        let scale = self.optional(&format!("{name}.scale"))?;
+        let y = if let Some(values) = self.optional(&format!("{name}.values"))? {
+            let metadata = self.optional(&format!("{name}.metadata"))?.ok_or_else(|| missing(name))?;
             match scale {
                 Some(scale) => {
                     let q = self.tape.run(ACTIVATION, &[&rows])?;
@@ -41,11 +41,11 @@ impl Pass<'_> {
                     self.tape.first(MatmulSparse24 { bias: bias.is_some() }, &inputs.collect::<Vec<_>>())?
                 }
             }
-        } else if let (Some(weight), Some(scale)) = (self.optional(&format!("{name}.int8")), &scale) {
+        } else if let (Some(weight), Some(scale)) = (self.optional(&format!("{name}.int8"))?, &scale) {
             let q = self.tape.run(ACTIVATION, &[&rows])?;
             let inputs = [&q[0], &q[1], &weight, scale].into_iter().chain(&bias);
             self.tape.first(MatmulInt8 { bias: bias.is_some() }, &inputs.collect::<Vec<_>>())?
-        } else if let (Some(packed), Some(scale)) = (self.optional(&format!("{name}.int4")), &scale) {
+        } else if let (Some(packed), Some(scale)) = (self.optional(&format!("{name}.int4"))?, &scale) {
             let group = rows.tensor.shape().last() / scale.tensor.shape().last().max(1);
             let inputs = [&rows, &packed, scale].into_iter().chain(&bias);
             self.tape.first(MatmulInt4 { group, bias: bias.is_some() }, &inputs.collect::<Vec<_>>())?

@@ -1,5 +1,7 @@
 //! Mixture of experts, products: every sorted row times the weight of its expert.
 
+mod plan;
+
 use std::any::Any;
 
 use super::moe::{MoeCombine, is_order, routing};
@@ -8,15 +10,12 @@ use super::unary::{Function, UnaryBackward};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
+use crate::kernel::{Kernel, Params};
 use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
-pub static FAMILY: Family = Family { name: "moe_matmul", cases, source: Some(SOURCE) };
-
-const SOURCE: Source = source!("moe_matmul");
-const BLOCK: u32 = 64;
+pub static FAMILY: Family = Family { name: "moe_matmul", cases, source: Some(plan::SOURCE) };
 
 /// Sorted row r times the weight of its expert: y[r, j] = f(sum_c x[row(r), c] W[e(r), j, c] (+ b[e(r), j])), f ReLU or
 /// nothing. Inputs x, weight `[E, n, d]` (, bias `[E, n]`), `order u32 [m k]`, `offsets u32 [E + 1]` of
@@ -116,7 +115,9 @@ impl Op for GroupedMatmul {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("grouped_matmul_fwd", DType::FLOATS, cpu::grouped_matmul),
-            wgsl("grouped_matmul_fwd", DType::FLOATS, plan_forward),
+            plan::FORWARD_TENSOR,
+            plan::FORWARD_TENSOR_SMALL,
+            plan::FORWARD,
         ];
         KERNELS
     }
@@ -221,10 +222,7 @@ impl Op for GroupedMatmulInt8 {
 
     fn kernels(&self) -> &'static [Kernel] {
         const F32: &[DType] = &[DType::F32];
-        const KERNELS: &[Kernel] = &[
-            Kernel::cpu("grouped_matmul_int8_fwd", F32, cpu::grouped_matmul_int8),
-            wgsl("grouped_matmul_int8_fwd", F32, plan_int8),
-        ];
+        const KERNELS: &[Kernel] = &[Kernel::cpu("grouped_matmul_int8_fwd", F32, cpu::grouped_matmul_int8), plan::INT8];
         KERNELS
     }
 
@@ -288,7 +286,9 @@ impl Op for GroupedBackwardInput {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("grouped_matmul_bwd_input", DType::FLOATS, cpu::grouped_backward_input),
-            wgsl("grouped_matmul_bwd_input", DType::FLOATS, plan_backward_input),
+            plan::BACKWARD_INPUT_TENSOR,
+            plan::BACKWARD_INPUT_TENSOR_SMALL,
+            plan::BACKWARD_INPUT,
         ];
         KERNELS
     }
@@ -345,7 +345,9 @@ impl Op for GroupedBackwardWeight {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("grouped_matmul_bwd_weight", DType::FLOATS, cpu::grouped_backward_weight),
-            wgsl("grouped_matmul_bwd_weight", DType::FLOATS, plan_backward_weight),
+            plan::BACKWARD_WEIGHT_TENSOR,
+            plan::BACKWARD_WEIGHT_TENSOR_SMALL,
+            plan::BACKWARD_WEIGHT,
         ];
         KERNELS
     }
@@ -370,51 +372,19 @@ fn params(rows: usize, n: usize, d: usize, k: usize, gather: bool, experts: usiz
     Params::new().u(rows).u(n).u(d).u(k).flag(gather).u(experts)
 }
 
-const fn wgsl(entry: &'static str, dtypes: &'static [DType], plan: fn(&Problem) -> Plan) -> Kernel {
-    let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
-    Kernel { name: entry, code, dtypes, fits: always, plan }
-}
-
-/// Iterations of the search for a row's expert.
-fn search(p: &Problem) -> usize {
-    p.params().words()[5] as usize
-}
-
-/// Four columns of one row per invocation; without a bias its slot holds x, which is not read there.
-fn plan_forward(p: &Problem) -> Plan {
-    let (inputs, [rows, n]) = (p.inputs.len(), [0, 1].map(|axis| p.outputs[0].dims()[axis]));
-    let bias = if inputs == 5 { 2 } else { 0 };
-    let launch = Launch::linear(rows * n.div_ceil(4), BLOCK, p.params());
-    let trips = p.inputs[0].dims()[1] + search(p) + 4;
-    Plan::of(launch.slots(&[0, 1, bias, inputs - 2, inputs - 1, inputs]).trips(trips))
-}
-
-fn plan_int8(p: &Problem) -> Plan {
-    let inputs = p.inputs.len();
-    let bias = if inputs == 7 { 4 } else { 3 };
-    let launch = Launch::linear(p.outputs[0].count(), BLOCK, p.params());
-    let slots = [0, 1, 2, 3, bias, inputs - 2, inputs - 1, inputs];
-    Plan::of(launch.slots(&slots).trips(p.inputs[0].dims()[1].div_ceil(4) + search(p)))
-}
-
-fn plan_backward_input(p: &Problem) -> Plan {
-    let launch = Launch::linear(p.outputs[0].count(), BLOCK, p.params());
-    Plan::of(launch.trips(p.inputs[0].dims()[1] + search(p)))
-}
-
-/// One expert may have every row: its sums run over all of them.
-fn plan_backward_weight(p: &Problem) -> Plan {
-    let rows = p.inputs[0].dims()[0];
-    let weight = Launch::linear(p.outputs[0].count(), BLOCK, p.params()).trips(rows);
-    let bias = Launch::linear(p.outputs[1].count(), BLOCK, p.params()).entry("grouped_matmul_bwd_bias");
-    Plan::sequence(vec![weight, bias.slots(&[0, 1, 2, 3, 5]).trips(rows)])
-}
-
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (m, experts, k, n, d) in
-        [(1, 1, 1, 1, 1), (1, 8, 2, 5, 7), (3, 4, 4, 6, 5), (7, 5, 2, 16, 33), (40, 6, 3, 17, 64), (130, 3, 1, 32, 31)]
-    {
+    // Widths that are multiples of eight take tensor tiles: one with few rows, one with several tiles each way.
+    for (m, experts, k, n, d) in [
+        (1, 1, 1, 1_usize, 1),
+        (1, 8, 2, 5, 7),
+        (3, 4, 4, 6, 5),
+        (7, 5, 2, 16, 33),
+        (9, 40, 2, 16, 24),
+        (40, 6, 3, 17, 64),
+        (130, 3, 1, 32, 31),
+        (140, 2, 2, 136, 168),
+    ] {
         let (rows, route) = (m * k, routing(m, k, experts));
         let sorted = |case: Case| {
             case.input(&[rows], DType::U32, Fill::Values(route.order.clone())).input(
@@ -423,7 +393,7 @@ fn cases() -> Vec<Case> {
                 Fill::Values(route.offsets.clone()),
             )
         };
-        let all: &[DType] = if n == 16 { DType::FLOATS } else { &[DType::F32] };
+        let all: &[DType] = if n.is_multiple_of(8) && n != 32 { DType::FLOATS } else { &[DType::F32] };
         for &dtype in all {
             for (gather, bias, relu) in
                 [(true, true, true), (false, false, false), (false, true, false), (true, false, true)]

@@ -21,6 +21,9 @@ pub use super::quant_matmul::MatmulInt8;
 pub use super::quantize::{Dequantize, Quantize};
 
 mod cases;
+mod ranges;
+
+pub(super) use ranges::range_launches;
 
 pub static FAMILY: Family = Family { name: "quant", cases: cases::cases, source: Some(SOURCE) };
 
@@ -431,36 +434,6 @@ pub(super) const fn wgsl(
     plan: fn(&Problem) -> Plan,
 ) -> Kernel {
     Kernel { name, code: Code::Gpu { source: SOURCE, entry, constants: &[] }, dtypes, fits: always, plan }
-}
-
-/// Launches that write the range of every group of argument 0 to argument `target`, by way of argument `parts` where
-/// groups are long; and the bytes `parts` needs.
-pub(super) fn range_launches(
-    count: usize,
-    length: usize,
-    absolute: bool,
-    target: usize,
-    parts: usize,
-) -> (Vec<Launch>, usize) {
-    const PART: usize = 1024;
-    const MAX_PARTS: usize = 50_000;
-    let groups = count / length;
-    // A multiple of eight, so that parts of aligned groups are aligned.
-    let part = if length <= 4 * PART { length } else { PART.max(length.div_ceil(MAX_PARTS).next_multiple_of(8)) };
-    let each = length.div_ceil(part);
-    let words =
-        |part: usize, each: usize, absolute: bool| Params::new().u(count).u(length).flag(absolute).u(part).u(each);
-    let first = |target: usize, absolute: bool| {
-        Launch::linear(groups * each, BLOCK, words(part, each, absolute))
-            .entry("observe_fwd")
-            .slots(&[0, target])
-            .trips(part)
-    };
-    if each == 1 {
-        return (vec![first(target, absolute)], 4);
-    }
-    let fold = Launch::linear(groups, BLOCK, words(part, each, absolute)).entry("observe_fold");
-    (vec![first(parts, false), fold.slots(&[parts, target]).trips(each)], groups * each * 8)
 }
 
 fn plan_observe(p: &Problem) -> Plan {

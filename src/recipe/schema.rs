@@ -9,6 +9,7 @@ use crate::compress::hybrid::StudentLoss;
 use crate::error::{Error, Result};
 use crate::nn::config::Size;
 use crate::train::optimizer::{Rule, Settings};
+use crate::train::precision::Precision;
 use crate::train::schedule::{Schedule, Shape};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -113,6 +114,9 @@ pub struct Training {
     pub weight_decay: f32,
     #[serde(default = "default_clip")]
     pub clip: f32,
+    /// Type of products and activations; parameters and optimizer state are f32.
+    #[serde(default)]
+    pub precision: Precision,
     #[serde(default)]
     pub dropout: f32,
     #[serde(default)]
@@ -145,6 +149,7 @@ impl Training {
             rule: self.rule,
             weight_decay: self.weight_decay,
             clip: self.clip,
+            precision: self.precision,
         }
     }
 }

@@ -23,6 +23,7 @@ use crate::ops::reduce::ArgMax;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Method, Micro};
 use crate::train::optimizer::{Rule, Settings};
+use crate::train::precision::Precision;
 use crate::train::schedule::{Schedule, Shape};
 use crate::train::store;
 use crate::train::trainer::{Job, Source, Summary, train, weighted_cross_entropy};
@@ -177,7 +178,13 @@ pub fn run(device: &Arc<dyn Device>, folder: &Path, options: &TaggerOptions) -> 
     let job = Job {
         stage: "tagger",
         steps: options.steps,
-        settings: Settings { schedule, rule: Rule::default(), weight_decay: 0.01, clip: 1.0 },
+        settings: Settings {
+            schedule,
+            rule: Rule::default(),
+            weight_decay: 0.01,
+            clip: 1.0,
+            precision: Precision::F32,
+        },
         dropout: 0.1,
         seed: options.seed,
         source: &source,

@@ -4,6 +4,7 @@ pub mod events;
 pub mod lifecycle;
 pub mod metrics_log;
 pub mod optimizer;
+pub mod precision;
 pub mod schedule;
 pub mod store;
 pub mod trainer;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::precision::{LossScale, Precision};
 use super::schedule::Schedule;
 use crate::device::{Device, Kind};
 use crate::dispatch;
@@ -49,7 +50,12 @@ pub struct Settings {
     pub weight_decay: f32,
     /// Largest global gradient norm; 0 for no clipping.
     pub clip: f32,
+    #[serde(default)]
+    pub precision: Precision,
 }
+
+/// Name of the loss scale in a checkpoint.
+const LOSS_SCALE: &str = "loss_scale";
 
 const MUL: Binary = Binary(BinaryFunction::Mul);
 
@@ -78,6 +84,7 @@ struct Group {
 pub struct Optimizer {
     groups: Vec<Group>,
     settings: Settings,
+    loss_scale: Option<LossScale>,
     step: u64,
     device: Arc<dyn Device>,
 }
@@ -106,12 +113,21 @@ impl Optimizer {
                 groups.push(Group::new(model, names, &device, decay, settings.rule)?);
             }
         }
-        Ok(Self { groups, settings, step: 0, device })
+        Ok(Self { groups, settings, loss_scale: LossScale::of(settings.precision), step: 0, device })
     }
 
     /// Steps done.
     pub fn steps(&self) -> u64 {
         self.step
+    }
+
+    pub fn precision(&self) -> Precision {
+        self.settings.precision
+    }
+
+    /// What the loss is multiplied by before gradients are taken; [`Optimizer::update`] takes it out again.
+    pub fn loss_scale(&self) -> f32 {
+        self.loss_scale.map_or(1.0, LossScale::factor)
     }
 
     pub fn parameter_count(&self) -> usize {
@@ -139,7 +155,8 @@ impl Optimizer {
     }
 
     /// One update from the accumulated gradients, which are divided by `weight` (tokens or their weighted count) first.
-    /// Returns the gradient norm before clipping; a gradient that is not finite changes nothing and is named.
+    /// Returns the gradient norm before clipping; a gradient that is not finite changes nothing and is named. Under a loss
+    /// scale such a step is passed over with a smaller scale, and its norm is given as 0.
     pub fn update(&mut self, weight: f64, total_steps: u64) -> Result<f64> {
         let step = self.step + 1;
         let mut squares: Option<Tensor> = None;
@@ -159,10 +176,18 @@ impl Optimizer {
         let Some(squares) = squares else {
             return Ok(0.0);
         };
-        let scale = (1.0 / weight.max(f64::MIN_POSITIVE)) as f32;
+        let scale = (1.0 / (weight.max(f64::MIN_POSITIVE) * f64::from(self.loss_scale()))) as f32;
         let norm = squares.to_f64()?.first().copied().unwrap_or(0.0).sqrt() * f64::from(scale);
         if !norm.is_finite() {
-            return Err(self.find_non_finite(step)?);
+            if !self.loss_scale.as_mut().is_some_and(LossScale::shrink) {
+                return Err(self.find_non_finite(step)?);
+            }
+            self.groups.iter_mut().flat_map(|g| &mut g.slots).for_each(|s| s.filled = false);
+            self.step = step;
+            return Ok(0.0);
+        }
+        if let Some(scale) = &mut self.loss_scale {
+            scale.grow();
         }
         let factor = dispatch::run_one(&ClipFactor { max_norm: self.settings.clip, scale }, &[&squares])?;
         let learning_rate = self.settings.schedule.rate(step, total_steps) as f32;
@@ -243,8 +268,11 @@ impl Optimizer {
     }
 
     /// Everything a resumed run needs beside the parameters, by name.
-    pub fn state(&self) -> BTreeMap<String, Tensor> {
+    pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut state = BTreeMap::new();
+        if let Some(scale) = self.loss_scale {
+            state.insert(LOSS_SCALE.to_string(), Tensor::from_slice(&self.device, &[2], &scale.words())?);
+        }
         for (i, group) in self.groups.iter().enumerate() {
             state.insert(format!("{i}.first_moment"), group.first_moment.clone());
             for (name, tensor) in [("second_moment", &group.second_moment), ("mask", &group.mask)] {
@@ -253,7 +281,7 @@ impl Optimizer {
                 }
             }
         }
-        state
+        Ok(state)
     }
 
     /// Restores what [`Optimizer::state`] gave, and the step count.
@@ -273,6 +301,12 @@ impl Optimizer {
             }
             if state.contains_key(&format!("{i}.mask")) {
                 group.mask = Some(take(format!("{i}.mask"), &group.parameters)?);
+            }
+        }
+        if self.loss_scale.is_some() {
+            let like = Tensor::from_slice(&self.device, &[2], &[0.0f32; 2])?;
+            if let [factor, good] = take(LOSS_SCALE.to_string(), &like)?.to_vec::<f32>()?[..] {
+                self.loss_scale = Some(LossScale::from_words([factor, good]));
             }
         }
         self.step = step;

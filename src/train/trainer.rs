@@ -121,10 +121,11 @@ pub fn step(
         // Each micro-batch draws its own dropout: 1,024 sites a micro-batch are more than a model has sublayers.
         let site = Site { site: site.site + 1024 * index as u32, ..site };
         let hooks = methods.iter().filter_map(|m| m.on_output());
-        let mut pass = Pass::training(model).hooks(hooks).dropout(dropout, site);
+        let compute = optimizer.precision().compute();
+        let mut pass = Pass::training(model).computing(compute).hooks(hooks).dropout(dropout, site);
         let total = loss(&mut pass, micro, methods)?;
         losses += total.tensor.to_f64()?.first().copied().unwrap_or(0.0);
-        let seed = Tensor::from_slice(model.device(), total.dims(), &[1.0f32])?;
+        let seed = Tensor::from_slice(model.device(), total.dims(), &[optimizer.loss_scale()])?;
         let (tape, leaves) = pass.into_leaves();
         let grads = tape.backward(&[(&total, &seed)])?;
         optimizer.accumulate(&leaves, &grads)?;
@@ -231,7 +232,7 @@ fn save(
 ) -> Result<()> {
     optimizer.check_finite()?;
     let mut files = store::model_files(model)?;
-    files.push((OPTIMIZER, store::encode(&optimizer.state())?));
+    files.push((OPTIMIZER, store::encode(&optimizer.state()?)?));
     let summary = [
         ("stage", job.stage.to_string()),
         (store::STEP, step.to_string()),

@@ -25,7 +25,7 @@
 #define __launch_bounds__(...)
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __grid_constant__
 #define __constant__ static const
 // One block runs at a time, so a block's shared memory may be static; its section is filled with NaN before every block.

@@ -156,12 +156,26 @@ fn mutated(file: &str, from: &str, to: &str) -> tempfile::TempDir {
     folder
 }
 
-/// Verifies an op on the host harness with the kernels of `folder`; the lines that it prints.
-fn verify(folder: &Path, op: &str) -> (bool, String) {
+/// Verifies one case of an op on the host harness with the kernels of `folder`; the lines that it prints.
+fn verify(folder: &Path, op: &str, case: &str) -> (bool, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_espalier"));
-    command.env("ESPALIER_CUDA", folder).args(["kernels", "verify", "--device", "cuda-host", "--op", op]);
+    command.env("ESPALIER_CUDA", folder);
+    command.args(["kernels", "verify", "--device", "cuda-host", "--op", op, "--case", case]);
     let output = command.output().unwrap();
     (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The first case of an op over 16-bit matrices that span several tiles.
+fn wide_case(op: &str) -> String {
+    let wide = |case: &espalier::op::Case| {
+        let first = case.inputs[0].meta;
+        case.op.name() == op
+            && !case.bench
+            && first.dtype == DType::Bf16
+            && first.shape.last() > 64
+            && first.count() > 5000
+    };
+    FAMILIES.iter().flat_map(|f| (f.cases)()).find(wide).unwrap_or_else(|| panic!("{op} has no such case")).label()
 }
 
 #[test]
@@ -169,6 +183,8 @@ fn planted_bugs_are_caught() {
     if host().is_none() {
         return;
     }
+    let fragment = "tile + place(row + lane % 16u, half * 2u + lane / 16u)";
+    let swapped = "tile + place(row + lane % 16u, half * 2u + 1u - lane / 16u)";
     for (what, file, from, to, op) in [
         (
             "a missing barrier",
@@ -177,12 +193,16 @@ fn planted_bugs_are_caught() {
             "if (lane == 0) tile[threadIdx.x / WARP] = x;",
             "softmax",
         ),
-        ("an off-by-one in a tile", "matmul.cu", "k0 + ka < p.k1 &&", "k0 + ka <= p.k1 &&", "matmul"),
-        ("a swapped fragment index", "mma.cuh", "FRAGMENT", "FRAGMENT", "matmul"),
+        ("an off-by-one in a tile", "matmul.cu", "k0 + ka < p.k1 &&", "k0 + ka + 1u < p.k1 &&", "matmul"),
+        ("a swapped fragment index", "gemm.cuh", fragment, swapped, "matmul"),
     ] {
+        let case = wide_case(op);
         let folder = mutated(file, from, to);
-        let (passed, lines) = verify(folder.path(), op);
+        let (passed, lines) = verify(folder.path(), op, &case);
         assert!(!passed && lines.contains("FAILED"), "{what} in cuda/{file} was not caught:\n{lines}");
+        // The case is one that passes with the kernels as they are.
+        let (passed, lines) = verify(&root().join("cuda"), op, &case);
+        assert!(passed, "{lines}");
     }
 }
 

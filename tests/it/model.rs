@@ -14,6 +14,7 @@ use espalier::rng::{Site, Stream};
 use espalier::tensor::Tensor;
 use espalier::train::lifecycle::Micro;
 use espalier::train::optimizer::{Optimizer, Rule, Settings};
+use espalier::train::precision::Precision;
 use espalier::train::schedule::{Schedule, Shape};
 use espalier::train::trainer::{step, weighted_cross_entropy};
 
@@ -148,7 +149,7 @@ fn a_beam_finds_at_least_what_greedy_search_finds() {
 
 pub fn settings(peak: f64) -> Settings {
     let schedule = Schedule { peak, warmup: 5, shape: Shape::Constant };
-    Settings { schedule, rule: Rule::default(), weight_decay: 0.0, clip: 1.0 }
+    Settings { schedule, rule: Rule::default(), weight_decay: 0.0, clip: 1.0, precision: Precision::F32 }
 }
 
 #[test]
@@ -163,6 +164,58 @@ fn the_glm_preset_learns_to_copy() {
         losses.push(step(&model, &mut optimizer, std::slice::from_ref(&micro), &[], (0.0, site, 80)).unwrap().0);
     }
     assert!(losses[79] < 0.5 * losses[0], "{} to {}", losses[0], losses[79]);
+}
+
+/// 16-bit products and activations over f32 parameters lose no more than rounding.
+#[test]
+fn mixed_precision_learns_as_f32_does() {
+    let device = cpu();
+    let micro = micro(&device, &assemble(&examples(24, 4)));
+    let last = |precision: Precision| {
+        let mut model = Model::init(Config::glm(SIZE, VOCABULARY), &device, 1).unwrap();
+        let mut optimizer = Optimizer::new(&mut model, Settings { precision, ..settings(5e-3) }, |_| true).unwrap();
+        let mut loss = 0.0;
+        for index in 0..80 {
+            let site = Site { seed: 1, site: 0, step: index };
+            loss = step(&model, &mut optimizer, std::slice::from_ref(&micro), &[], (0.1, site, 80)).unwrap().0;
+        }
+        assert!(model.tensors.values().all(|t| t.dtype() == espalier::DType::F32));
+        loss
+    };
+    let exact = last(Precision::F32);
+    for precision in [Precision::Bf16, Precision::F16] {
+        let loss = last(precision);
+        assert!((loss - exact).abs() < 0.1 * exact, "{precision:?}: {loss} where f32 has {exact}");
+        assert!(loss != exact, "{precision:?} computed in f32");
+    }
+}
+
+#[test]
+fn an_overflow_in_f16_costs_a_step_and_halves_the_scale() {
+    let device = cpu();
+    let mut model = Model::init(Config::glm(SIZE, VOCABULARY), &device, 1).unwrap();
+    let settings = Settings { precision: Precision::F16, ..settings(1e-2) };
+    let mut optimizer = Optimizer::new(&mut model, settings, |_| true).unwrap();
+    let mut micro = micro(&device, &assemble(&examples(4, 4)));
+    let rows = micro.weights.count();
+    let before = model.get("embedding.tokens").unwrap().to_bytes().unwrap();
+    let scale = optimizer.loss_scale();
+    // 64 times the scale is above the largest f16.
+    micro.weights = Tensor::from_slice(&device, &[rows], &vec![64.0f32; rows]).unwrap();
+    let site = Site { seed: 1, site: 0, step: 0 };
+    let (_, norm) = step(&model, &mut optimizer, std::slice::from_ref(&micro), &[], (0.0, site, 10)).unwrap();
+    assert_eq!((norm, optimizer.loss_scale(), optimizer.steps()), (0.0, scale / 2.0, 1));
+    assert_eq!(model.get("embedding.tokens").unwrap().to_bytes().unwrap(), before);
+    for step_index in 1..12 {
+        let site = Site { step: step_index, ..site };
+        step(&model, &mut optimizer, std::slice::from_ref(&micro), &[], (0.0, site, 12)).unwrap();
+    }
+    assert!(model.get("embedding.tokens").unwrap().to_bytes().unwrap() != before, "a smaller scale gets through");
+    // The scale is part of what a checkpoint keeps.
+    let (state, last) = (optimizer.state().unwrap(), optimizer.loss_scale());
+    let mut resumed = Optimizer::new(&mut model, settings, |_| true).unwrap();
+    resumed.restore(&state, 12).unwrap();
+    assert_eq!(resumed.loss_scale(), last);
 }
 
 /// Splitting a batch into micro-batches changes the update only by rounding: token counts weigh it.

@@ -31,7 +31,8 @@ fn sources(folder: &str, extensions: &[&str]) -> Vec<(String, String)> {
 
 /// Lines of code with their numbers: no comments, nothing behind the first test module.
 fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
-    let end = text.find("#[cfg(test)]").unwrap_or(text.len());
+    // A whole file of tests says `#![cfg(test)]`.
+    let end = text.find("[cfg(test)]").unwrap_or(text.len());
     text[..end]
         .lines()
         .enumerate()

@@ -15,6 +15,8 @@ RING_BYTES = 256 << 20
 MOST_SLOTS = 32
 SAMPLE_SECONDS = 1e-3
 HEAT_SECONDS = 0.2
+# Of the second form of a peer, which finds the device warm.
+REHEAT_SECONDS = 0.05
 SAMPLES = 30
 FEWEST_SAMPLES = 5
 # Samples whose middles drift by more than this between first and last third say more about the machine than about the kernel.
@@ -45,6 +47,10 @@ class Peer:
 
 class Skipped(Exception):
     """A peer that cannot do this case, with the reason."""
+
+
+def first_line(failure):
+    return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
 
 
 def tensors(thing):
@@ -86,7 +92,9 @@ def quantile(ordered, share):
 class Bench:
     """The device, the settings, and the file that records go to."""
 
-    def __init__(self, device, out, seconds, seed, ring_bytes=RING_BYTES):
+    def __init__(self, device, out, seconds, seed, ring_bytes=RING_BYTES, picked=None):
+        # A file for the names of the device's kernels behind each peer.
+        self.picked = picked
         self.device = torch.device(device)
         self.cuda = self.device.type == "cuda"
         self.out, self.seconds, self.seed, self.ring_bytes = out, seconds, seed, ring_bytes
@@ -190,7 +198,9 @@ class Bench:
         except Skipped as reason:
             self.skipped(case, peer.kernel, peer.mode, str(reason))
         except Exception as failure:  # one peer that fails takes no other with it
-            self.skipped(case, peer.kernel, peer.mode, f"{type(failure).__name__}: {str(failure).splitlines()[:1]}")
+            self.skipped(case, peer.kernel, peer.mode, first_line(failure))
+            # Unless it took the device: every later call would fail, and say nothing of its own peer.
+            self.synchronize()
         if self.cuda:
             torch.cuda.empty_cache()
 
@@ -215,6 +225,7 @@ class Bench:
             # What the peer keeps beside inputs and outputs counts, too.
             record["memory"] = torch.cuda.max_memory_allocated(self.device)
         del out
+        self._name_kernels(case, peer, slots[0])
         count = max(2, min(MOST_SLOTS, -(-self.ring_bytes // max(size, 1))))
         if self.cuda and count * size > 0.6 * torch.cuda.mem_get_info(self.device)[0]:
             count = 1
@@ -224,6 +235,25 @@ class Bench:
         self._stream(dict(record), peer, slots)
         if self.cuda:
             self._graph(dict(record), peer, slots)
+
+    def _name_kernels(self, case, peer, slot):
+        """Which kernels the library picked for this shape, into a file of their own."""
+        if self.picked is None or peer.in_place:
+            return
+        activity = torch.profiler.ProfilerActivity.CUDA if self.cuda else torch.profiler.ProfilerActivity.CPU
+        kind = torch.autograd.DeviceType.CUDA if self.cuda else torch.autograd.DeviceType.CPU
+        try:
+            with torch.profiler.profile(activities=[activity]) as profile:
+                peer.call(*slot)
+                self.synchronize()
+            names = list(dict.fromkeys(e.name for e in profile.events() if e.device_type == kind))
+        except RuntimeError:
+            # Where the profiler may not read the device, nobody asks again.
+            self.picked = None
+            return
+        line = {"op": case.op, "params": case.params, "mode": peer.mode, "kernel": peer.kernel, "picked": names}
+        self.picked.write(json.dumps(line) + "\n")
+        self.picked.flush()
 
     def _stream(self, record, peer, slots):
         record["kernel"] += " [stream]" if self.cuda else ""
@@ -235,7 +265,7 @@ class Bench:
                 peer.call(*slots[position])
                 position = (position + 1) % len(slots)
 
-        single = self._heat(record, lambda: work(1))
+        single = self._heat(record, lambda: work(1), HEAT_SECONDS)
         record["runs"] = runs = max(1, min(1000, int(SAMPLE_SECONDS / single)))
         self._sample(record, lambda: work(runs), runs)
         if not peer.in_place:
@@ -256,7 +286,7 @@ class Bench:
         except Exception as failure:  # work that waits for the device cannot be captured
             self.synchronize()
             record["supported"] = record["passed"] = False
-            record["error"] = f"cannot be captured: {str(failure).splitlines()[:1]}"
+            record["error"] = f"cannot be captured: {first_line(failure)}"
             self.write(record)
             return
         # A graph that runs nothing must not pass for a fast one.
@@ -264,7 +294,7 @@ class Bench:
         for t in tensors(outputs[-1]):
             if t.is_floating_point() and t.data_ptr() not in inputs and not t.requires_grad:
                 t.fill_(float("nan"))
-        single = self._heat(record, graph.replay)
+        single = self._heat(record, graph.replay, REHEAT_SECONDS)
         replays = max(1, int(SAMPLE_SECONDS / single))
         record["runs"] = launches * replays
 
@@ -277,10 +307,10 @@ class Bench:
             self._check_again(record, peer, slots[(launches - 1) % len(slots)], outputs[-1])
         self._finish(record)
 
-    def _heat(self, record, once):
+    def _heat(self, record, once, seconds):
         """Warm-ups; the shortest time of one, in seconds."""
         shortest, begin, done = float("inf"), time.perf_counter(), 0
-        heat = HEAT_SECONDS if self.cuda else 0.0
+        heat = seconds if self.cuda else 0.0
         while done < 3 or time.perf_counter() - begin < heat:
             start = time.perf_counter()
             once()

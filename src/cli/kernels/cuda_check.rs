@@ -34,6 +34,7 @@ type Module = (&'static str, DType, String);
 struct Declared {
     arch: u32,
     tensor: &'static [&'static str],
+    dtypes: &'static [DType],
 }
 
 /// One entry as compiled for one element type and architecture.
@@ -70,7 +71,8 @@ fn modules(glob: &str) -> (BTreeMap<Module, Entry>, BTreeMap<(&'static str, &'st
     let mut add = |kernel: &Kernel| {
         let Some(entry) = kernel.cuda().filter(|e| glob_match(glob, e.file.name)) else { return };
         let tensor = if let Code::Cuda { tensor, .. } = kernel.code { tensor } else { &[] };
-        declared.insert((entry.file.name, entry.entry), Declared { arch: kernel.arch(), tensor });
+        declared
+            .insert((entry.file.name, entry.entry), Declared { arch: kernel.arch(), tensor, dtypes: kernel.dtypes });
         for &element in kernel.dtypes {
             modules.insert((entry.file.name, element, format!("{:?}", entry.constants)), entry);
         }
@@ -139,7 +141,7 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
         progress.inc(1);
         let compiled = compiled.map_err(|e| format!("{file} for {element} on {}: {e}", target(arch)))?;
         // What a record declares of an entry holds from its architecture on; wgmma stays with the generation it was made for.
-        let fits = |d: &&Declared| d.arch <= arch && (d.arch < 90 || d.arch == arch);
+        let fits = |d: &&Declared| d.arch <= arch && (d.arch < 90 || d.arch == arch) && d.dtypes.contains(element);
         let judged = usage(&compiled.log).into_iter().map(|u| {
             let declared = declared.iter().find(|((f, e), _)| f == file && *e == u.entry).map(|(_, d)| d).filter(fits);
             judge(file, *element, arch, u, &compiled.ptx, declared)

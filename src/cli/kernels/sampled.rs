@@ -11,7 +11,7 @@ use crate::op::{Array, Input};
 use crate::ops::large::{Cut, Large};
 use crate::report::bench::BenchRecord;
 use crate::shape::{Meta, Shape};
-use crate::verify::{self, Verdict, draw};
+use crate::verify::{self, Bounds, Verdict, draw};
 
 /// Values that are drawn; longer inputs repeat them. A multiple of 4 for masks of fours, and otherwise odd, so that rows
 /// of the usual lengths all begin elsewhere in it.
@@ -93,11 +93,10 @@ pub fn check(
         for (index, cuts) in part.outputs.iter().enumerate() {
             let Some(cuts) = cuts else { continue };
             let meta = out_metas[index];
-            let (want, got) = (&expected[index], keep(meta, &outputs[index], cuts)?.data);
+            let (want, Array { shape, data: got }) = (&expected[index], keep(meta, &outputs[index], cuts)?);
             worst = worst.max(relative_error(meta.dtype, want, &got));
-            let verdict =
-                verify::compare(case, case.tolerance, &[meta], std::slice::from_ref(want), std::slice::from_ref(&got));
-            if let Verdict::Failed(reason) = verdict {
+            let bounds = Bounds::of(case, index, &Meta { shape, ..meta });
+            if let Err(reason) = verify::judge(case.tolerance, bounds, meta.dtype, want, &got) {
                 return Ok(Verdict::Failed(format!("part {number}, output {index}: {reason}")));
             }
         }

@@ -24,6 +24,9 @@ pub struct Args {
     /// Only the case with this label, as a failure prints it
     #[arg(long, value_name = "LABEL")]
     case: Option<String>,
+    /// Only cases none of whose inputs has more elements: what a memory checker can go through
+    #[arg(long, value_name = "ELEMENTS")]
+    largest: Option<usize>,
     /// Seed of the inputs
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -88,8 +91,10 @@ fn replay(device: &str, outcome: &Outcome, grad: bool) -> String {
 pub fn run(global: &Global, args: &Args) -> Result<()> {
     let device = global.open()?;
     let label = |case: &Case| args.case.as_ref().is_none_or(|wanted| *wanted == case.label());
+    let largest = args.largest.unwrap_or(usize::MAX);
+    let small = |case: &Case| case.inputs.iter().all(|i| i.meta.count() <= largest);
     let cases: Vec<Case> =
-        verify::select(&args.op).into_iter().filter(|c| (!args.grad || c.grad) && label(c)).collect();
+        verify::select(&args.op).into_iter().filter(|c| (!args.grad || c.grad) && label(c) && small(c)).collect();
     if cases.is_empty() {
         let value = args.case.clone().unwrap_or_else(|| args.op.clone());
         return Err(Error::Usage { argument: "--op, --case", value, rule: "an op and case of `kernels list`".into() });

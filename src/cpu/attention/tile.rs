@@ -117,7 +117,7 @@ pub struct Left<'a> {
 }
 
 /// C `[m, n]` = (or += with `add`) A `[m, k]` B `[k, n]`; `n` is a multiple of `V::LANES`, B and C have `ldb` and `ldc`
-/// elements between rows. Every element of C is one chain of fused multiply-adds in the order of k.
+/// elements between rows. Every element of the product is one chain of fused multiply-adds in the order of k.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 pub fn product<V: Vector>(
@@ -174,13 +174,6 @@ unsafe fn tile<V: Vector, const M: usize, const N: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         let mut sum = [[V::zero(); N]; M];
-        if add {
-            for (i, sum) in sum.iter_mut().enumerate() {
-                for (j, sum) in sum.iter_mut().enumerate() {
-                    *sum = V::load(c.add(i * ldc + j * V::LANES));
-                }
-            }
-        }
         for p in 0..k {
             let mut right = [V::zero(); N];
             for (j, right) in right.iter_mut().enumerate() {
@@ -195,7 +188,10 @@ unsafe fn tile<V: Vector, const M: usize, const N: usize>(
         }
         for (i, sum) in sum.iter().enumerate() {
             for (j, sum) in sum.iter().enumerate() {
-                sum.store(c.add(i * ldc + j * V::LANES));
+                let c = c.add(i * ldc + j * V::LANES);
+                // One block's sum is added as a whole: a chain over all keys would lose digits with every one of them.
+                let sum = if add { V::load(c).fused(1.0, *sum) } else { *sum };
+                sum.store(c);
             }
         }
     }

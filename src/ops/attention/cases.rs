@@ -41,7 +41,9 @@ fn inputs(case: Case, op: &Attention, [b, t, s, h, d]: Size, dtype: DType) -> Ca
 
 fn forward(op: Attention, size: Size, dtype: DType) -> Case {
     // A score is a sum over D, a value of y one over S.
-    inputs(Case::new(op, Tolerance::Contraction { k: size[2] + size[4] }), &op, size, dtype)
+    let case = Case::new(op, Tolerance::Contraction { k: size[2] + size[4] });
+    // y by way of P.
+    inputs(case, &op, size, dtype).rounded_between(&[0])
 }
 
 /// y, lse and dy are drawn on their own: the backward is a function of them as given. lse near ln S keeps rows of P
@@ -51,7 +53,9 @@ fn backward(op: Attention, size: Size, dtype: DType) -> Case {
     let tolerance = Tolerance::Contraction { k: s.max(t) + 4 * d };
     let case = inputs(Case::new(AttentionBackward(op), tolerance), &op, size, dtype);
     let lse = Fill::Normal { mean: (s as f64).ln() + if op.bias { 1.0 } else { 0.5 }, deviation: 0.3 };
-    case.normal(&[b, t, h, d], dtype).input(&[b, h, t], DType::F32, lse).normal(&[b, t, h, d], dtype)
+    let case = case.normal(&[b, t, h, d], dtype).input(&[b, h, t], DType::F32, lse).normal(&[b, t, h, d], dtype);
+    // dq and dk by way of dS, dv of P.
+    case.rounded_between(&[0, 1, 2])
 }
 
 pub fn cases() -> Vec<Case> {

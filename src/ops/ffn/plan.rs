@@ -149,23 +149,21 @@ fn fits_large(p: &Problem) -> bool {
         })
 }
 
-/// One product of the tensor rung: large and small entry, outputs, and how many planes its operands have in all.
+/// One product of the tensor rung: large and small entry, and outputs.
 struct TensorProduct {
     entries: [&'static str; 2],
     rows: usize,
     columns: usize,
-    planes: usize,
 }
 
 impl TensorProduct {
-    /// The launch and the rows of its tiles. Shared memory holds four stages, with planes in the large tile three.
+    /// The launch and the rows of its tiles. Shared memory holds four stages of both operands.
     fn launch(&self, p: &Problem, large: bool, params: Params, slots: &[usize]) -> (Launch, usize) {
         let large = large && many(p, self.rows, self.columns);
         let (entry, tile) = if large { (self.entries[0], LARGE_TILE) } else { (self.entries[1], TILE) };
-        let stages = if large && self.planes == 3 { 3 } else { 4 };
         let tiles = |extent: usize| extent.div_ceil(tile).max(1) as u32;
         let launch = Launch::new([tiles(self.columns), tiles(self.rows), 1], params).entry(entry).slots(slots);
-        (launch.shared(self.planes * tile * stages * 32 * 2), tile)
+        (launch.shared(2 * tile * 4 * 32 * 2), tile)
     }
 }
 
@@ -174,12 +172,12 @@ fn tensor_params(activation: FfnActivation, e: &Extents) -> Params {
     Params::new().u(e.rows).u(e.d).u(e.f).u(e.d2).u(activation.code())
 }
 
-/// Bytes of a 16-bit matrix in two planes whose rows start at multiples of 16 bytes.
-fn planes(rows: usize, columns: usize) -> usize {
-    2 * rows * columns.next_multiple_of(8) * 2
+/// Bytes of a 16-bit matrix whose rows start at multiples of 16 bytes.
+fn aligned(rows: usize, columns: usize) -> usize {
+    rows * columns.next_multiple_of(8) * 2
 }
 
-/// Arguments as in `forward`; scratch: h in two planes 7.
+/// Arguments as in `forward`; scratch: h 7.
 fn tensor_forward(p: &Problem, large: bool) -> Plan {
     let Some((activation, e)) = problem(p) else {
         return Plan::default();
@@ -187,29 +185,28 @@ fn tensor_forward(p: &Problem, large: bool) -> Plan {
     let params = tensor_params(activation, &e);
     // Gates and values alternate in eights.
     let columns = if activation.halves() == 2 { 2 * e.f.next_multiple_of(8) } else { e.f };
-    let up = TensorProduct { entries: ["ffn_up_mma", "ffn_up_small_mma"], rows: e.rows, columns, planes: 2 };
-    let down =
-        TensorProduct { entries: ["ffn_down_mma", "ffn_down_small_mma"], rows: e.rows, columns: e.d2, planes: 3 };
+    let up = TensorProduct { entries: ["ffn_up_mma", "ffn_up_small_mma"], rows: e.rows, columns };
+    let down = TensorProduct { entries: ["ffn_down_mma", "ffn_down_small_mma"], rows: e.rows, columns: e.d2 };
     let launches =
         vec![up.launch(p, large, params, &[0, 1, 2, 6, 7]).0, down.launch(p, large, params, &[7, 3, 4, 5]).0];
-    Plan::sequence(launches).scratch(planes(e.rows, e.f))
+    Plan::sequence(launches).scratch(aligned(e.rows, e.f))
 }
 
 /// Rows of a block of `ffn_partial_mma`, and its columns.
 const PARTIAL: usize = 128;
 
-/// Arguments as in `backward`; scratch: h in two planes 10, dz in two planes 11, sums over tiles of rows for db1 12 and db2 13.
+/// Arguments as in `backward`; scratch: h 10, dz 11, sums over tiles of rows for db1 12 and db2 13.
 fn tensor_backward(p: &Problem, large: bool) -> Plan {
     let Some((activation, e)) = problem(p) else {
         return Plan::default();
     };
     let hidden = e.f * activation.halves();
     let params = tensor_params(activation, &e);
-    let product = |entries, rows, columns, planes| TensorProduct { entries, rows, columns, planes };
-    let slope = product(["ffn_slope_mma", "ffn_slope_small_mma"], e.rows, e.f, 2);
-    let dx = product(["ffn_dx_mma", "ffn_dx_small_mma"], e.rows, e.d, 3);
-    let dw1 = product(["ffn_dw1_mma", "ffn_dw1_small_mma"], hidden, e.d, 3);
-    let dw2 = product(["ffn_dw2_mma", "ffn_dw2_small_mma"], e.d2, e.f, 3);
+    let product = |entries, rows, columns| TensorProduct { entries, rows, columns };
+    let slope = product(["ffn_slope_mma", "ffn_slope_small_mma"], e.rows, e.f);
+    let dx = product(["ffn_dx_mma", "ffn_dx_small_mma"], e.rows, e.d);
+    let dw1 = product(["ffn_dw1_mma", "ffn_dw1_small_mma"], hidden, e.d);
+    let dw2 = product(["ffn_dw2_mma", "ffn_dw2_small_mma"], e.d2, e.f);
     let (slope, tile) = slope.launch(p, large, params, &[4, 2, 3, 10, 11, 12]);
     let (tiles, parts) = (e.rows.div_ceil(tile), e.rows.div_ceil(PARTIAL));
     let groups = [e.d2.div_ceil(PARTIAL).max(1) as u32, parts.max(1) as u32, 1];
@@ -224,8 +221,8 @@ fn tensor_backward(p: &Problem, large: bool) -> Plan {
     ];
     let sums = |rows: usize, columns: usize| rows.max(1) * columns * 4;
     Plan::sequence(launches)
-        .scratch(planes(e.rows, e.f))
-        .scratch(planes(e.rows, hidden))
+        .scratch(aligned(e.rows, e.f))
+        .scratch(aligned(e.rows, hidden))
         .scratch(sums(tiles, hidden))
         .scratch(sums(parts, e.d2))
 }

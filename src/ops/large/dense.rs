@@ -57,7 +57,8 @@ fn block(activation: FfnActivation, [rows, d, f]: [usize; 3]) -> Large {
         .input(&[hidden, d], BF16, weight(d))
         .normal(&[hidden], BF16)
         .input(&[d, f], BF16, weight(f))
-        .normal(&[d], BF16);
+        .normal(&[d], BF16)
+        .rounded_between(&[0]);
     let some: &[Cut] = &[(0, Pick::Spread(4))];
     let part = Part::new(&[some, &[], &[], &[], &[]], &[Some(some), Some(some)]);
     Large::new("ffn", block_name(activation, [rows, d, f]), case, vec![part])
@@ -70,7 +71,8 @@ fn block_backward(activation: FfnActivation, [rows, d, f]: [usize; 3]) -> Large 
         .input(&[hidden, d], BF16, weight(d))
         .input(&[d, f], BF16, weight(f))
         .normal(&[rows, hidden], BF16)
-        .normal(&[rows, d], BF16);
+        .normal(&[rows, d], BF16)
+        .rounded_between(&[0, 1, 3]);
     let some: &[Cut] = &[(0, Pick::Spread(2))];
     // The gradients of some hidden columns' weights are sums over all rows.
     let pick = if activation.halves() == 1 { Pick::Spread(3) } else { Pick::Halves(3) };
@@ -136,7 +138,7 @@ const HEADS: Cut = (2, Pick::Spread(2));
 
 fn attention_forward(op: Attention, size: Size) -> Large {
     let [_, t, s, _, d] = size;
-    let case = inputs(Case::new(op, Tolerance::Contraction { k: s + d }), &op, size);
+    let case = inputs(Case::new(op, Tolerance::Contraction { k: s + d }), &op, size).rounded_between(&[0]);
     let part = |(pick, offset): (Pick, Option<usize>)| {
         let (queries, keys): ([Cut; 3], [Cut; 2]) = ([BATCH, (1, pick), HEADS], [BATCH, HEADS]);
         let mut cuts: Vec<&[Cut]> = vec![&queries, &keys, &keys];
@@ -161,7 +163,7 @@ fn attention_backward(op: Attention, size: Size) -> Large {
     let seen = if op.mask == Mask::None { s } else { s / 2 };
     let lse = Fill::Normal { mean: (seen as f64).ln() + 0.5, deviation: 0.3 };
     let case = inputs(case, &op, size).normal(&[b, t, h, d], BF16).input(&[b, h, t], F32, lse);
-    let case = case.normal(&[b, t, h, d], BF16);
+    let case = case.normal(&[b, t, h, d], BF16).rounded_between(&[0, 1, 2]);
     let (one, head): (Cut, Cut) = ((0, Pick::Last(1)), (2, Pick::Last(1)));
     let of_queries = |(pick, offset): (Pick, Option<usize>)| {
         let (queries, keys): ([Cut; 3], [Cut; 2]) = ([one, (1, pick), head], [one, head]);

@@ -10,6 +10,9 @@ use crate::ops::softmax::targets;
 const SHAPES: [[usize; 4]; 6] =
     [[1, 1, 2, 1], [3, 5, 7, 2], [9, 13, 17, 4], [33, 8, 65, 16], [6, 16, 129, 64], [5, 4, 2049, 3]];
 
+/// For tensor tiles, whose widths are multiples of eight: several tiles each way in two chunks, and two tiles of words.
+const TENSOR_SHAPES: [[usize; 4]; 2] = [[140, 136, 300, 135], [3, 8, 2061, 2]];
+
 /// Hidden states and heads whose logits have a deviation of about 2.
 const HEAD: Fill = Fill::Normal { mean: 0.0, deviation: LOGIT };
 /// Size of a logit: losses are differences of such terms.
@@ -34,6 +37,14 @@ pub(super) fn cases() -> Vec<Case> {
             }
             cases.push(entropy_backward(0.1, shape, dtype));
             cases.push(predict(shape, dtype));
+        }
+        for shape in TENSOR_SHAPES.into_iter().filter(|_| dtype != DType::F32) {
+            let [n, d, v, chunk] = shape;
+            cases.extend([entropy(0.1, shape, dtype), entropy_backward(0.1, shape, dtype), predict(shape, dtype)]);
+            for direction in DIRECTIONS {
+                cases.push(kl(direction, 2.0, [n, d, d + 8, v, chunk], dtype));
+                cases.push(kl_backward(direction, [n, d, d + 8, v, chunk], dtype));
+            }
         }
     }
     // A small model's head: 256 tokens of width 256, 8,000 words.

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 
+use super::plan::Rung;
 use super::{check_chunk, check_heads, check_rows, logits, plan, row, through};
 use crate::cpu;
 use crate::dtype::DType;
@@ -69,7 +70,9 @@ impl Op for LinearCrossEntropy {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("linear_cross_entropy_fwd", DType::FLOATS, cpu::linear_cross_entropy),
-            plan::kernel("linear_cross_entropy_fwd", plan::entropy),
+            plan::tensor("linear_cross_entropy_fwd_mma", |p| plan::entropy(p, Rung::Large)),
+            plan::tensor_small("linear_cross_entropy_fwd_small_mma", |p| plan::entropy(p, Rung::Small)),
+            plan::kernel("linear_cross_entropy_fwd", |p| plan::entropy(p, Rung::Registers)),
         ];
         KERNELS
     }
@@ -122,7 +125,9 @@ impl Op for LinearCrossEntropyBackward {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("linear_cross_entropy_bwd", DType::FLOATS, cpu::linear_cross_entropy_backward),
-            plan::kernel("linear_cross_entropy_bwd", plan::entropy_backward),
+            plan::tensor("linear_cross_entropy_bwd_mma", |p| plan::entropy_backward(p, Rung::Large)),
+            plan::tensor_small("linear_cross_entropy_bwd_small_mma", |p| plan::entropy_backward(p, Rung::Small)),
+            plan::kernel("linear_cross_entropy_bwd", |p| plan::entropy_backward(p, Rung::Registers)),
         ];
         KERNELS
     }

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 
+use super::plan::Rung;
 use super::{check_chunk, check_heads, check_rows, logits, plan, row, through};
 use crate::cpu;
 use crate::dtype::DType;
@@ -87,8 +88,12 @@ impl Op for LinearKl {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] =
-            &[Kernel::cpu("linear_kl_fwd", DType::FLOATS, cpu::linear_kl), plan::kernel("linear_kl_fwd", plan::kl)];
+        const KERNELS: &[Kernel] = &[
+            Kernel::cpu("linear_kl_fwd", DType::FLOATS, cpu::linear_kl),
+            plan::tensor("linear_kl_fwd_mma", |p| plan::kl(p, Rung::Large)),
+            plan::tensor_small("linear_kl_fwd_small_mma", |p| plan::kl(p, Rung::Small)),
+            plan::kernel("linear_kl_fwd", |p| plan::kl(p, Rung::Registers)),
+        ];
         KERNELS
     }
 
@@ -153,7 +158,9 @@ impl Op for LinearKlBackward {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("linear_kl_bwd", DType::FLOATS, cpu::linear_kl_backward),
-            plan::kernel("linear_kl_bwd", plan::kl_backward),
+            plan::tensor("linear_kl_bwd_mma", |p| plan::kl_backward(p, Rung::Large)),
+            plan::tensor_small("linear_kl_bwd_small_mma", |p| plan::kl_backward(p, Rung::Small)),
+            plan::kernel("linear_kl_bwd", |p| plan::kl_backward(p, Rung::Registers)),
         ];
         KERNELS
     }

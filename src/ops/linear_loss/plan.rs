@@ -21,6 +21,44 @@ pub(super) const fn kernel(name: &'static str, plan: fn(&Problem) -> Plan) -> Ke
     Kernel { name, code, dtypes: DType::FLOATS, fits, plan }
 }
 
+/// Tensor instructions of compute capability 8.0 on 16-bit elements: 128x128 outputs a block, of aligned widths.
+pub(super) const fn tensor(name: &'static str, plan: fn(&Problem) -> Plan) -> Kernel {
+    let code = Code::Cuda { source: SOURCE, entry: "tile_logits_mma", constants: &[], arch: 80, tensor: &["mma.sync"] };
+    Kernel { name, code, dtypes: &[DType::F16, DType::Bf16], fits: fits_tensor, plan }
+}
+
+/// 64x64 outputs a block, of any width.
+pub(super) const fn tensor_small(name: &'static str, plan: fn(&Problem) -> Plan) -> Kernel {
+    let code =
+        Code::Cuda { source: SOURCE, entry: "tile_logits_small_mma", constants: &[], arch: 80, tensor: &["mma.sync"] };
+    Kernel { name, code, dtypes: &[DType::F16, DType::Bf16], fits, plan }
+}
+
+/// Which kernels make the products of a plan.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rung {
+    Registers,
+    Small,
+    Large,
+}
+
+/// Outputs of a block of the tensor rungs, per axis, and large tiles enough for the multiprocessors of a data-centre GPU.
+const LARGE_TILE: usize = 128;
+const SMALL_TILE: usize = 64;
+const LARGE_TILES: usize = 132;
+
+/// Whether a product has large tiles enough. Software adapters are never full, so that small cases verify them too.
+fn many(p: &Problem, rows: usize, columns: usize) -> bool {
+    p.info.software || rows.div_ceil(LARGE_TILE) * columns.div_ceil(LARGE_TILE) >= LARGE_TILES
+}
+
+/// The large tile copies 16 bytes at a time. Its plan takes the small one for products with few outputs.
+fn fits_tensor(p: &Problem) -> bool {
+    let e = Extents::new(p, CHUNK);
+    let aligned = p.inputs.iter().filter(|m| m.dims().len() == 2).all(|m| m.shape.last().is_multiple_of(8));
+    aligned && fits(p) && many(p, e.chunk, e.tile)
+}
+
 /// Everything but the head is bound whole, and one invocation sums over the width.
 fn fits(p: &Problem) -> bool {
     let limit = p.info.limits.binding_bytes;
@@ -102,6 +140,23 @@ fn product(
     Launch::new(groups, params).entry(entry).slots(&[a.argument, b.argument, c.0]).trips(k + 64)
 }
 
+/// A product of `planes` planes of operands on tensor instructions, by its large and its small entry.
+fn tensor_product(
+    p: &Problem,
+    rung: Rung,
+    entries: [&'static str; 2],
+    planes: usize,
+    [m, n, k]: [usize; 3],
+    params: Params,
+) -> Launch {
+    let large = rung == Rung::Large && many(p, m, n);
+    let (entry, tile) = if large { (entries[0], LARGE_TILE) } else { (entries[1], SMALL_TILE) };
+    // Four stages of 32 of k in shared memory, with planes in the large tile three.
+    let stages = if large && planes == 3 { 3 } else { 4 };
+    let groups = [n.div_ceil(tile) as u32, m.div_ceil(tile) as u32, 1];
+    Launch::new(groups, params).entry(entry).shared(planes * tile * stages * 32 * 2).trips(k)
+}
+
 /// Binds only the head's (or its gradient's) words of a tile.
 fn window(launch: Launch, p: &Problem, argument: usize, t: Tile, d: usize) -> Launch {
     let word = d * p.inputs[0].dtype.size();
@@ -109,11 +164,16 @@ fn window(launch: Launch, p: &Problem, argument: usize, t: Tile, d: usize) -> La
 }
 
 /// z = hidden weightᵀ of one tile, from arguments `first` and `first + 1` into argument `z`.
-fn logits(p: &Problem, first: usize, t: Tile, z: usize) -> Launch {
+fn logits(p: &Problem, rung: Rung, first: usize, t: Tile, z: usize) -> Launch {
     let d = p.inputs[first].shape.last();
     let hidden = Operand { argument: first, start: t.row * d, outer: d, inner: 1 };
     let weight = Operand { argument: first + 1, start: 0, outer: d, inner: 1 };
-    let launch = product("tile_logits", [t.rows, t.words, d], hidden, weight, (z, 0, t.words), false);
+    let extents = [t.rows, t.words, d];
+    let mut launch = product("tile_logits", extents, hidden, weight, (z, 0, t.words), false);
+    if rung != Rung::Registers {
+        let entries = ["tile_logits_mma", "tile_logits_small_mma"];
+        launch = tensor_product(p, rung, entries, 2, extents, launch.params).slots(&launch.slots);
+    }
     window(launch, p, first + 1, t, d)
 }
 
@@ -153,6 +213,23 @@ impl Form {
         Launch::linear(t.rows, BLOCK, self.params(e, t)).entry(entry).slots(slots).trips(trips)
     }
 
+    /// One warp per token.
+    fn warps(&self, entry: &'static str, e: &Extents, t: Tile, slots: &[usize]) -> Launch {
+        Launch::linear(t.rows * 32, 256, self.params(e, t)).entry(entry).slots(slots)
+    }
+
+    /// Eight neighbouring words of a row per thread.
+    fn eights(&self, entry: &'static str, e: &Extents, t: Tile, slots: &[usize]) -> Launch {
+        Launch::linear(t.rows * t.words.div_ceil(8), 128, self.params(e, t)).entry(entry).slots(slots)
+    }
+
+    /// The power of two that dz is multiplied with, from dloss and, where one counts, the weight.
+    fn scale(&self, e: &Extents, dloss: usize, weight: Option<usize>, scale: usize) -> Launch {
+        let all = Tile { row: 0, rows: e.n, word: 0, words: usize::from(weight.is_some()) };
+        let launch = Launch::new([1, 1, 1], self.params(e, all)).entry("tile_scale_mma");
+        launch.slots(&[dloss, weight.unwrap_or(dloss), scale])
+    }
+
     /// Four neighbouring elements of the tile per invocation.
     fn elements(&self, entry: &'static str, e: &Extents, t: Tile, slots: &[usize]) -> Launch {
         Launch::linear((t.rows * t.words).div_ceil(4), BLOCK, self.params(e, t)).entry(entry).slots(slots).trips(4)
@@ -165,49 +242,91 @@ impl Form {
     }
 }
 
-fn scored(p: &Problem, chunk: usize, smoothing: f32, done: &'static str) -> Plan {
+fn scored(p: &Problem, rung: Rung, chunk: usize, smoothing: f32, done: &'static str) -> Plan {
     const Z: usize = 5;
     const STATES: usize = 6;
     let (e, form) = (Extents::new(p, chunk), Form::entropy(smoothing));
     let mut launches = Vec::new();
     for t in e.by_tokens() {
-        launches.push(logits(p, 0, t, Z));
-        launches.push(form.rows("entropy_tile", &e, t, &[Z, 2, STATES]));
+        launches.push(logits(p, rung, 0, t, Z));
+        launches.push(match rung {
+            Rung::Registers => form.rows("entropy_tile", &e, t, &[Z, 2, STATES]),
+            _ => form.warps("entropy_tile_mma", &e, t, &[Z, 2, STATES]),
+        });
     }
     launches.push(form.done(done, &e, &[STATES, 2, 3, 4]));
     Plan::sequence(launches).scratch(e.logits()).scratch(e.n * STATE * 4)
 }
 
-pub(super) fn entropy(p: &Problem) -> Plan {
-    p.op::<LinearCrossEntropy>().map(|op| scored(p, op.chunk, op.smoothing, "entropy_done")).unwrap_or_default()
+pub(super) fn entropy(p: &Problem, rung: Rung) -> Plan {
+    p.op::<LinearCrossEntropy>().map(|op| scored(p, rung, op.chunk, op.smoothing, "entropy_done")).unwrap_or_default()
 }
 
-pub(super) fn predict(p: &Problem) -> Plan {
-    p.op::<LinearPredict>().map(|op| scored(p, op.chunk, 0.0, "predict_done")).unwrap_or_default()
+pub(super) fn predict(p: &Problem, rung: Rung) -> Plan {
+    p.op::<LinearPredict>().map(|op| scored(p, rung, op.chunk, 0.0, "predict_done")).unwrap_or_default()
 }
 
-/// dhidden and dweight (arguments `out`, `out + 1`) from what `slopes` leaves in argument `z`; sums in `z + sums`.
-fn gradients(p: &Problem, e: Extents, [out, z, sums]: [usize; 3], slopes: &dyn Fn(Tile, &mut Vec<Launch>)) -> Plan {
+/// Arguments of the gradients: the first output, the tile's dz, the first of two f32 sums. Tensor rungs have two more scratch
+/// buffers after those: dz in two planes and its scale.
+#[derive(Clone, Copy)]
+struct Places {
+    out: usize,
+    z: usize,
+    sums: usize,
+}
+
+impl Places {
+    fn planes(self) -> usize {
+        self.sums + 2
+    }
+
+    fn scale(self) -> usize {
+        self.sums + 3
+    }
+}
+
+/// Launches of dhidden and dweight, from what `slopes` leaves as dz of a tile.
+fn gradients(p: &Problem, rung: Rung, e: Extents, at: Places, slopes: &dyn Fn(Tile, &mut Vec<Launch>)) -> Vec<Launch> {
     let d = p.inputs[0].shape.last();
     let mut launches = Vec::new();
+    let multiply = |tensor: [&'static str; 2], extents, dz: Operand, b: Operand, c: (usize, usize, usize), add| {
+        let slots = [at.planes(), b.argument, at.scale(), c.0];
+        let launch = product("tile_product", extents, dz, b, c, add);
+        match rung {
+            Rung::Registers => launch,
+            _ => tensor_product(p, rung, tensor, 3, extents, launch.params).slots(&slots),
+        }
+    };
     // Words outside: a tile of dweight is finished before the next.
     for word in (0..e.v).step_by(e.tile) {
         for row in (0..e.n).step_by(e.chunk) {
             let t = e.tile(row, word);
             slopes(t, &mut launches);
-            let dz = Operand { argument: z, start: 0, outer: t.words, inner: 1 };
+            let dz = Operand { argument: at.z, start: 0, outer: t.words, inner: 1 };
             let weight = Operand { argument: 1, start: 0, outer: 1, inner: d };
-            let back = product("tile_product", [t.rows, d, t.words], dz, weight, (sums, row * d, d), word > 0);
+            let entries = ["tile_hidden_mma", "tile_hidden_small_mma"];
+            let back = multiply(entries, [t.rows, d, t.words], dz, weight, (at.sums, row * d, d), word > 0);
             launches.push(window(back, p, 1, t, d));
-            let dz = Operand { argument: z, start: 0, outer: 1, inner: t.words };
+            let dz = Operand { argument: at.z, start: 0, outer: 1, inner: t.words };
             let hidden = Operand { argument: 0, start: row * d, outer: 1, inner: d };
-            launches.push(product("tile_product", [t.words, d, t.rows], dz, hidden, (sums + 1, 0, d), row > 0));
+            let entries = ["tile_weight_mma", "tile_weight_small_mma"];
+            launches.push(multiply(entries, [t.words, d, t.rows], dz, hidden, (at.sums + 1, 0, d), row > 0));
         }
         let t = e.tile(0, word);
-        launches.push(window(store(sums + 1, out + 1, t.words * d), p, out + 1, t, d));
+        launches.push(window(store(at.sums + 1, at.out + 1, t.words * d), p, at.out + 1, t, d));
     }
-    launches.push(store(sums, out, e.n * d));
-    Plan::sequence(launches)
+    launches.push(store(at.sums, at.out, e.n * d));
+    launches
+}
+
+/// Adds the scratch of `gradients` behind that of the tiles' logits.
+fn sums(plan: Plan, p: &Problem, rung: Rung, e: &Extents) -> Plan {
+    let d = p.inputs[0].shape.last();
+    let plan = plan.scratch(e.n * d * 4).scratch(e.tile * d * 4);
+    match rung {
+        Rung::Registers => plan,
+        _ => plan.scratch(2 * e.chunk * e.tile.next_multiple_of(8) * 2).scratch(2 * 4),
+    }
 }
 
 /// Rounds f32 sums to storage.
@@ -216,21 +335,28 @@ fn store(from: usize, to: usize, count: usize) -> Launch {
     Launch::linear(count.div_ceil(4), BLOCK, params).entry("tile_store").slots(&[from, to]).trips(4)
 }
 
-pub(super) fn entropy_backward(p: &Problem) -> Plan {
+pub(super) fn entropy_backward(p: &Problem, rung: Rung) -> Plan {
     const Z: usize = 7;
+    const AT: Places = Places { out: 5, z: Z, sums: 8 };
     let Some(op) = p.op::<LinearCrossEntropyBackward>() else {
         return Plan::default();
     };
     let (e, form) = (Extents::new(p, op.chunk), Form::entropy(op.smoothing));
     let slopes = |t: Tile, launches: &mut Vec<Launch>| {
-        launches.push(logits(p, 0, t, Z));
-        launches.push(form.elements("entropy_slopes", &e, t, &[Z, 2, 3, 4]));
+        launches.push(logits(p, rung, 0, t, Z));
+        launches.push(match rung {
+            Rung::Registers => form.elements("entropy_slopes", &e, t, &[Z, 2, 3, 4]),
+            _ => form.eights("entropy_slopes_mma", &e, t, &[Z, 2, 3, 4, AT.scale(), AT.planes()]),
+        });
     };
-    let d = p.inputs[0].shape.last();
-    gradients(p, e, [5, Z, 8], &slopes).scratch(e.logits()).scratch(e.n * d * 4).scratch(e.tile * d * 4)
+    let mut launches = gradients(p, rung, e, AT, &slopes);
+    if rung != Rung::Registers {
+        launches.insert(0, form.scale(&e, 4, None, AT.scale()));
+    }
+    sums(Plan::sequence(launches).scratch(e.logits()), p, rung, &e)
 }
 
-pub(super) fn kl(p: &Problem) -> Plan {
+pub(super) fn kl(p: &Problem, rung: Rung) -> Plan {
     const ZS: usize = 9;
     const ZT: usize = 10;
     const STATES: usize = 11;
@@ -241,32 +367,41 @@ pub(super) fn kl(p: &Problem) -> Plan {
     let (e, form) = (Extents::new(p, op.chunk), Form::divergence(&divergence));
     let mut launches = Vec::new();
     // The mixture of the Jensen-Shannon divergence needs both log sum exps: a second pass over the words.
-    let passes: &[&'static str] = if form.direction == 2 { &["kl_tile", "jsd_tile"] } else { &["kl_tile"] };
-    for entry in passes {
+    let passes = [["kl_tile", "kl_tile_mma"], ["jsd_tile", "jsd_tile_mma"]];
+    for [entry, warps] in passes.into_iter().take(1 + usize::from(form.direction == 2)) {
         for t in e.by_tokens() {
-            launches.push(logits(p, 0, t, ZS));
-            launches.push(logits(p, 2, t, ZT));
-            launches.push(form.rows(entry, &e, t, &[ZS, ZT, STATES]));
+            launches.push(logits(p, rung, 0, t, ZS));
+            launches.push(logits(p, rung, 2, t, ZT));
+            launches.push(match rung {
+                Rung::Registers => form.rows(entry, &e, t, &[ZS, ZT, STATES]),
+                _ => form.warps(warps, &e, t, &[ZS, ZT, STATES]),
+            });
         }
     }
     launches.push(form.done("kl_done", &e, &[STATES, 4, 5, 6, 7, 8]));
     Plan::sequence(launches).scratch(e.logits()).scratch(e.logits()).scratch(e.n * STATE * 4)
 }
 
-pub(super) fn kl_backward(p: &Problem) -> Plan {
+pub(super) fn kl_backward(p: &Problem, rung: Rung) -> Plan {
     const ZS: usize = 11;
     const ZT: usize = 12;
+    const AT: Places = Places { out: 9, z: ZS, sums: 13 };
     let Some(op) = p.op::<LinearKlBackward>() else {
         return Plan::default();
     };
     let divergence = op.divergence();
     let (e, form) = (Extents::new(p, op.chunk), Form::divergence(&divergence));
     let slopes = |t: Tile, launches: &mut Vec<Launch>| {
-        launches.push(logits(p, 0, t, ZS));
-        launches.push(logits(p, 2, t, ZT));
-        launches.push(form.elements("kl_slopes", &e, t, &[ZS, ZT, 4, 5, 6, 7, 8]));
+        launches.push(logits(p, rung, 0, t, ZS));
+        launches.push(logits(p, rung, 2, t, ZT));
+        launches.push(match rung {
+            Rung::Registers => form.elements("kl_slopes", &e, t, &[ZS, ZT, 4, 5, 6, 7, 8]),
+            _ => form.eights("kl_slopes_mma", &e, t, &[ZS, ZT, 4, 5, 6, 7, 8, AT.scale(), AT.planes()]),
+        });
     };
-    let d = p.inputs[0].shape.last();
-    let plan = gradients(p, e, [9, ZS, 13], &slopes);
-    plan.scratch(e.logits()).scratch(e.logits()).scratch(e.n * d * 4).scratch(e.tile * d * 4)
+    let mut launches = gradients(p, rung, e, AT, &slopes);
+    if rung != Rung::Registers {
+        launches.insert(0, form.scale(&e, 8, Some(4), AT.scale()));
+    }
+    sums(Plan::sequence(launches).scratch(e.logits()).scratch(e.logits()), p, rung, &e)
 }

@@ -3,6 +3,7 @@
 use std::any::Any;
 
 use super::entropy::cost;
+use super::plan::Rung;
 use super::{check_chunk, check_heads, check_rows, logits, plan, row};
 use crate::cpu;
 use crate::dtype::DType;
@@ -55,7 +56,9 @@ impl Op for LinearPredict {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("linear_predict_fwd", DType::FLOATS, cpu::linear_predict),
-            plan::kernel("linear_predict_fwd", plan::predict),
+            plan::tensor("linear_predict_fwd_mma", |p| plan::predict(p, Rung::Large)),
+            plan::tensor_small("linear_predict_fwd_small_mma", |p| plan::predict(p, Rung::Small)),
+            plan::kernel("linear_predict_fwd", |p| plan::predict(p, Rung::Registers)),
         ];
         KERNELS
     }
