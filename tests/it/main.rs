@@ -1,6 +1,7 @@
 //! One integration binary.
 
 mod cuda;
+mod cuda_groups;
 mod data;
 mod device;
 mod kernels;
