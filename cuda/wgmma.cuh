@@ -1,1 +1,125 @@
-// Joined in front of every kernel file, after mma.cuh: warp-group tensor instructions, bulk copies and barriers of sm_90a.
+// Joined in front of every kernel file, after gemm.cuh: warp-group tensor instructions, bulk copies by tensor map and barriers
+// of sm_90a. On the host each is emulated by tests/cuda_host/wgmma.hpp under the same name. A warp group is 128 threads whose
+// first is a multiple of 128; everything named wgmma_* and registers_* is called by all of them together.
+//
+//   mbarrier_*     a barrier in 8 aligned bytes of shared memory: a phase ends when `count` arrivals and all bytes that were
+//                  expected have come. `mbarrier_wait(b, parity)` waits for the end of the current phase of that parity: on a
+//                  new barrier parity 0 waits for the first phase, parity 1 passes at once.
+//   tma_load       a box of a tensor map to shared memory, innermost coordinate first; what lies outside of the tensor is zero,
+//                  and the bytes of the whole box are counted by the barrier. One thread calls it.
+//   wgmma_*        d[64, N] = a[64, 16] b[16, N] (+ d): d is f32 in registers, element (16 w + g + 8 (i / 2), 8 j + 2 t + i % 2)
+//                  of warp w and lane 4 g + t in d[4 j + i]; a and b lie in shared memory as a descriptor says.
+//                  fence before the first use of registers, commit closes a group, wait<N> leaves N groups open; after it
+//                  `wgmma_hold` keeps the compiler from reading d too early.
+//   Tiles          of 16-bit elements, turned in 128 bytes as tensor maps write them: rows of 128 bytes whose chunk of 16 bytes c
+//                  lies at c ^ row % 8, from a multiple of 1,024 bytes. Along k: a row per m or n, 64 of k. Along m or n: a row
+//                  per k, blocks of 64 of m or n, `WGMMA_BLOCK` bytes (64 rows) apart. So no product needs a transposed copy.
+//
+// From the manual's text and not yet seen on a GPU, so to be probed there first, each against f64:
+//   1. the leading byte offset of operands along m or n is the distance of their blocks of 64, the stride byte offset that of
+//      8 of k (for operands along k: of 8 rows, with the leading one ignored);
+//   2. steps of 16 of k inside a turned row add 32 bytes to the start address, with base offset 0;
+//   3. boxes partly and wholly outside of a tensor count all their bytes;
+//   4. setmaxnreg to 40 and 232 from 168 registers, which needs 384 threads in the launch bounds and one block;
+//   5. a warp's wgmma.wait_group speaks for its own quarter of an operand only: every warp arrives for itself.
+
+// A tensor map: a kernel takes it as `const __grid_constant__ TensorMap`, after the buffers and before the parameter block.
+struct __align__(64) TensorMap { u64 opaque[16]; };
+
+#if ARCH == 90
+
+// Bytes of 64 rows of a tile: the distance of blocks of 64 of m or n.
+#define WGMMA_BLOCK 8192u
+#define WARP_GROUP 128u
+
+#ifndef ESPALIER_HOST
+
+__device__ __forceinline__ void mbarrier_init(u64* barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Makes new barriers known to the copy engine; the block's own threads need __syncthreads besides.
+__device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void mbarrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
+}
+
+// Expects `bytes` more in this phase, and arrives.
+__device__ __forceinline__ void mbarrier_arrive_expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_wait(u64* barrier, u32 parity) {
+    asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra PASSED;\nbra AGAIN;\nPASSED:\n}"
+                 :: "r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void tma_prefetch(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory"); }
+
+__device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, u64* barrier, u32 x, u32 y, u32 z) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+                 :: "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z) : "memory");
+}
+
+// Between this thread's own writes to shared memory and the copy engine or tensor instructions that use them.
+__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// A barrier of `count` threads (a multiple of 32) with a number from 1 to 15; 0 is that of __syncthreads.
+__device__ __forceinline__ void named_barrier(u32 number, u32 count) { asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(count) : "memory"); }
+
+template <u32 COUNT> __device__ __forceinline__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT)); }
+template <u32 COUNT> __device__ __forceinline__ void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT)); }
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int OPEN> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(OPEN) : "memory"); }
+
+template <u32 COUNT> __device__ __forceinline__ void wgmma_hold(float (&d)[COUNT]) {
+#pragma unroll
+    for (u32 i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i]) :: "memory");
+}
+
+#define WGMMA_F4(d, i) "+f"((d)[i]), "+f"((d)[i + 1]), "+f"((d)[i + 2]), "+f"((d)[i + 3])
+#define WGMMA_F16(d, i) WGMMA_F4(d, i), WGMMA_F4(d, i + 4), WGMMA_F4(d, i + 8), WGMMA_F4(d, i + 12)
+#define WGMMA_F32(d, i) WGMMA_F16(d, i), WGMMA_F16(d, i + 16)
+#define WGMMA_F64(d, i) WGMMA_F32(d, i), WGMMA_F32(d, i + 32)
+#define WGMMA_R0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define WGMMA_R1 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define WGMMA_R2 "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define WGMMA_R3 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
+// d = a b (+ d where `add` is not 0). A_BLOCKS, B_BLOCKS: the operand is contiguous along m, along n.
+template <u32 N, bool A_BLOCKS, bool B_BLOCKS>
+__device__ __forceinline__ void wgmma(float (&d)[N / 2u], u64 a, u64 b, u32 add) {
+    static_assert(N == 64u || N == 128u || N == 256u, "one of the widths below");
+    if constexpr (N == 64u) {
+        asm volatile("{\n.reg .pred sum;\nsetp.ne.u32 sum, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." MMA_TYPE "." MMA_TYPE
+                     " {" WGMMA_R0 "}, %32, %33, sum, 1, 1, %35, %36;\n}"
+                     : WGMMA_F32(d, 0) : "l"(a), "l"(b), "r"(add), "n"(A_BLOCKS ? 1 : 0), "n"(B_BLOCKS ? 1 : 0));
+    } else if constexpr (N == 128u) {
+        asm volatile("{\n.reg .pred sum;\nsetp.ne.u32 sum, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." MMA_TYPE "." MMA_TYPE
+                     " {" WGMMA_R0 "," WGMMA_R1 "}, %64, %65, sum, 1, 1, %67, %68;\n}"
+                     : WGMMA_F64(d, 0) : "l"(a), "l"(b), "r"(add), "n"(A_BLOCKS ? 1 : 0), "n"(B_BLOCKS ? 1 : 0));
+    } else {
+        asm volatile("{\n.reg .pred sum;\nsetp.ne.u32 sum, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32." MMA_TYPE "." MMA_TYPE
+                     " {" WGMMA_R0 "," WGMMA_R1 "," WGMMA_R2 "," WGMMA_R3 "}, %128, %129, sum, 1, 1, %131, %132;\n}"
+                     : WGMMA_F64(d, 0), WGMMA_F64(d, 64) : "l"(a), "l"(b), "r"(add), "n"(A_BLOCKS ? 1 : 0), "n"(B_BLOCKS ? 1 : 0));
+    }
+}
+
+#endif
+
+// The descriptor of an operand's 16 of k that start at `at` bytes of a tile: start address, distance of blocks of 64 of m or n,
+// distance of 8 rows, all in 16 bytes, and the turn by 128 bytes. BLOCKS: contiguous along m or n.
+template <bool BLOCKS>
+__device__ __forceinline__ u64 wgmma_operand(const u8* tile, u32 at) {
+    u32 address = shared_address(tile) + at;
+    u64 leading = BLOCKS ? WGMMA_BLOCK >> 4 : 1u, stride = 1024u >> 4;
+    return (u64)((address & 0x3ffffu) >> 4) | leading << 16 | stride << 32 | (u64)1u << 62;
+}
+
+// Bytes from one 16 of k to the next within a tile of 64 of k.
+template <bool BLOCKS> __device__ __forceinline__ u32 wgmma_step(u32 step) { return step * (BLOCKS ? 2048u : 32u); }
+
+#endif

@@ -1,6 +1,7 @@
 //! Kernel and launch records: pure data that says what runs where, for which shapes, with which geometry.
 
 pub mod cuda;
+mod tensor_map;
 
 use crate::cpu;
 use crate::device::{Info, Kind};
@@ -8,6 +9,8 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::op::Op;
 use crate::shape::Meta;
+
+pub use tensor_map::TensorMap;
 
 /// Where a kernel's code comes from.
 #[derive(Clone, Copy)]
@@ -228,6 +231,8 @@ pub struct Launch {
     pub trips: u64,
     /// Bytes of dynamic shared memory (CUDA).
     pub shared: u32,
+    /// Tensor maps, which a CUDA kernel takes between its buffers and its parameter block.
+    pub maps: Vec<TensorMap>,
 }
 
 /// Highest workgroup count per dimension that every adapter takes.
@@ -235,7 +240,16 @@ pub const MAX_GROUPS: u32 = 65_535;
 
 impl Launch {
     pub fn new(groups: [u32; 3], params: Params) -> Self {
-        Self { groups, params, entry: None, windows: Vec::new(), slots: Vec::new(), trips: 0, shared: 0 }
+        Self {
+            groups,
+            params,
+            entry: None,
+            windows: Vec::new(),
+            slots: Vec::new(),
+            trips: 0,
+            shared: 0,
+            maps: Vec::new(),
+        }
     }
 
     /// One invocation per item in blocks of `block`, folded to two dimensions above 65,535 groups: the kernel's
@@ -264,6 +278,13 @@ impl Launch {
     #[must_use]
     pub fn shared(mut self, bytes: usize) -> Self {
         self.shared = bytes as u32;
+        self
+    }
+
+    /// Adds a tensor map of the argument in its slot (CUDA).
+    #[must_use]
+    pub fn map(mut self, map: TensorMap) -> Self {
+        self.maps.push(map);
         self
     }
 

@@ -155,7 +155,7 @@ fn examine() -> Doctor {
         }
     }
     #[cfg(unix)]
-    match device::CudaHostDevice::new() {
+    match device::CudaHostDevice::new(80) {
         Ok(device) => doctor.devices.push(describe(device.info())),
         Err(_) => doctor.missing.push(Missing {
             what: "a C++ compiler",

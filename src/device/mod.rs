@@ -248,7 +248,7 @@ pub trait Device: Send + Sync {
 }
 
 /// Opens a device by its command-line name: `auto`, `cpu`, `cpu:THREADS`, `wgpu`, `wgpu:INDEX`, `wgpu:NAME`,
-/// `cuda`, `cuda:ORDINAL`, `cuda-host` (CUDA kernels as C++ on the CPU), `reference`. `auto` takes CUDA, else a hardware adapter, else the CPU; a software adapter is used only when named.
+/// `cuda`, `cuda:ORDINAL`, `cuda-host`, `cuda-host:ARCH` (CUDA kernels as C++ on the CPU), `reference`. `auto` takes CUDA, else a hardware adapter, else the CPU; a software adapter is used only when named.
 pub fn open(name: &str) -> Result<Arc<dyn Device>> {
     let (kind, rest) = name.split_once(':').map_or((name, None), |(k, r)| (k, Some(r)));
     let unknown = |rule: &str| Error::Usage { argument: "--device", value: name.to_string(), rule: rule.to_string() };
@@ -273,13 +273,16 @@ pub fn open(name: &str) -> Result<Arc<dyn Device>> {
         "wgpu" => Ok(Arc::new(WgpuDevice::open(rest)?)),
         "reference" => Ok(Arc::new(ReferenceDevice::new())),
         #[cfg(unix)]
-        "cuda-host" => Ok(Arc::new(CudaHostDevice::new()?)),
+        "cuda-host" => {
+            let arch = rest.map_or(Ok(80), str::parse).map_err(|_| unknown("cuda-host:80 or cuda-host:90"))?;
+            Ok(Arc::new(CudaHostDevice::new(arch)?))
+        }
         "cuda" => {
             let ordinal = rest.map_or(Ok(0), str::parse).map_err(|_| unknown("cuda:ORDINAL, a count from 0"))?;
             Ok(Arc::new(CudaDevice::new(ordinal)?))
         }
         _ => Err(unknown(
-            "auto, cpu, cpu:THREADS, wgpu, wgpu:INDEX, wgpu:NAME, cuda, cuda:ORDINAL, cuda-host or reference",
+            "auto, cpu, cpu:THREADS, wgpu, wgpu:INDEX, wgpu:NAME, cuda, cuda:ORDINAL, cuda-host, cuda-host:90 or reference",
         )),
     }
 }

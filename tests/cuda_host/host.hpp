@@ -51,17 +51,19 @@ static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace host {
 
-enum class State { Ready, Barrier, Collective, Done };
+enum class State { Ready, Barrier, Named, Collective, Waiting, Done };
 
 struct Copy { void* shared; const void* global; int valid; bool committed; };
 
 struct Thread {
     void* stack_pointer;
     State state;
-    // Where it waits: the source line, and in a collective operation what completes it and the lane's operands.
+    // Where it waits: the source line (the number of a named barrier), and in a collective operation what completes it, the
+    // lane's operands and how many lanes take part: a warp, or a warp group.
     unsigned line;
     void (*complete)(void** lanes, unsigned count);
     void* operands;
+    unsigned width;
     // Asynchronous copies that were issued and not waited for, and the open groups among them.
     std::vector<std::vector<Copy>> groups;
     std::vector<Copy> open;
@@ -70,7 +72,7 @@ struct Thread {
 struct Range { const unsigned char* start; size_t bytes; };
 
 static const size_t STACK = 128 << 10, PAGE = 4096;
-static const unsigned MOST_THREADS = 1024, LANES = 32;
+static const unsigned MOST_THREADS = 1024, LANES = 32, WARP_GROUP_LANES = 128;
 static const size_t MOST_SHARED = 227 << 10;
 
 static Thread threads[MOST_THREADS];
@@ -78,6 +80,8 @@ static unsigned char* stacks;
 static unsigned char* dynamic;
 static unsigned dynamic_bytes;
 static unsigned current;
+// Barriers of threads that the block has passed.
+static unsigned passed;
 static void* scheduler;
 static void (*entry)(void**);
 static void** arguments;
@@ -208,9 +212,10 @@ static void barrier(unsigned line) {
     yield();
 }
 
-// Waits until every lane of the warp has come with its operands, and `complete` has worked on all of them.
-static void collective(unsigned line, void (*complete)(void**, unsigned), void* operands) {
+// Waits until every lane of the warp (of the warp group) has come with its operands, and `complete` has worked on all of them.
+static void collective(unsigned line, void (*complete)(void**, unsigned), void* operands, unsigned width = LANES) {
     Thread& t = threads[current];
+    t.width = width;
     t.state = State::Collective;
     t.line = line;
     t.complete = complete;
@@ -225,12 +230,14 @@ static bool complete_warps(unsigned count, unsigned order) {
     unsigned warps = (count + LANES - 1) / LANES;
     for (unsigned n = 0; n < warps && !(any && order % 3 != 2); n++) {
         unsigned first = (order % 3 == 1 ? warps - 1 - n : n) * LANES;
-        unsigned lanes = std::min(LANES, count - first);
-        void* operands[LANES];
+        unsigned width = threads[first].state == State::Collective ? threads[first].width : LANES;
+        if (first % width) continue;
+        unsigned lanes = std::min(width, count - first);
+        void* operands[WARP_GROUP_LANES];
         unsigned come = 0;
         for (unsigned i = 0; i < lanes; i++) {
             const Thread& t = threads[first + i];
-            if (t.state == State::Collective && t.complete == threads[first].complete && t.line == threads[first].line) operands[come++] = t.operands;
+            if (t.state == State::Collective && t.width == width && t.complete == threads[first].complete && t.line == threads[first].line) operands[come++] = t.operands;
         }
         if (come < lanes || threads[first].state != State::Collective) continue;
         current = first;
@@ -246,12 +253,22 @@ static const char* describe(const Thread& t) {
     switch (t.state) {
         case State::Ready: return "runs";
         case State::Barrier: return "waits at the barrier";
-        case State::Collective: return "waits in the warp operation";
+        case State::Named: return "waits at the named barrier";
+        case State::Collective: return t.width == LANES ? "waits in the warp operation" : "waits in the warp group's operation";
+        case State::Waiting: return "waits for the mbarrier";
         default: return "has ended";
     }
 }
 
+// Of wgmma.hpp: what a block starts without; lets go of threads whose barriers let them, false where none does; names the
+// thread that waits for ever, if one waits for an mbarrier; checks that nothing is in flight at the block's end.
+static void reset_groups(unsigned order);
+static bool complete_waits(unsigned count);
+static void report_waits(unsigned count);
+static void check_finished();
+
 static void run_block(unsigned count, unsigned order) {
+    reset_groups(order);
     if (__start_espalier_shared) memset(__start_espalier_shared, 0xff, __stop_espalier_shared - __start_espalier_shared);
     if (dynamic_bytes) memset(dynamic, 0xff, dynamic_bytes);
     for (unsigned i = 0; i < count; i++) start(i);
@@ -265,14 +282,19 @@ static void run_block(unsigned count, unsigned order) {
             threadIdx.x = i;
             espalier_switch(&scheduler, threads[i].stack_pointer);
         }
-        if (complete_warps(count, order)) continue;
+        if (complete_warps(count, order) || complete_waits(count)) continue;
         unsigned other = 0;
         while (other < count && threads[other].state == threads[0].state && (threads[0].state == State::Done || threads[other].line == threads[0].line)) other++;
-        if (other == count && threads[0].state == State::Done) return;
+        if (other == count && threads[0].state == State::Done) {
+            check_finished();
+            return;
+        }
         if (other == count && threads[0].state == State::Barrier) {
+            passed++;
             for (unsigned i = 0; i < count; i++) threads[i].state = State::Ready;
             continue;
         }
+        report_waits(count);
         if (other == count) other = 0;
         threadIdx.x = 0;
         fail("threads part: thread 0 %s (line %u), thread %u %s (line %u)", describe(threads[0]), threads[0].line, other, describe(threads[other]), threads[other].line);
@@ -452,6 +474,7 @@ template <class T> static inline T atomicMin(T* p, T x) { T old = *p; *p = old <
 template <class T> static inline T atomicExch(T* p, T x) { T old = *p; *p = x; return old; }
 
 #include "mma.hpp"
+#include "wgmma.hpp"
 
 // Runs `kernel` over a grid. `stacks` holds 1,024 stacks of 128 KiB, the first page of each untouchable; they belong to the caller,
 // because every compiled file is a library of its own. Returns 0, or 1 with the reason in `text`.

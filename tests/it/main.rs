@@ -2,6 +2,7 @@
 
 mod commands;
 mod cuda;
+mod cuda_groups;
 mod data;
 mod device;
 mod kernels;

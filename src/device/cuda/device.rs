@@ -16,7 +16,7 @@ use crate::device::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::cuda::{assemble, declared};
-use crate::kernel::{Entry, Kernel, Launch, Params, check_launch};
+use crate::kernel::{Entry, Kernel, Launch, Params, TensorMap, check_launch};
 
 /// Static shared memory that every kernel may have; more is asked for.
 const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
@@ -272,6 +272,44 @@ impl CudaDevice {
         }
         Ok(block.address + offset as u64)
     }
+
+    /// A tensor map as the copy engine reads it.
+    fn map(&self, kernel: &Kernel, map: &TensorMap, arguments: &[Binding]) -> Result<sys::CUtensorMap> {
+        use sys::CUtensorMapDataType as T;
+        let refused =
+            |log: String| Error::Driver { device: self.info.id.clone(), operation: "encode a tensor map", log };
+        let b = arguments.get(map.slot).ok_or_else(|| refused(format!("{} has no slot {}", kernel.name, map.slot)))?;
+        let address = self.address(b.buffer, b.offset, b.bytes)?;
+        map.check(kernel.name, address, b.bytes)?;
+        let element = match map.element {
+            DType::F32 => T::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+            DType::F16 => T::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            DType::Bf16 => T::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            DType::U32 => T::CU_TENSOR_MAP_DATA_TYPE_UINT32,
+            DType::I8 => T::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        };
+        let mut encoded = sys::CUtensorMap { opaque: [0; 16] };
+        let (dims, strides, tile) = (map.dims.map(|d| d as u64), map.byte_strides(), map.tile());
+        // SAFETY: three extents and box sides, two strides, three element steps, as many as the rank says; all live.
+        let outcome = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut encoded,
+                element,
+                3,
+                address as *mut c_void,
+                dims.as_ptr(),
+                strides.as_ptr(),
+                tile.as_ptr(),
+                [1u32; 3].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        outcome.result().map_err(|e| self.gpu.failure("encode a tensor map", 0, e))?;
+        Ok(encoded)
+    }
 }
 
 impl Device for CudaDevice {
@@ -338,12 +376,14 @@ impl Device for CudaDevice {
         parameters[..words.len()].copy_from_slice(words);
         let mut addresses =
             arguments.iter().map(|b| self.address(b.buffer, b.offset, b.bytes)).collect::<Result<Vec<_>>>()?;
+        let mut maps = launch.maps.iter().map(|m| self.map(kernel, m, arguments)).collect::<Result<Vec<_>>>()?;
         let mut values: Vec<*mut c_void> = addresses.iter_mut().map(|a| std::ptr::from_mut(a).cast()).collect();
+        values.extend(maps.iter_mut().map(|m| std::ptr::from_mut(m).cast::<c_void>()));
         values.push(parameters.as_mut_ptr().cast());
         let [x, y, z] = launch.groups;
         let shape: (c_uint, c_uint, c_uint) = (function.threads, 1, 1);
         self.launches.fetch_add(1, Relaxed);
-        // SAFETY: the entry takes one pointer per argument and a block of at most 64 bytes (the host harness and
+        // SAFETY: the entry takes one pointer per argument, 128 bytes per map and a block of at most 64 bytes (the host harness and
         // `kernels cuda-check` hold every kernel to that); ranges were checked, and the pool keeps memory in stream order.
         unsafe { result::launch_kernel(function.handle, (x, y, z), shape, launch.shared, self.gpu.stream, &mut values) }
             .map_err(|e| self.gpu.failure("launch", 0, e))

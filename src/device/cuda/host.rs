@@ -13,12 +13,13 @@ use crate::device::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::cuda::{assemble, declared};
-use crate::kernel::{Entry, Kernel, Launch, check_launch};
+use crate::kernel::{Entry, Kernel, Launch, TensorMap, check_launch};
 
 const HOST: &str = include_str!("../../../tests/cuda_host/host.hpp");
 const MMA: &str = include_str!("../../../tests/cuda_host/mma.hpp");
-/// Emulated: Ampere's warp instructions. Warp groups of 9.0 are not.
-const ARCH: u32 = 80;
+const WGMMA: &str = include_str!("../../../tests/cuda_host/wgmma.hpp");
+/// Emulated: Ampere's warp instructions, and Hopper's warp groups where they are asked for.
+pub const ARCHS: [u32; 2] = [80, 90];
 const PAGE: usize = 4096;
 const FLAGS: [&str; 8] =
     ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno"];
@@ -109,6 +110,21 @@ struct Module {
     threads: HashMap<String, u32>,
 }
 
+/// `Map` of wgmma.hpp, in the 128 bytes of a tensor map.
+#[repr(C, align(64))]
+struct Map {
+    mark: u64,
+    address: u64,
+    strides: [u64; 2],
+    dims: [u32; 3],
+    tile: [u32; 3],
+    element_bytes: u32,
+    rest: [u32; 9],
+}
+
+const _: () = assert!(std::mem::size_of::<Map>() == 128);
+const MAP_MARK: u64 = u64::from_le_bytes(*b"TENSORMP");
+
 type Key = (&'static str, DType, Vec<(&'static str, u64)>);
 
 pub struct CudaHostDevice {
@@ -157,12 +173,20 @@ fn compiler() -> Result<(OsString, String)> {
 }
 
 impl CudaHostDevice {
-    pub fn new() -> Result<Self> {
+    /// A host that emulates one of [`ARCHS`].
+    ///
+    /// # Errors
+    /// `NotAvailable` without a C++ compiler; `Usage` for another architecture.
+    pub fn new(arch: u32) -> Result<Self> {
+        if !ARCHS.contains(&arch) {
+            let rule = "80 (the default) or 90".into();
+            return Err(Error::Usage { argument: "--device cuda-host:ARCH", value: arch.to_string(), rule });
+        }
         let (compiler, version) = compiler()?;
         let folder = super::cache::folder("cuda-host")?;
         let info = Info {
             kind: Kind::Cuda,
-            id: "cuda-host".into(),
+            id: if arch == ARCHS[0] { "cuda-host".into() } else { format!("cuda-host:{arch}") },
             name: "CUDA kernels as C++ on the CPU, one fiber per thread".into(),
             driver: version,
             class: Class::Simt,
@@ -173,7 +197,7 @@ impl CudaHostDevice {
                 invocations: 1024,
                 ..Limits::unbounded()
             },
-            features: Features { f16: true, i16: true, arch: ARCH, ..Features::default() },
+            features: Features { f16: true, i16: true, arch, ..Features::default() },
             probes: Vec::new(),
         };
         Ok(Self {
@@ -199,12 +223,12 @@ impl CudaHostDevice {
     }
 
     fn compile(&self, entry: &Entry, element: DType) -> Result<Module> {
-        let source = assemble(entry.file, element, entry.constants, ARCH)?;
+        let source = assemble(entry.file, element, entry.constants, self.info.features.arch)?;
         let entries = declared(&source);
         let library = super::cache::get(
             &self.folder,
             "so",
-            &[HOST, MMA, &source, &self.info.driver, &FLAGS.join(" ")],
+            &[HOST, MMA, WGMMA, &source, &self.info.driver, &FLAGS.join(" ")],
             |path| self.build(entry, element, &source, path),
         )?;
         // SAFETY: the library was built from the program's own sources; it has no initializers of its own.
@@ -224,7 +248,7 @@ impl CudaHostDevice {
             text += &format!("extern \"C\" void kernel_{0}(void** from) {{ host::invoke({0}, from); }}\n", e.name);
         }
         let work = tempfile::tempdir_in(&self.folder).map_err(|e| Error::io(&self.folder, e))?;
-        for (name, text) in [("host.hpp", HOST), ("mma.hpp", MMA), ("kernel.cpp", &text)] {
+        for (name, text) in [("host.hpp", HOST), ("mma.hpp", MMA), ("wgmma.hpp", WGMMA), ("kernel.cpp", &text)] {
             let path = work.path().join(name);
             std::fs::write(&path, text).map_err(|e| Error::io(&path, e))?;
         }
@@ -262,6 +286,21 @@ impl CudaHostDevice {
         // SAFETY: offset <= bytes, within the mapping.
         Ok(unsafe { memory.base.add(offset) })
     }
+}
+
+/// A tensor map as wgmma.hpp reads it.
+fn map(kernel: &Kernel, map: &TensorMap, argument: &Range) -> Result<Map> {
+    let address = argument.start as u64;
+    map.check(kernel.name, address, argument.bytes)?;
+    Ok(Map {
+        mark: MAP_MARK,
+        address,
+        strides: map.byte_strides(),
+        dims: map.dims.map(|d| d as u32),
+        tile: map.tile(),
+        element_bytes: map.element.size() as u32,
+        rest: [0; 9],
+    })
 }
 
 /// "cuda/softmax.cu:12:5: error: ..." as file and line.
@@ -325,6 +364,12 @@ impl Device for CudaHostDevice {
         let ranges: Vec<Range> =
             pointers.iter().zip(arguments).map(|(&start, b)| Range { start, bytes: b.bytes }).collect();
         let mut values: Vec<*mut c_void> = pointers.iter_mut().map(|p| std::ptr::from_mut(p).cast()).collect();
+        let mut maps = Vec::with_capacity(launch.maps.len());
+        for m in &launch.maps {
+            let slot = || self.refused("read a tensor map", format!("{entry} has no slot {}", m.slot));
+            maps.push(map(kernel, m, ranges.get(m.slot).ok_or_else(slot)?)?);
+        }
+        values.extend(maps.iter_mut().map(|m| std::ptr::from_mut(m).cast::<c_void>()));
         values.push(parameters.as_mut_ptr().cast());
         let order = self.launches.fetch_add(1, Relaxed) as u32;
         let mut text = [0 as c_char; 512];

@@ -48,6 +48,13 @@ pub(super) fn cases() -> Vec<Case> {
                 cases.push(product(plain, &[], &[], size, dtype));
             }
         }
+        // Several tiles of 128x256 to a block of threads that walks over them, and batches with shared or own matrices.
+        cases.push(product(plain, &[], &[], [264, 520, 264], DType::Bf16));
+        cases.push(product(plain, &[3], &[3], [136, 72, 200], DType::F16));
+        cases.push(product(plain, &[], &[2], [40, 264, 136], DType::Bf16));
+        cases.push(product(plain, &[2], &[], [72, 136, 72], DType::Bf16));
+        let add_rows = Matmul { accumulate: true, ..plain };
+        cases.push(product(add_rows, &[2], &[2], [200, 88, 72], DType::Bf16));
         // A sum over nothing is zero, not what was there; a result of no elements is no launch.
         cases.push(product(plain, &[], &[], [3, 5, 0], DType::F32));
         cases.push(product(plain, &[], &[], [0, 5, 3], DType::F32));
@@ -72,6 +79,7 @@ pub(super) fn cases() -> Vec<Case> {
         for dtype in [DType::F16, DType::Bf16] {
             cases.push(product(op, &[2, 5], &[], [7, 13, 11], dtype));
             cases.push(product(op, &[], &[], [65, 63, 66], dtype));
+            cases.push(product(op, &[], &[], [200, 333, 72], dtype));
         }
         cases.push(product(Matmul { transpose_b: false, ..op }, &[3], &[], [4, 9, 6], DType::F32).grad());
         cases.push(product(Matmul { transpose_a: true, ..op }, &[3], &[], [4, 9, 6], DType::F32).grad());

@@ -3,9 +3,18 @@
 use super::{Epilogue, Layout, Matmul};
 use crate::device::Class;
 use crate::dtype::DType;
-use crate::kernel::{Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, always, source};
+use crate::kernel::{Code, File, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, TensorMap, always, source};
 
 pub(super) const SOURCE: Source = source!("matmul");
+
+/// The rungs on warp groups stand in a file of their own.
+const GROUPS: Source = Source {
+    wgsl: File { name: "", text: "" },
+    cuda: File {
+        name: "matmul_wgmma.cu",
+        text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/matmul_wgmma.cu")),
+    },
+};
 
 /// Rows and columns of output per workgroup of 8 x 8 invocations.
 type Tile = (usize, usize);
@@ -13,6 +22,7 @@ const NAIVE_TILE: Tile = (8, 8);
 const TILE: Tile = (64, 64);
 const TALL_TILE: Tile = (128, 64);
 const TENSOR_TILE: Tile = (128, 128);
+const WIDE_TILE: Tile = (128, 256);
 
 const fn wgsl(
     name: &'static str,
@@ -41,6 +51,20 @@ pub(super) const REGISTERS: Kernel =
 pub(super) const WORKGROUP: Kernel =
     gpu("matmul_fwd_v4", |p| unsplit(p, SHARED), |p| plan(p, "matmul_fwd_v4", TILE, SHARED));
 pub(super) const NAIVE: Kernel = gpu("matmul_fwd", always, |p| plan(p, "matmul_fwd", NAIVE_TILE, ONE));
+
+/// Warp groups of compute capability 9.0 on 16-bit elements: wide tiles where they fill the GPU.
+pub(super) const GROUPS_WIDE: Kernel =
+    groups("matmul_fwd_wgmma", |p| fits_groups(p, WIDE_TILE), |p| groups_plan(p, "matmul_fwd_wgmma", WIDE_TILE));
+pub(super) const GROUPS_NARROW: Kernel = groups(
+    "matmul_narrow_wgmma",
+    |p| fits_groups(p, TENSOR_TILE),
+    |p| groups_plan(p, "matmul_narrow_wgmma", TENSOR_TILE),
+);
+
+const fn groups(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) -> Plan) -> Kernel {
+    let code = Code::Cuda { source: GROUPS, entry: name, constants: &[], arch: 90, tensor: &["wgmma.mma_async"] };
+    Kernel { name, code, dtypes: &[DType::F16, DType::Bf16], fits, plan }
+}
 
 /// Tensor instructions of compute capability 8.0 on 16-bit elements, sums in f32. The small tile takes every alignment.
 pub(super) const TENSOR: Kernel =
@@ -103,6 +127,75 @@ fn fits_quads(p: &Problem, transpose_a: bool, transpose_b: bool) -> bool {
         })
 }
 
+/// A matrix as its rows: the axis whose step is not 1, with the batch if it has one.
+struct Rows {
+    /// Contiguous along m or n, not along k.
+    blocks: bool,
+    dims: [usize; 3],
+    strides: [usize; 2],
+}
+
+/// a and b of a product.
+fn rows(l: &Layout) -> [Rows; 2] {
+    let rows = |blocks: bool, inner: usize, outer: usize, step: usize, batch: usize| {
+        let planes = if batch == 0 { 1 } else { l.batch };
+        // What is never stepped over has any step: the whole matrix, in whole eights.
+        let step = if outer > 1 || planes > 1 { step } else { inner.next_multiple_of(8) };
+        let plane = if planes > 1 { batch } else { outer * step };
+        Rows { blocks, dims: [inner, outer, planes], strides: [step, plane] }
+    };
+    let [batch_a, row_a, column_a] = l.a;
+    let [batch_b, row_b, column_b] = l.b;
+    // Where both steps are 1, an axis has one element, and rows along k need no step.
+    let a = if column_a == 1 { rows(false, l.k, l.m, row_a, batch_a) } else { rows(true, l.m, l.k, column_a, batch_a) };
+    let b = if row_b == 1 { rows(false, l.k, l.n, column_b, batch_b) } else { rows(true, l.n, l.k, row_b, batch_b) };
+    [a, b]
+}
+
+/// Tiles of outputs down, across, and in all.
+fn tiles(l: &Layout, tile: Tile) -> [usize; 3] {
+    let (down, across) = (l.m.div_ceil(tile.0), l.n.div_ceil(tile.1));
+    [down, across, down * across * l.batch]
+}
+
+/// Tensor maps step by multiples of 16 bytes. A wide tile needs work for every multiprocessor; a narrow one is taken while
+/// half of them have some, below which small tiles of `mma` spread better. Software adapters are never full.
+fn fits_groups(p: &Problem, tile: Tile) -> bool {
+    layout(p).is_some_and(|(_, l)| {
+        let aligned = rows(&l).iter().all(|r| r.strides.iter().all(|s| s.is_multiple_of(8)));
+        let wanted = if tile == WIDE_TILE { LARGE_TILES } else { LARGE_TILES / 2 };
+        let full = tiles(&l, tile)[2] >= wanted && l.n > tile.1 / 2;
+        l.k > 0 && aligned && (full || p.info.software)
+    })
+}
+
+/// Blocks that walk over all tiles: one per multiprocessor. On the host two, so that a block has several tiles.
+fn groups_plan(p: &Problem, entry: &'static str, tile: Tile) -> Plan {
+    const STAGES: usize = 4;
+    const BLOCK: usize = 64;
+    let Some((op, l)) = layout(p) else {
+        return Plan::default();
+    };
+    let [a, b] = rows(&l);
+    let [down, across, all] = tiles(&l, tile);
+    let blocks = all.min(if p.info.software { 2 } else { LARGE_TILES });
+    let flag = |set: bool, bit: usize| usize::from(set) << bit;
+    let mode = mode(&op) | flag(a.dims[2] > 1, 4) | flag(b.dims[2] > 1, 5) | flag(a.blocks, 6) | flag(b.blocks, 7);
+    let params = Params::new().u(l.m).u(l.n).u(l.k).u(mode).u(down).u(across).u(l.batch);
+    let map = |slot: usize, r: &Rows, extent: usize| {
+        let rows = if r.blocks { BLOCK } else { extent };
+        TensorMap { slot, element: p.element, dims: r.dims, strides: r.strides, rows }
+    };
+    let launch = Launch::new([blocks as u32, 1, 1], params)
+        .entry(entry)
+        .slots(&slots(p, &op))
+        .map(map(0, &a, tile.0))
+        .map(map(1, &b, tile.1))
+        // The tiles, then two barriers of eight bytes per stage, to a multiple of the tiles' alignment.
+        .shared(STAGES * (tile.0 + tile.1) * BLOCK * 2 + 1024);
+    Plan::of(launch)
+}
+
 /// Large tiles wanted: enough for the multiprocessors of a data-centre GPU, most of them two at a time.
 const LARGE_TILES: usize = 132;
 
@@ -137,8 +230,7 @@ fn plan(p: &Problem, entry: &'static str, tile: Tile, rate: Rate) -> Plan {
         return Plan::default();
     };
     let longest = longest(p, rate);
-    let y = p.inputs.len() - usize::from(op.accumulate);
-    let bias = if op.epilogue.has_bias() { 2 } else { 0 };
+    let [_, _, bias, y] = slots(p, &op);
     let mut launches = Vec::new();
     if l.k <= longest {
         blocks(&l, tile, |groups, at| {
@@ -176,11 +268,19 @@ fn blocks(l: &Layout, tile: Tile, mut launch: impl FnMut([u32; 3], [usize; 3])) 
     }
 }
 
+/// The arguments a, b, bias (a stands in where there is none) and y.
+fn slots(p: &Problem, op: &Matmul) -> [usize; 4] {
+    [0, 1, if op.epilogue.has_bias() { 2 } else { 0 }, p.inputs.len() - usize::from(op.accumulate)]
+}
+
+/// Activation, bias and addition as the kernels' bits.
+fn mode(op: &Matmul) -> usize {
+    op.epilogue.activation() | usize::from(op.epilogue != Epilogue::None) << 2 | usize::from(op.accumulate) << 3
+}
+
 /// `MatmulParams` of the shader.
 fn params(l: &Layout, op: &Matmul, [row, column, batch]: [usize; 3], (k0, k1): (usize, usize)) -> Params {
-    let mode =
-        op.epilogue.activation() | usize::from(op.epilogue != Epilogue::None) << 2 | usize::from(op.accumulate) << 3;
-    let params = Params::new().u(l.m).u(l.n).u(mode);
+    let params = Params::new().u(l.m).u(l.n).u(mode(op));
     let params = l.a.iter().chain(&l.b).fold(params, |p, &s| p.u(s));
     params.u(row).u(column).u(batch).u(k0).u(k1)
 }

@@ -1,0 +1,367 @@
+// What cuda/wgmma.cuh wraps, on the host: barriers of shared memory with phases and bytes, copies by tensor map, products of
+// warp groups. Copies take place at the last moment (when a thread waits for their barrier) in every other block, at the first
+// in the others; products when they are waited for, while their sums are NaN. So a missing wait reads NaN or what is not meant.
+#pragma once
+
+namespace host {
+
+// Shared memory as 18-bit addresses; what lies below belongs to the system, as on a GPU.
+static const unsigned SHARED_BASE = 1024;
+
+static unsigned shared_offset(const void* pointer, size_t bytes) {
+    auto p = (const unsigned char*)pointer;
+    if (!dynamic_bytes || p < dynamic || p + bytes > dynamic + dynamic_bytes) fail("%zu bytes that are not in dynamic shared memory", bytes);
+    return SHARED_BASE + (unsigned)(p - dynamic);
+}
+
+// A tensor map as src/device/cuda/host.rs writes it: elements of a row, rows, planes.
+struct Map {
+    uint64_t mark, address;
+    // Bytes from row to row and from plane to plane.
+    uint64_t strides[2];
+    unsigned dims[3], box[3];
+    unsigned element_bytes;
+};
+static const uint64_t MAP_MARK = 0x504d524f534e4554ull, BARRIER_MARK = 0x72656972726162ull;
+
+struct BulkCopy { unsigned char* to; Map map; int at[3]; };
+
+struct MemoryBarrier {
+    uint64_t* place;
+    // Arrivals of a phase, arrivals and bytes that are missing in this one, and how many phases have ended.
+    unsigned count, pending;
+    long bytes;
+    unsigned phase;
+    std::vector<BulkCopy> copies;
+    // Who made it, how many barriers of threads had passed then, and whether the copy engine was told.
+    unsigned maker, made;
+    bool published;
+};
+
+// Sums that a thread of a warp group may not touch: their values are kept here, NaN stands in the registers.
+struct Sums {
+    float* registers[WARP_GROUP_LANES];
+    unsigned each, users;
+    std::vector<float> values;
+};
+struct Product { uint64_t a, b; unsigned columns; bool a_blocks, b_blocks, add; float* sums; };
+struct WarpGroup {
+    bool fenced;
+    std::vector<Sums> sums;
+    std::vector<Product> open;
+    std::vector<std::vector<Product>> groups;
+};
+
+static std::vector<MemoryBarrier> barriers;
+static WarpGroup warp_groups[MOST_THREADS / WARP_GROUP_LANES];
+static bool copies_at_once;
+
+static void reset_groups(unsigned order) {
+    barriers.clear();
+    for (auto& g : warp_groups) g = {};
+    copies_at_once = order % 2;
+}
+
+static MemoryBarrier& barrier_at(uint64_t* place) {
+    check_aligned(place, 8);
+    shared_offset(place, 8);
+    for (auto& b : barriers) {
+        if (b.place != place) continue;
+        if (*place != BARRIER_MARK) fail("the mbarrier at byte %u of shared memory was overwritten", shared_offset(place, 8) - SHARED_BASE);
+        if (b.maker != current && b.made == passed) fail("an mbarrier is used by a thread that no barrier has kept behind its initialization");
+        return b;
+    }
+    fail("the mbarrier at byte %u of shared memory is not initialized", shared_offset(place, 8) - SHARED_BASE);
+}
+
+static void barrier_init(uint64_t* place, unsigned count) {
+    check_aligned(place, 8);
+    shared_offset(place, 8);
+    for (auto& b : barriers)
+        if (b.place == place) fail("an mbarrier is initialized twice");
+    *place = BARRIER_MARK;
+    barriers.push_back({place, count, count, 0, 0, {}, current, passed, false});
+}
+
+static void end_phase(MemoryBarrier& b) {
+    if (b.pending || b.bytes) return;
+    b.phase++;
+    b.pending = b.count;
+}
+
+// Chunks of 16 bytes change places within 128 bytes, by address bits 7 to 9.
+static unsigned turned(unsigned address) { return address ^ (address >> 7 & 7u) << 4; }
+
+static void copy_box(const BulkCopy& c) {
+    const Map& m = c.map;
+    unsigned row_bytes = m.box[0] * m.element_bytes, base = shared_offset(c.to, 1), row = 0;
+    for (unsigned z = 0; z < m.box[2]; z++) {
+        for (unsigned y = 0; y < m.box[1]; y++, row++) {
+            for (unsigned x = 0; x < m.box[0]; x++) {
+                auto to = dynamic + (turned(base + row * row_bytes + x * m.element_bytes) - SHARED_BASE);
+                uint64_t at[3] = {(uint64_t)((int64_t)c.at[0] + x), (uint64_t)((int64_t)c.at[1] + y), (uint64_t)((int64_t)c.at[2] + z)};
+                // Negative coordinates are large here.
+                bool inside = at[0] < m.dims[0] && at[1] < m.dims[1] && at[2] < m.dims[2];
+                if (inside) memcpy(to, (const char*)m.address + at[0] * m.element_bytes + at[1] * m.strides[0] + at[2] * m.strides[1], m.element_bytes);
+                else memset(to, 0, m.element_bytes);
+            }
+        }
+    }
+}
+
+static long box_bytes(const Map& m) { return (long)m.box[0] * m.box[1] * m.box[2] * m.element_bytes; }
+
+static void run_copies(MemoryBarrier& b) {
+    for (const BulkCopy& c : b.copies) {
+        copy_box(c);
+        b.bytes -= box_bytes(c.map);
+    }
+    b.copies.clear();
+    end_phase(b);
+}
+
+static void arrive(uint64_t* place, unsigned bytes) {
+    MemoryBarrier& b = barrier_at(place);
+    if (!b.pending) fail("an mbarrier of %u arrivals gets one more, before its phase has ended", b.count);
+    b.bytes += bytes;
+    b.pending--;
+    if (b.copies.empty()) end_phase(b);
+}
+
+static void bulk_copy(void* to, const void* map, uint64_t* place, int x, int y, int z) {
+    BulkCopy c;
+    check_aligned(map, 64);
+    memcpy(&c.map, map, sizeof c.map);
+    if (c.map.mark != MAP_MARK) fail("no tensor map");
+    c.to = (unsigned char*)to;
+    c.at[0] = x, c.at[1] = y, c.at[2] = z;
+    // The turn by 128 bytes repeats every 1,024.
+    if (shared_offset(to, (size_t)box_bytes(c.map)) % 1024) fail("a turned tile at byte %u of shared memory: no multiple of 1,024", shared_offset(to, 1) - SHARED_BASE);
+    MemoryBarrier& b = barrier_at(place);
+    if (!b.published) fail("a copy to an mbarrier without the fence after its initialization");
+    b.copies.push_back(c);
+    if (copies_at_once) run_copies(b);
+}
+
+static bool passes(const Thread& t) { return (barrier_at((uint64_t*)t.operands).phase & 1u) != t.line; }
+
+static void barrier_wait(uint64_t* place, unsigned parity) {
+    if (parity > 1) fail("parity %u", parity);
+    barrier_at(place);
+    Thread& t = threads[current];
+    t.operands = place;
+    t.line = parity;
+    if (passes(t)) return;
+    t.state = State::Waiting;
+    yield();
+}
+
+static void named_wait(unsigned number, unsigned count) {
+    if (number > 15 || count == 0 || count % LANES || count > blockDim.x) fail("a barrier with number %u of %u threads", number, count);
+    Thread& t = threads[current];
+    t.state = State::Named;
+    t.line = number;
+    t.width = count;
+    yield();
+}
+
+static bool complete_named(unsigned count) {
+    for (unsigned i = 0; i < count; i++) {
+        if (threads[i].state != State::Named) continue;
+        unsigned number = threads[i].line, width = threads[i].width, come = 0;
+        for (unsigned j = 0; j < count; j++) come += threads[j].state == State::Named && threads[j].line == number && threads[j].width == width;
+        if (come > width) fail("%u threads at barrier %u of %u", come, number, width);
+        if (come < width) continue;
+        passed++;
+        for (unsigned j = 0; j < count; j++)
+            if (threads[j].state == State::Named && threads[j].line == number) threads[j].state = State::Ready;
+        return true;
+    }
+    return false;
+}
+
+static bool complete_waits(unsigned count) {
+    bool any = complete_named(count);
+    // Copies are late: only where nobody goes on without them.
+    for (unsigned late = 0; late < 2 && !any; late++) {
+        for (unsigned i = 0; i < count; i++) {
+            if (threads[i].state != State::Waiting) continue;
+            current = i;
+            threadIdx.x = i;
+            MemoryBarrier& b = barrier_at((uint64_t*)threads[i].operands);
+            if (late && !b.pending) run_copies(b);
+            if (!passes(threads[i])) continue;
+            threads[i].state = State::Ready;
+            any = true;
+        }
+    }
+    return any;
+}
+
+static void report_waits(unsigned count) {
+    for (unsigned i = 0; i < count; i++) {
+        if (threads[i].state != State::Waiting) continue;
+        current = i;
+        threadIdx.x = i;
+        const MemoryBarrier& b = barrier_at((uint64_t*)threads[i].operands);
+        fail("deadlock: waits for parity %u of the mbarrier at byte %u of shared memory, which is in phase %u and misses %u of %u arrivals and %ld bytes",
+             threads[i].line, shared_offset(b.place, 8) - SHARED_BASE, b.phase, b.pending, b.count, b.bytes);
+    }
+}
+
+static void check_finished() {
+    for (const auto& b : barriers)
+        if (!b.copies.empty() || b.bytes) fail("the block has ended with copies in flight");
+    for (const auto& g : warp_groups)
+        if (!g.open.empty() || !g.groups.empty() || !g.sums.empty()) fail("the block has ended with products in flight");
+}
+
+// Element (index of m or n, k) of an operand in shared memory, by its descriptor.
+static float operand_value(uint64_t descriptor, bool blocks, unsigned index, unsigned k) {
+    unsigned start = (unsigned)(descriptor & 0x3fff) << 4, leading = (unsigned)(descriptor >> 16 & 0x3fff) << 4, stride = (unsigned)(descriptor >> 32 & 0x3fff) << 4;
+    unsigned address = start;
+    if (blocks) address += index / 64 * leading + index % 64 * 2 + k / 8 * stride + k % 8 * 128;
+    else address += index / 8 * stride + index % 8 * 128 + k * 2;
+    address = turned(address);
+    if (address < SHARED_BASE || address + 2 > SHARED_BASE + dynamic_bytes) fail("an operand reaches to byte %d of %u of shared memory", (int)(address - SHARED_BASE), dynamic_bytes);
+    unsigned short value;
+    memcpy(&value, dynamic + (address - SHARED_BASE), 2);
+    return element_value(value);
+}
+
+static void check_descriptor(uint64_t descriptor, bool blocks) {
+    if (descriptor >> 62 != 1) fail("an operand's descriptor without the turn by 128 bytes");
+    if (descriptor >> 49 & 7) fail("an operand's descriptor with a base offset");
+    if (descriptor & ((3ull << 14) | (3ull << 30) | (3ull << 46) | (0x3ffull << 52))) fail("an operand's descriptor with bits that must be 0");
+    unsigned start = (unsigned)(descriptor & 0x3fff) << 4;
+    if (blocks ? start % 1024 : start % 128 > 96 || start % 1024 >= 128) fail("an operand that starts at byte %u of a turned tile", start % 1024);
+}
+
+static void run_product(WarpGroup& g, const Product& p) {
+    auto s = std::find_if(g.sums.begin(), g.sums.end(), [&](const Sums& s) { return s.registers[0] == p.sums; });
+    std::vector<float> a(64 * 16), b(16 * p.columns);
+    for (unsigned k = 0; k < 16; k++) {
+        for (unsigned i = 0; i < 64; i++) a[i * 16 + k] = operand_value(p.a, p.a_blocks, i, k);
+        for (unsigned j = 0; j < p.columns; j++) b[j * 16 + k] = operand_value(p.b, p.b_blocks, j, k);
+    }
+    for (unsigned lane = 0; lane < WARP_GROUP_LANES; lane++) {
+        float* d = &s->values[lane * s->each];
+        for (unsigned i = 0; i < s->each; i++) {
+            unsigned row = lane / LANES * 16 + lane % LANES / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            double sum = p.add ? d[i] : 0.0;
+            for (unsigned k = 0; k < 16; k++) sum += (double)a[row * 16 + k] * b[column * 16 + k];
+            d[i] = (float)sum;
+        }
+    }
+    s->users--;
+}
+
+// Hands finished sums back; nobody may have written over the NaN that stood for them.
+static void return_sums(WarpGroup& g) {
+    for (size_t at = 0; at < g.sums.size();) {
+        Sums& s = g.sums[at];
+        if (s.users) {
+            at++;
+            continue;
+        }
+        for (unsigned lane = 0; lane < WARP_GROUP_LANES; lane++) {
+            auto bytes = (const unsigned char*)s.registers[lane];
+            for (unsigned i = 0; i < s.each * 4; i++)
+                if (bytes[i] != 0xff) fail("sums were written while a product was adding to them");
+            memcpy(s.registers[lane], &s.values[lane * s.each], s.each * 4);
+        }
+        g.sums.erase(g.sums.begin() + at);
+        // Registers are the threads' own again.
+        g.fenced = false;
+    }
+}
+
+static WarpGroup& whole_group(unsigned count) {
+    if (count != WARP_GROUP_LANES) fail("a warp group of %u threads", count);
+    return warp_groups[current / WARP_GROUP_LANES];
+}
+
+static void complete_fence(void**, unsigned count) { whole_group(count).fenced = true; }
+
+static void complete_commit(void**, unsigned count) {
+    WarpGroup& g = whole_group(count);
+    g.groups.push_back(std::move(g.open));
+    g.open.clear();
+}
+
+template <int OPEN>
+static void complete_group_wait(void**, unsigned count) {
+    WarpGroup& g = whole_group(count);
+    while (g.groups.size() > OPEN) {
+        for (const Product& p : g.groups.front()) run_product(g, p);
+        g.groups.erase(g.groups.begin());
+    }
+    return_sums(g);
+}
+
+static void complete_wgmma(void** lanes, unsigned count) {
+    WarpGroup& g = whole_group(count);
+    Product p = *(const Product*)lanes[0];
+    for (unsigned i = 1; i < count; i++) {
+        auto q = (const Product*)lanes[i];
+        if (q->a != p.a || q->b != p.b || q->add != p.add) fail("lanes of a warp group name different operands");
+    }
+    check_descriptor(p.a, p.a_blocks);
+    check_descriptor(p.b, p.b_blocks);
+    auto s = std::find_if(g.sums.begin(), g.sums.end(), [&](const Sums& s) { return s.registers[0] == p.sums; });
+    if (s == g.sums.end()) {
+        if (!g.fenced) fail("wgmma without wgmma.fence after its registers were used");
+        Sums taken;
+        taken.each = p.columns / 2;
+        taken.users = 0;
+        taken.values.resize(WARP_GROUP_LANES * taken.each);
+        for (unsigned i = 0; i < count; i++) {
+            taken.registers[i] = ((const Product*)lanes[i])->sums;
+            memcpy(&taken.values[i * taken.each], taken.registers[i], taken.each * 4);
+            memset(taken.registers[i], 0xff, taken.each * 4);
+        }
+        g.sums.push_back(std::move(taken));
+        s = g.sums.end() - 1;
+    }
+    s->users++;
+    g.open.push_back(p);
+}
+
+static void group_collective(unsigned line, void (*complete)(void**, unsigned), void* operands) { collective(line, complete, operands, WARP_GROUP_LANES); }
+
+}  // namespace host
+
+static inline unsigned shared_address(const void* shared) { return host::shared_offset(shared, 1); }
+
+static inline void mbarrier_init(unsigned long long* barrier, unsigned count) { host::barrier_init((uint64_t*)barrier, count); }
+static inline void mbarrier_init_fence() {
+    for (auto& b : host::barriers) b.published = true;
+}
+static inline void mbarrier_arrive(unsigned long long* barrier) { host::arrive((uint64_t*)barrier, 0); }
+static inline void mbarrier_arrive_expect(unsigned long long* barrier, unsigned bytes) { host::arrive((uint64_t*)barrier, bytes); }
+static inline void mbarrier_wait(unsigned long long* barrier, unsigned parity) { host::barrier_wait((uint64_t*)barrier, parity); }
+static inline void tma_prefetch(const void*) {}
+static inline void tma_load(void* shared, const void* map, unsigned long long* barrier, unsigned x, unsigned y, unsigned z) {
+    host::bulk_copy(shared, map, (uint64_t*)barrier, (int)x, (int)y, (int)z);
+}
+static inline void proxy_fence() {}
+static inline void named_barrier(unsigned number, unsigned count) { host::named_wait(number, count); }
+
+template <unsigned COUNT>
+static inline void registers_change() {
+    static_assert(COUNT % 8 == 0 && COUNT >= 24 && COUNT <= 256, "registers of a thread");
+    host::group_collective(COUNT, host::complete_nothing, nullptr);
+}
+template <unsigned COUNT> static inline void registers_down() { registers_change<COUNT>(); }
+template <unsigned COUNT> static inline void registers_up() { registers_change<COUNT>(); }
+
+static inline void wgmma_fence() { host::group_collective(6, host::complete_fence, nullptr); }
+static inline void wgmma_commit() { host::group_collective(7, host::complete_commit, nullptr); }
+template <int OPEN> static inline void wgmma_wait() { host::group_collective(8, host::complete_group_wait<OPEN>, nullptr); }
+template <unsigned COUNT> static inline void wgmma_hold(float (&)[COUNT]) {}
+
+template <unsigned N, bool A_BLOCKS, bool B_BLOCKS>
+static inline void wgmma(float (&d)[N / 2], unsigned long long a, unsigned long long b, unsigned add) {
+    host::Product p{a, b, N, A_BLOCKS, B_BLOCKS, add != 0, d};
+    host::group_collective(9, host::complete_wgmma, &p);
+}
