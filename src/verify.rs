@@ -477,13 +477,17 @@ mod tests {
         let class = Tolerance::Contraction { k: 8 };
         let plain = Bounds { factor: 1.0, terms: 0.0, rounded: None };
         let rounded = Bounds { rounded: Some(2), ..plain };
-        let off = |at: f64, epsilons: f64, dtype: DType| [1.0, 1.0, 4.0, at + epsilons * dtype.epsilon()];
+        // Ten rows of ones, then a row of rms 2.8, the tensor's being 1.3.
+        let off = |epsilons: f64, dtype: DType| {
+            let mut values = [1.0; 22];
+            (values[20], values[21]) = (4.0, epsilons * dtype.epsilon());
+            values
+        };
         for dtype in [DType::F16, DType::Bf16] {
-            let want = [1.0, 1.0, 4.0, 0.0];
-            // The second row's rms is 2.8, the tensor's 2.1.
-            assert!(judge(class, rounded, dtype, &want, &off(0.0, 5.0, dtype)).is_ok());
-            assert!(judge(class, rounded, dtype, &want, &off(0.0, 6.0, dtype)).is_err());
-            assert!(judge(class, plain, dtype, &want, &off(0.0, 0.1, dtype)).is_err());
+            let want = off(0.0, dtype);
+            assert!(judge(class, rounded, dtype, &want, &off(5.0, dtype)).is_ok());
+            assert!(judge(class, rounded, dtype, &want, &off(6.0, dtype)).is_err());
+            assert!(judge(class, plain, dtype, &want, &off(0.1, dtype)).is_err());
         }
         assert!(judge(class, rounded, DType::F32, &[1.0, 1.0], &[1.0, 1.001]).is_err());
     }

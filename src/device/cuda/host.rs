@@ -125,6 +125,8 @@ struct Map {
 const _: () = assert!(std::mem::size_of::<Map>() == 128);
 const MAP_MARK: u64 = u64::from_le_bytes(*b"TENSORMP");
 
+/// A file's module once it is compiled.
+type Slot = Arc<Mutex<Option<Arc<Module>>>>;
 type Key = (&'static str, DType, Vec<(&'static str, u64)>);
 
 pub struct CudaHostDevice {
@@ -132,7 +134,7 @@ pub struct CudaHostDevice {
     compiler: OsString,
     folder: PathBuf,
     /// Launches run one at a time: fault handlers and a library's blocks are one per process.
-    modules: Mutex<HashMap<Key, Arc<Module>>>,
+    modules: Mutex<HashMap<Key, Slot>>,
     launches: AtomicU64,
     live: Arc<AtomicU64>,
 }
@@ -213,12 +215,14 @@ impl CudaHostDevice {
     fn module(&self, entry: &Entry, element: DType) -> Result<Arc<Module>> {
         let constants = entry.constants.iter().map(|(name, value)| (*name, value.to_bits())).collect();
         let key = (entry.file.name, element, constants);
-        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(module) = modules.get(&key) {
+        // A slot per file: threads that want another one compile beside this one.
+        let slot = self.modules.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default().clone();
+        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = &*slot {
             return Ok(module.clone());
         }
         let module = Arc::new(self.compile(entry, element)?);
-        modules.insert(key, module.clone());
+        *slot = Some(module.clone());
         Ok(module)
     }
 

@@ -14,14 +14,14 @@ const ELEMENTS: &[Cut] = &[(0, Pick::Spread(5000))];
 
 pub(super) fn ceilings() -> Vec<Large> {
     let part = |inputs: usize| vec![Part::new(&[ELEMENTS; 2][..inputs], &[Some(ELEMENTS)])];
-    let scale = Case::new(Unary(Function::Scale(1.5)), Tolerance::Arithmetic).normal(&[1 << 29], F32);
+    let scale = Case::new(Unary(Function::Scale(1.5)), Tolerance::Arithmetic).normal(&[1 << 28], F32);
     let add = Case::new(AccumulateScaled { factor: 0.25 }, Tolerance::Contraction { k: 2 });
-    let add = add.normal(&[1 << 28], F32).normal(&[1 << 28], F32);
+    let add = add.normal(&[1 << 27], F32).normal(&[1 << 27], F32);
     // As many invocations as a large GPU keeps in flight.
     let chain = Case::new(MultiplyAddChain { steps: 8192 }, Tolerance::Contraction { k: 8 }).normal(&[1 << 22], F32);
     vec![
-        Large::new("ceiling", "read and write 4 GB".into(), scale, part(1)),
-        Large::new("ceiling", "read twice and write 3 GB".into(), add, part(2)),
+        Large::new("ceiling", "read and write, 2 GB".into(), scale, part(1)),
+        Large::new("ceiling", "read twice and write, 1.6 GB".into(), add, part(2)),
         Large::new("ceiling", "f32 multiply-add chain".into(), chain, part(1)),
     ]
 }
