@@ -1,4 +1,4 @@
-//! Whether an NVIDIA driver is there, and what it sees. No kernels run on it yet.
+//! Whether an NVIDIA driver is there, and what it sees.
 
 use cudarc::driver::{result, sys};
 
