@@ -1,12 +1,11 @@
 //! The CPU as a device: aligned host memory, a thread pool of its own, kernels that are Rust functions.
 
-use std::any::Any;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use super::pool::{Pool, Stats};
-use super::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits, Storage};
+use super::pool::{Loan, Pool, Stats};
+use super::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits};
 use crate::cpu::Args;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -38,32 +37,6 @@ impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: allocated in `new` with this layout, freed once.
         unsafe { std::alloc::dealloc(self.base.as_ptr(), self.layout) }
-    }
-}
-
-struct Block {
-    memory: Option<Memory>,
-    base: NonNull<u8>,
-    class: usize,
-    pool: Arc<Pool<Memory>>,
-}
-
-// SAFETY: `base` points into `memory`, which is Send and Sync.
-unsafe impl Send for Block {}
-// SAFETY: as above.
-unsafe impl Sync for Block {}
-
-impl Storage for Block {
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        if let Some(memory) = self.memory.take() {
-            self.pool.give(self.class, memory);
-        }
     }
 }
 
@@ -100,17 +73,10 @@ impl CpuDevice {
 
     /// Start of `bytes` bytes at `offset` of a buffer, bounds checked.
     fn at(&self, buffer: &Buffer, offset: usize, bytes: usize) -> Result<*mut u8> {
-        let block: &Block = buffer.leaf(&self.info)?;
-        if offset.checked_add(bytes).is_none_or(|end| end > block.class) {
-            return Err(Error::Launch {
-                kernel: "memory access".into(),
-                what: "end of the range",
-                got: offset.saturating_add(bytes) as u64,
-                limit: block.class as u64,
-            });
-        }
-        // SAFETY: offset <= class, the size of the allocation, checked above.
-        Ok(unsafe { block.base.as_ptr().add(offset) })
+        let memory: &Loan<Memory> = buffer.leaf(&self.info)?;
+        memory.check(offset, bytes)?;
+        // SAFETY: the range lies within the allocation, checked above.
+        Ok(unsafe { memory.base.as_ptr().add(offset) })
     }
 }
 
@@ -127,7 +93,7 @@ impl Device for CpuDevice {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Buffer> {
-        let (memory, class) = self.pool.take("cpu", bytes, |class| {
+        let memory = self.pool.lend("cpu", bytes, |class| {
             Memory::new(class).ok_or(Error::OutOfMemory {
                 device: "cpu".into(),
                 requested: class as u64,
@@ -135,8 +101,7 @@ impl Device for CpuDevice {
                 cap: u64::MAX,
             })
         })?;
-        let block = Block { base: memory.base, memory: Some(memory), class, pool: self.pool.clone() };
-        Ok(Buffer::new(Arc::new(block), bytes))
+        Ok(Buffer::new(Arc::new(memory), bytes))
     }
 
     fn upload(&self, target: &Buffer, offset: usize, data: &[u8]) -> Result<()> {

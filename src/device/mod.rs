@@ -199,6 +199,16 @@ impl Buffer {
     }
 }
 
+/// Refuses a range that leaves `capacity` bytes of memory.
+fn check_range(offset: usize, bytes: usize, capacity: usize) -> Result<()> {
+    let end = offset.saturating_add(bytes);
+    if end <= capacity {
+        return Ok(());
+    }
+    let (kernel, what) = ("memory access".into(), "end of the range");
+    Err(Error::Launch { kernel, what, got: end as u64, limit: capacity as u64 })
+}
+
 /// A part of a buffer as a kernel argument.
 #[derive(Clone, Copy)]
 pub struct Binding<'a> {

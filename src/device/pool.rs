@@ -1,9 +1,13 @@
 //! Recycles memory by size class and counts it: every allocation of every leaf passes here.
 
+use std::any::Any;
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::mem::ManuallyDrop;
+use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
+use super::{Storage, check_range};
 use crate::error::{Error, Result};
 
 /// What a device has done and holds.
@@ -16,6 +20,41 @@ pub struct Stats {
     pub bytes_pooled: u64,
     pub allocations: u64,
     pub launches: u64,
+}
+
+/// Memory of one size class, on loan from a pool that gets it back when the loan ends: what a `Buffer` of a leaf holds.
+pub struct Loan<T> {
+    memory: ManuallyDrop<T>,
+    class: usize,
+    pool: Arc<Pool<T>>,
+}
+
+impl<T> Loan<T> {
+    /// Refuses a range outside the memory.
+    pub fn check(&self, offset: usize, bytes: usize) -> Result<()> {
+        check_range(offset, bytes, self.class)
+    }
+}
+
+impl<T> Deref for Loan<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.memory
+    }
+}
+
+impl<T> Drop for Loan<T> {
+    fn drop(&mut self) {
+        // SAFETY: taken once, here, and not used after.
+        self.pool.give(self.class, unsafe { ManuallyDrop::take(&mut self.memory) });
+    }
+}
+
+impl<T: Send + Sync + 'static> Storage for Loan<T> {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
 }
 
 /// Free lists of one leaf's memory type.
@@ -46,8 +85,13 @@ impl<T> Pool<T> {
         bytes.max(1).div_ceil(step) * step
     }
 
-    /// Recycled memory of the class of `bytes`, or new memory from `make`. Returns the class size with it.
-    pub fn take(&self, device: &str, bytes: usize, make: impl FnOnce(usize) -> Result<T>) -> Result<(T, usize)> {
+    /// Recycled memory of the class of `bytes`, or new memory from `make`, which is given the class size.
+    pub fn lend(
+        self: &Arc<Self>,
+        device: &str,
+        bytes: usize,
+        make: impl FnOnce(usize) -> Result<T>,
+    ) -> Result<Loan<T>> {
         let class = Self::class(bytes);
         let live = self.live.fetch_add(class as u64, Relaxed) + class as u64;
         let cap = self.cap.load(Relaxed);
@@ -68,10 +112,10 @@ impl<T> Pool<T> {
             })?,
         };
         self.peak.fetch_max(live, Relaxed);
-        Ok((memory, class))
+        Ok(Loan { memory: ManuallyDrop::new(memory), class, pool: self.clone() })
     }
 
-    pub fn give(&self, class: usize, memory: T) {
+    fn give(&self, class: usize, memory: T) {
         self.live.fetch_sub(class as u64, Relaxed);
         self.pooled.fetch_add(class as u64, Relaxed);
         self.lock().entry(class).or_default().push(memory);

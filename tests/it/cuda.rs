@@ -10,7 +10,7 @@ use espalier::kernel::{Code, File, Kernel, Launch, Params, Plan, Source, always}
 use espalier::ops::FAMILIES;
 use espalier::{DType, Error};
 
-fn root() -> &'static Path {
+pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
@@ -20,7 +20,12 @@ fn required(name: &str) -> bool {
 }
 
 fn host() -> Option<Arc<dyn Device>> {
-    match device::open("cuda-host") {
+    harness("cuda-host")
+}
+
+/// The host harness under one of its names, where a C++ compiler is.
+pub fn harness(name: &str) -> Option<Arc<dyn Device>> {
+    match device::open(name) {
         Ok(device) => Some(device),
         Err(e) if required("cuda-host") => panic!("{e}"),
         Err(e) => {
@@ -143,7 +148,7 @@ fn the_harness_reports_what_a_gpu_would_not() {
 }
 
 /// A copy of `cuda/` with one file changed.
-fn mutated(file: &str, from: &str, to: &str) -> tempfile::TempDir {
+pub fn mutated(file: &str, from: &str, to: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(root().join("cuda")).unwrap() {
         let path: PathBuf = entry.unwrap().path();

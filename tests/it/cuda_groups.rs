@@ -1,14 +1,12 @@
 //! Warp groups of compute capability 9.0 without a GPU: the host harness runs them, and what it must catch.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Output;
 
 use assert_cmd::Command;
 use espalier::{Error, device};
 
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
+use crate::cuda::{harness, mutated, root};
 
 /// Verifies matrix products as on 9.0, with the kernel files of `folder`: one case, or all.
 fn verify(folder: &Path, case: Option<&str>) -> Output {
@@ -18,32 +16,9 @@ fn verify(folder: &Path, case: Option<&str>) -> Output {
     command.output().unwrap()
 }
 
-/// A copy of `cuda/` with one place of one file changed.
-fn mutated(file: &str, from: &str, to: &str) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(root().join("cuda")).unwrap() {
-        let path: PathBuf = entry.unwrap().path();
-        std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
-    }
-    let target = folder.path().join(file);
-    let text = std::fs::read_to_string(&target).unwrap();
-    assert!(text.contains(from), "cuda/{file} holds no {from}");
-    std::fs::write(&target, text.replacen(from, to, 1)).unwrap();
-    folder
-}
-
 /// Whether this machine can run the harness.
 fn host() -> bool {
-    match device::open("cuda-host:90") {
-        Ok(_) => true,
-        Err(e) if std::env::var("ESPALIER_REQUIRE").is_ok_and(|l| l.split(',').any(|r| r == "cuda-host")) => {
-            panic!("{e}")
-        }
-        Err(e) => {
-            eprintln!("skipped: {e}");
-            false
-        }
-    }
+    harness("cuda-host:90").is_some()
 }
 
 #[test]

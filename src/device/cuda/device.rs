@@ -1,6 +1,5 @@
 //! An NVIDIA GPU: one context, one stream, pooled stream-ordered memory, kernels compiled by NVRTC for this GPU.
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::{CString, c_uint, c_void};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -11,8 +10,8 @@ use cudarc::driver::sys;
 
 use super::compile::{compile, nvrtc};
 use super::driver::cuda_driver;
-use crate::device::pool::{Pool, Stats};
-use crate::device::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits, Storage};
+use crate::device::pool::{Loan, Pool, Stats};
+use crate::device::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::cuda::{assemble, declared};
@@ -100,28 +99,6 @@ impl Drop for Memory {
         if self.gpu.enter().is_ok() {
             // SAFETY: allocated on this stream and not used after it. A failure leaves memory to the context's end.
             let _ = unsafe { result::free_async(self.address, self.gpu.stream) };
-        }
-    }
-}
-
-struct Block {
-    /// `None` only while it is dropped.
-    memory: Option<Memory>,
-    address: sys::CUdeviceptr,
-    class: usize,
-    pool: Arc<Pool<Memory>>,
-}
-
-impl Storage for Block {
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        if let Some(memory) = self.memory.take() {
-            self.pool.give(self.class, memory);
         }
     }
 }
@@ -261,16 +238,9 @@ impl CudaDevice {
     }
 
     fn address(&self, buffer: &Buffer, offset: usize, bytes: usize) -> Result<sys::CUdeviceptr> {
-        let block: &Block = buffer.leaf(&self.info)?;
-        if offset.checked_add(bytes).is_none_or(|end| end > block.class) {
-            return Err(Error::Launch {
-                kernel: "memory access".into(),
-                what: "end of the range",
-                got: offset.saturating_add(bytes) as u64,
-                limit: block.class as u64,
-            });
-        }
-        Ok(block.address + offset as u64)
+        let memory: &Loan<Memory> = buffer.leaf(&self.info)?;
+        memory.check(offset, bytes)?;
+        Ok(memory.address + offset as u64)
     }
 
     /// A tensor map as the copy engine reads it.
@@ -319,14 +289,13 @@ impl Device for CudaDevice {
 
     fn alloc(&self, bytes: usize) -> Result<Buffer> {
         self.gpu.enter()?;
-        let (memory, class) = self.pool.take(&self.info.id, bytes, |class| {
+        let memory = self.pool.lend(&self.info.id, bytes, |class| {
             // SAFETY: owned by the `Memory` made of it.
             let address = unsafe { result::malloc_async(self.gpu.stream, class) };
             let address = address.map_err(|e| self.gpu.failure("allocate", class, e))?;
             Ok(Memory { address, gpu: self.gpu.clone() })
         })?;
-        let block = Block { address: memory.address, memory: Some(memory), class, pool: self.pool.clone() };
-        Ok(Buffer::new(Arc::new(block), bytes))
+        Ok(Buffer::new(Arc::new(memory), bytes))
     }
 
     fn upload(&self, target: &Buffer, offset: usize, data: &[u8]) -> Result<()> {

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::device::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits, Stats, Storage};
+use crate::device::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits, Stats, Storage, check_range};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::cuda::{assemble, declared};
@@ -279,14 +279,7 @@ impl CudaHostDevice {
 
     fn range(&self, buffer: &Buffer, offset: usize, bytes: usize) -> Result<*mut u8> {
         let memory: &Memory = buffer.leaf(&self.info)?;
-        if offset.checked_add(bytes).is_none_or(|end| end > memory.bytes) {
-            return Err(Error::Launch {
-                kernel: "memory access".into(),
-                what: "end of the range",
-                got: offset.saturating_add(bytes) as u64,
-                limit: memory.bytes as u64,
-            });
-        }
+        check_range(offset, bytes, memory.bytes)?;
         // SAFETY: offset <= bytes, within the mapping.
         Ok(unsafe { memory.base.add(offset) })
     }

@@ -1,12 +1,9 @@
 //! Device memory, recycled, and the staging buffers that results are read through.
 
-use std::any::Any;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use super::{Gpu, scoped};
-use crate::device::Storage;
-use crate::device::pool::Pool;
 use crate::error::{Error, Result};
 
 /// Longest piece moved between host and device at once.
@@ -48,21 +45,6 @@ impl Memory {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Ok(Self { buffer, id: NEXT.fetch_add(1, Relaxed), used_in: AtomicU64::new(0) })
     }
-}
-
-pub struct Block {
-    /// `None` only while it is dropped.
-    memory: Option<Memory>,
-    buffer: wgpu::Buffer,
-    id: u64,
-    class: usize,
-    pool: Arc<Pool<Memory>>,
-}
-
-impl Block {
-    pub fn new(memory: Memory, class: usize, pool: Arc<Pool<Memory>>) -> Self {
-        Self { buffer: memory.buffer.clone(), id: memory.id, memory: Some(memory), class, pool }
-    }
 
     pub fn id(&self) -> u64 {
         self.id
@@ -73,40 +55,11 @@ impl Block {
     }
 
     pub fn used_in(&self) -> u64 {
-        self.memory.as_ref().map_or(0, |m| m.used_in.load(Relaxed))
+        self.used_in.load(Relaxed)
     }
 
     pub fn mark(&self, batch: u64) {
-        if let Some(memory) = &self.memory {
-            memory.used_in.store(batch, Relaxed);
-        }
-    }
-
-    /// Refuses a range outside the memory.
-    pub fn check(&self, offset: usize, bytes: usize) -> Result<()> {
-        match offset.checked_add(bytes) {
-            Some(end) if end <= self.class => Ok(()),
-            end => Err(Error::Launch {
-                kernel: "memory access".into(),
-                what: "end of the range",
-                got: end.unwrap_or(usize::MAX) as u64,
-                limit: self.class as u64,
-            }),
-        }
-    }
-}
-
-impl Storage for Block {
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        if let Some(memory) = self.memory.take() {
-            self.pool.give(self.class, memory);
-        }
+        self.used_in.store(batch, Relaxed);
     }
 }
 

@@ -14,9 +14,9 @@ use std::time::Duration;
 
 use self::adapter::{PARAMETER_BYTES, Wanted};
 use self::batch::Batches;
-use self::memory::{Block, Memory, Staging};
+use self::memory::{Memory, Staging};
 use self::pipeline::Pipelines;
-use super::pool::{Pool, Stats};
+use super::pool::{Loan, Pool, Stats};
 use super::{Binding, Buffer, Device, Info};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -184,7 +184,7 @@ impl WgpuDevice {
         let _ = self.gpu.lost.set("Destroyed".into());
     }
 
-    fn block<'b>(&self, buffer: &'b Buffer) -> Result<&'b Block> {
+    fn block<'b>(&self, buffer: &'b Buffer) -> Result<&'b Loan<Memory>> {
         buffer.leaf(&self.info)
     }
 
@@ -233,7 +233,7 @@ impl Device for WgpuDevice {
     fn alloc(&self, bytes: usize) -> Result<Buffer> {
         self.gpu.alive()?;
         let limit = self.info.limits.buffer_bytes;
-        let (memory, class) = self.pool.take(&self.info.id, bytes, |class| {
+        let memory = self.pool.lend(&self.info.id, bytes, |class| {
             if class as u64 > limit {
                 return Err(Error::Launch {
                     kernel: "memory allocation".into(),
@@ -244,7 +244,7 @@ impl Device for WgpuDevice {
             }
             Memory::new(&self.gpu, class)
         })?;
-        Ok(Buffer::new(Arc::new(Block::new(memory, class, self.pool.clone())), bytes))
+        Ok(Buffer::new(Arc::new(memory), bytes))
     }
 
     fn upload(&self, target: &Buffer, offset: usize, data: &[u8]) -> Result<()> {
@@ -380,7 +380,7 @@ impl Device for WgpuDevice {
 
 impl WgpuDevice {
     /// Copies a range of whole words to host memory and shows it to `take`.
-    fn read(&self, block: &Block, from: usize, bytes: usize, take: impl FnOnce(&[u8])) -> Result<()> {
+    fn read(&self, block: &Memory, from: usize, bytes: usize, take: impl FnOnce(&[u8])) -> Result<()> {
         self.gpu.alive()?;
         let staging = self.staging.take(&self.gpu, bytes)?;
         let mut batch = self.batches.lock();
