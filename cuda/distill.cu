@@ -181,25 +181,6 @@ extern "C" __global__ void __launch_bounds__(64)
 }
 
 // --- kl: a = direction, b = beta's bits
-// log(m / p) and log(m / q) of m = beta p + (1 - beta) q from log(p / q): where p and q are close these are small, and log m
-// would have lost their digits.
-__device__ __forceinline__ float2 log_mixture(float beta, float ratio) {
-    float apart = fabsf(ratio), rest = 1.0f - beta;
-    float larger = ratio > 0.0f ? beta : rest, smaller = ratio > 0.0f ? rest : beta;
-    float over = apart < 1.0f ? log1pf(smaller * expm1f(-apart)) : logf(larger + smaller * expf(-apart));
-    return ratio > 0.0f ? make_float2(over, over + apart) : make_float2(over + apart, over);
-}
-
-// p log(p/m) - p + m and q log(q/m) - q + m: their sums are the divergences, as those of p, q and m are 1, and no rounding of
-// the log sum exps reaches them, whose share p - m has.
-__device__ __forceinline__ float2 jsd_terms(float beta, float log_p, float log_q) {
-    float ratio = log_p - log_q, p = expf(log_p), q = expf(log_q);
-    float2 over = log_mixture(beta, ratio);
-    // p - q from the larger of the two.
-    float difference = ratio > 0.0f ? -p * expm1f(-ratio) : q * expm1f(ratio);
-    return make_float2((beta - 1.0f) * difference - p * over.x, beta * difference - q * over.y);
-}
-
 // Maxima of student and teacher over elements first, first + step, ... of one row; the sums below go over the same.
 __device__ float2 kl_max(const E* zs, const E* zt, const DistillParams& p, u32 first, u32 step) {
     float2 most = make_float2(-3.4e38f, -3.4e38f);

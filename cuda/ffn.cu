@@ -73,16 +73,6 @@ extern "C" __global__ void __launch_bounds__(64) ffn_down(const float* a, const 
     product(a, b, bias, c, p);
 }
 
-// exp's argument is bounded so that it stays finite: s = sigmoid(2 u), gelu = x s.
-__device__ __forceinline__ float sigmoid_2u(float x) {
-    return 1.0f / (1.0f + expf(fminf(-1.5957691216f * (x + 0.044715f * x * x * x), 80.0f)));
-}
-
-__device__ __forceinline__ float gelu_slope(float x) {
-    float s = sigmoid_2u(x);
-    return s + x * s * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * x * x);
-}
-
 // One element of h per thread; z is stored on the way.
 extern "C" __global__ void __launch_bounds__(64) ffn_act(const float* sums, E* z_out, float* h_out, FfnParams p) {
     u32 i = linear_id();
@@ -92,13 +82,13 @@ extern "C" __global__ void __launch_bounds__(64) ffn_act(const float* sums, E* z
         float gate = sums[at], value = sums[at + p.columns];
         z_out[at] = st(gate);
         z_out[at + p.columns] = st(value);
-        h_out[i] = gate * sigmoid_2u(gate) * value;
+        h_out[i] = gate * gelu_gate(gate) * value;
         return;
     }
     float z = sums[i];
     z_out[i] = st(z);
     // A NaN is not below 0 and stays.
-    h_out[i] = p.mode == 0u ? (z < 0.0f ? 0.0f : z) : z * sigmoid_2u(z);
+    h_out[i] = p.mode == 0u ? (z < 0.0f ? 0.0f : z) : z * gelu_gate(z);
 }
 
 extern "C" __global__ void __launch_bounds__(64) ffn_slope(const E* z_in, const float* dh_in, float* h_out, float* dz, FfnParams p) {
@@ -108,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(64) ffn_slope(const E* z_in, const 
     if (p.mode == 2u) {
         u64 at = (u64)(i / p.columns) * p.columns * 2u + i % p.columns;
         float gate = ld(z_in[at]), value = ld(z_in[at + p.columns]);
-        float gelu = gate * sigmoid_2u(gate);
+        float gelu = gate * gelu_gate(gate);
         h_out[i] = gelu * value;
         dz[at] = dh * value * gelu_slope(gate);
         dz[at + p.columns] = dh * gelu;
@@ -119,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(64) ffn_slope(const E* z_in, const 
         h_out[i] = z < 0.0f ? 0.0f : z;
         dz[i] = z > 0.0f ? dh : 0.0f;
     } else {
-        h_out[i] = z * sigmoid_2u(z);
+        h_out[i] = z * gelu_gate(z);
         dz[i] = dh * gelu_slope(z);
     }
 }
@@ -204,7 +194,7 @@ struct FfnUpStore {
                     for (u32 q = 0; q < 2u; q++) {
                         z[q] = sums[i / 2u][first + j][i % 2u * 2u + q] + shift[j][q];
                         // A NaN is not below 0 and stays.
-                        h[q] = p.mode == 0u ? (z[q] < 0.0f ? 0.0f : z[q]) : z[q] * sigmoid_2u(z[q]);
+                        h[q] = p.mode == 0u ? (z[q] < 0.0f ? 0.0f : z[q]) : z[q] * gelu_gate(z[q]);
                     }
                     z_pairs[j] = pack_pair(st(z[0]), st(z[1]));
                     h_pairs[j] = pack_pair(st(h[0]), st(h[1]));
@@ -234,7 +224,7 @@ struct FfnUpStore {
                 for (u32 q = 0; q < 2u; q++) {
                     gate[q] = sums[i / 2u][2u * j][i % 2u * 2u + q] + gate_shift[q];
                     value[q] = sums[i / 2u][2u * j + 1u][i % 2u * 2u + q] + value_shift[q];
-                    h[q] = gate[q] * sigmoid_2u(gate[q]) * value[q];
+                    h[q] = gate[q] * gelu_gate(gate[q]) * value[q];
                 }
                 gates[j] = pack_pair(st(gate[0]), st(gate[1]));
                 values[j] = pack_pair(st(value[0]), st(value[1]));
@@ -327,7 +317,7 @@ struct FfnSlopeStore {
                             h[q] = z[q] < 0.0f ? 0.0f : z[q];
                             dz[q] = z[q] > 0.0f ? dh : 0.0f;
                         } else {
-                            h[q] = z[q] * sigmoid_2u(z[q]);
+                            h[q] = z[q] * gelu_gate(z[q]);
                             dz[q] = dh * gelu_slope(z[q]);
                             if (p.mode == 2u) {
                                 dz[q] *= value[q];

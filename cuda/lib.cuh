@@ -17,6 +17,37 @@ __device__ __forceinline__ bool is_finite(float x) { return (__float_as_uint(x) 
 __device__ __forceinline__ float clampf(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 __device__ __forceinline__ u32 div_up(u32 a, u32 b) { return (a + b - 1u) / b; }
 
+// Where exp overflows to infinity, the quotient is its limit 0.
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), written as sigmoid(2 u): no cancellation in the negative tail.
+// GELU (tanh form, Hendrycks and Gimpel 2016) is x gelu_gate(x).
+__device__ __forceinline__ float gelu_gate(float x) { return sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); }
+
+__device__ __forceinline__ float gelu_slope(float x) {
+    float s = gelu_gate(x);
+    return s + x * s * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * x * x);
+}
+
+// log(m / p) and log(m / q) of m = beta p + (1 - beta) q from log(p / q): where p and q are close these are small, and log m
+// would have lost their digits.
+__device__ __forceinline__ float2 log_mixture(float beta, float ratio) {
+    float apart = fabsf(ratio), rest = 1.0f - beta;
+    float larger = ratio > 0.0f ? beta : rest, smaller = ratio > 0.0f ? rest : beta;
+    float over = apart < 1.0f ? log1pf(smaller * expm1f(-apart)) : logf(larger + smaller * expf(-apart));
+    return ratio > 0.0f ? make_float2(over, over + apart) : make_float2(over + apart, over);
+}
+
+// p log(p/m) - p + m and q log(q/m) - q + m: their sums are the divergences, as those of p, q and m are 1, and no rounding of
+// the log sum exps reaches them, whose share p - m has.
+__device__ __forceinline__ float2 jsd_terms(float beta, float log_p, float log_q) {
+    float ratio = log_p - log_q, p = expf(log_p), q = expf(log_q);
+    float2 over = log_mixture(beta, ratio);
+    // p - q from the larger of the two.
+    float difference = ratio > 0.0f ? -p * expm1f(-ratio) : q * expm1f(ratio);
+    return make_float2((beta - 1.0f) * difference - p * over.x, beta * difference - q * over.y);
+}
+
 // Philox4x32-10 (Salmon et al. 2011): the same bits as src/rng.rs.
 __device__ __forceinline__ uint4 philox(uint4 c, uint2 k) {
     for (int round = 0; round < 10; round++) {

@@ -21,18 +21,12 @@ struct MatmulParams {
     u32 k0, k1;
 };
 
-// x / (1 + exp(-2u)) = x (1 + tanh u) / 2; the exponent is bounded so that exp stays finite.
-__device__ __forceinline__ float matmul_gelu(float x) {
-    float u = 0.7978845608f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + expf(fminf(-2.0f * u, 80.0f)));
-}
-
 __device__ __forceinline__ float matmul_finished(float y, const E* bias, const E* old, u32 mode) {
     if (mode & 4u) y += ld(*bias);
     if (mode & 8u) y += ld(*old);
     switch (mode & 3u) {
         case 1u: return y < 0.0f ? 0.0f : y;
-        case 2u: return matmul_gelu(y);
+        case 2u: return y * gelu_gate(y);
         default: return y;
     }
 }
@@ -120,7 +114,7 @@ struct MatmulStore {
                     z[q] = sums[i / 2u][j][i % 2u * 2u + q] + shift[j][q];
                     if ((p.mode & 8u) && inside && c < p.columns) z[q] += ld(line[c]);
                     if ((p.mode & 3u) == 1u) z[q] = z[q] < 0.0f ? 0.0f : z[q];
-                    else if ((p.mode & 3u) == 2u) z[q] = matmul_gelu(z[q]);
+                    else if ((p.mode & 3u) == 2u) z[q] = z[q] * gelu_gate(z[q]);
                 }
                 pairs[j] = pack_pair(st(z[0]), st(z[1]));
             }

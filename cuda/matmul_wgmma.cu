@@ -118,12 +118,6 @@ __device__ __forceinline__ void wgmma_sums(const WgmmaShared<COLUMNS>& s, Ring& 
     if (signals) mbarrier_arrive(before);
 }
 
-// x / (1 + exp(-2u)) = x (1 + tanh u) / 2; the exponent is bounded so that exp stays finite.
-__device__ __forceinline__ float wgmma_gelu(float x) {
-    float u = 0.7978845608f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + expf(fminf(-2.0f * u, 80.0f)));
-}
-
 // Bias, what is there and the activation in f32, four fragments (32 columns) at a time, on the way to memory.
 template <u32 COLUMNS>
 __device__ __forceinline__ void wgmma_finish(const float (&sums)[COLUMNS / 2u], const E* bias, E* y, const MatmulWgmmaParams& p, u32 row, u32 column) {
@@ -160,7 +154,7 @@ __device__ __forceinline__ void wgmma_finish(const float (&sums)[COLUMNS / 2u], 
 #pragma unroll
                 for (u32 q = 0; q < 2u; q++) {
                     if ((p.mode & 3u) == 1u) z[q] = z[q] < 0.0f ? 0.0f : z[q];
-                    else if ((p.mode & 3u) == 2u) z[q] = wgmma_gelu(z[q]);
+                    else if ((p.mode & 3u) == 2u) z[q] = z[q] * gelu_gate(z[q]);
                 }
                 pairs[j] = round_pair(z[0], z[1]);
             }

@@ -12,14 +12,6 @@
 
 struct UnaryParams { u32 count, kind; float factor; };
 
-#define GELU_SCALE 0.7978845608f
-
-// Where exp overflows to infinity, the quotient is its limit 0.
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-// (1 + tanh u) / 2 written as sigmoid(2 u): no cancellation in the negative tail.
-__device__ __forceinline__ float gelu_gate(float x) { return sigmoid(2.0f * GELU_SCALE * (x + 0.044715f * x * x * x)); }
-
 __device__ float apply(float x, const UnaryParams& p) {
     switch (p.kind) {
         case 0u: return fmaxf(x, 0.0f);
@@ -36,10 +28,7 @@ __device__ float apply(float x, const UnaryParams& p) {
 __device__ float derivative(float x, const UnaryParams& p) {
     switch (p.kind) {
         case 0u: return x > 0.0f ? 1.0f : 0.0f;
-        case 1u: {
-            float s = gelu_gate(x);
-            return s + x * s * (1.0f - s) * 2.0f * GELU_SCALE * (1.0f + 0.134145f * x * x);
-        }
+        case 1u: return gelu_slope(x);
         case 2u: return 0.5f * (1.0f + erff(x * 0.7071067812f)) + x * 0.3989422804f * expf(-0.5f * x * x);
         case 3u: {
             float s = sigmoid(x);
