@@ -64,6 +64,16 @@ pub enum Error {
     #[error("step {step}: {layer}: {tensor} holds {count} non-finite values, the first at index {index}")]
     NonFinite { step: u64, layer: String, tensor: String, count: usize, index: usize },
 
+    /// A pipeline schedule that cannot run.
+    #[error("schedule {schedule}: stage {stage}, event {position} ({event}): rule broken: {rule}")]
+    Schedule { schedule: String, stage: usize, position: usize, event: String, rule: String },
+
+    /// A stage of a pipeline that failed, and where in its schedule it stood; the others have stopped.
+    #[error(
+        "pipeline stage {stage} failed in step {step} at event {position} ({event}): {what}; events of all stages: {record}"
+    )]
+    Fault { stage: usize, step: u64, position: usize, event: String, what: String, record: PathBuf },
+
     /// A promise of a compression stage does not hold.
     #[error("stage {stage}: invariant broken: {rule}; measured {measured}")]
     Invariant { stage: String, rule: String, measured: String },
@@ -108,6 +118,8 @@ impl Error {
             Self::Io { .. } => "E-IO",
             Self::Recipe { .. } => "E-RECIPE",
             Self::NonFinite { .. } => "E-NON-FINITE",
+            Self::Schedule { .. } => "E-SCHEDULE",
+            Self::Fault { .. } => "E-FAULT",
             Self::Invariant { .. } => "E-INVARIANT",
             Self::Interrupted { .. } => "E-INTERRUPTED",
             Self::Usage { .. } => "E-USAGE",
@@ -126,7 +138,9 @@ impl Error {
             | Self::NotAvailable { .. }
             | Self::Compile { .. }
             | Self::Launch { .. } => 4,
-            Self::Interrupted { .. } => 5,
+            Self::Schedule { .. } => 3,
+            // The run stands at its last checkpoint.
+            Self::Interrupted { .. } | Self::Fault { .. } => 5,
             // A full disk or a failing one leaves a resumable run behind.
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => 5,
             Self::Io { .. } => 3,

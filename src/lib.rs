@@ -12,6 +12,7 @@ pub mod metrics;
 pub mod nn;
 pub mod op;
 pub mod ops;
+pub mod pipeline;
 pub mod recipe;
 pub mod report;
 pub mod tape;

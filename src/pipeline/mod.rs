@@ -1,0 +1,12 @@
+//! Models in stages: schedules as data, their price, their plan, and an executor that overlaps the stages' work.
+
+pub mod profile;
+pub mod schedule;
+pub mod simulate;
+#[cfg(test)]
+mod tests;
+pub mod validate;
+
+pub use schedule::{Event, Kind, Schedule, Work};
+pub use simulate::{ChunkCost, Costs, Link, Timeline, simulate};
+pub use validate::validate;
