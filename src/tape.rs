@@ -1,9 +1,8 @@
 //! Autograd: a list of recorded ops and one reverse loop that asks each op for its gradient rule.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use crate::device::Device;
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::op::{Gradient, Op};
@@ -72,8 +71,17 @@ struct Node {
 /// Records ops while it runs them. Without recording it costs nothing but the dispatch.
 pub struct Tape {
     nodes: Vec<Node>,
+    /// Variables that activations begin with: what [`Tape::backward_input`] goes by.
+    activations: HashSet<Id>,
     next: Id,
     recording: bool,
+}
+
+/// Weight gradients that [`Tape::backward_input`] put off, with what they need.
+pub struct Deferred {
+    /// In backward order.
+    nodes: Vec<Late>,
+    grads: HashMap<Id, Tensor>,
 }
 
 /// Gradients of the leaves, by variable.
@@ -87,6 +95,13 @@ impl Grads {
     }
 }
 
+struct Late {
+    node: Node,
+    /// What reached its outputs; `None`: only weights go through it, and it comes with the weights' gradients.
+    flowed: Option<Vec<Option<Tensor>>>,
+    needs: Vec<bool>,
+}
+
 impl Default for Tape {
     fn default() -> Self {
         Self::new()
@@ -96,7 +111,7 @@ impl Default for Tape {
 impl Tape {
     /// A tape that records.
     pub fn new() -> Self {
-        Self { nodes: Vec::new(), next: 0, recording: true }
+        Self { nodes: Vec::new(), activations: HashSet::new(), next: 0, recording: true }
     }
 
     /// A tape that only runs: inference.
@@ -126,6 +141,11 @@ impl Tape {
     pub fn leaf(&mut self, tensor: &Tensor) -> Var {
         let id = self.recording.then(|| self.fresh());
         Var { tensor: tensor.clone(), id }
+    }
+
+    /// Declares that from here on `var` is an activation, also where it was computed from weights alone (an embedding).
+    pub fn mark_activation(&mut self, var: &Var) {
+        self.activations.extend(var.id);
     }
 
     /// Runs `op` and records it when a gradient can flow through it.
@@ -196,37 +216,105 @@ impl Tape {
             }
         }
         while let Some(node) = self.nodes.pop() {
-            let flowed: Vec<Option<Tensor>> = node
-                .outputs
-                .iter()
-                .zip(&node.output_metas)
-                .map(|(id, meta)| grads.remove(id).map(|g| g.reshape(meta.dims())).transpose())
-                .collect::<Result<_>>()?;
-            let Some(device) = flowed.iter().flatten().map(|t| t.device().clone()).next() else {
+            if let Some(flowed) = take_flowed(&mut grads, &node)? {
+                let needs: Vec<bool> = node.inputs.iter().map(Option::is_some).collect();
+                let backward = node_backward(&node, &flowed, &needs)?;
+                accumulate_inputs(&mut grads, &node, backward)?;
+            }
+        }
+        Ok(Grads(grads))
+    }
+
+    /// The first half of backward: gradients of activations alone, so that the stage before can go on. What is left to do
+    /// for the weights waits in `Deferred`. An op that computes both at once has both done here.
+    pub fn backward_input(mut self, seeds: &[(&Var, &Tensor)], inputs: &[&Var]) -> Result<(Grads, Deferred)> {
+        let mut activations = std::mem::take(&mut self.activations);
+        activations.extend(inputs.iter().filter_map(|v| v.id));
+        for node in &self.nodes {
+            if node.inputs.iter().flatten().any(|id| activations.contains(id)) {
+                activations.extend(&node.outputs);
+            }
+        }
+        let mut grads: HashMap<Id, Tensor> = HashMap::new();
+        for (var, seed) in seeds {
+            if let Some(id) = var.id {
+                accumulate(&mut grads, id, (*seed).clone())?;
+            }
+        }
+        let mut deferred = Vec::new();
+        while let Some(node) = self.nodes.pop() {
+            if !node.outputs.iter().any(|id| activations.contains(id)) {
+                let needs = node.inputs.iter().map(Option::is_some).collect();
+                deferred.push(Late { node, flowed: None, needs });
+                continue;
+            }
+            let Some(flowed) = take_flowed(&mut grads, &node)? else {
                 continue;
             };
-            let needs: Vec<bool> = node.inputs.iter().map(Option::is_some).collect();
-            let backward = match &node.step {
-                Step::Op(op) => op_backward(op.as_ref(), &node, &device, &flowed, &needs)?,
-                Step::Segment(segment) => segment_backward(segment, &node, &flowed)?,
-            };
-            for ((id, grad), meta) in node.inputs.iter().zip(backward).zip(&node.input_metas) {
-                if let (Some(id), Some(grad)) = (id, grad) {
-                    accumulate(&mut grads, *id, grad.reshape(meta.dims())?)?;
-                }
+            let activation = |id: &Option<Id>| id.is_some_and(|id| activations.contains(&id));
+            let now: Vec<bool> = node.inputs.iter().map(activation).collect();
+            let mut needs: Vec<bool> = node.inputs.iter().zip(&now).map(|(id, now)| id.is_some() && !now).collect();
+            if now.contains(&true) {
+                let backward = node_backward(&node, &flowed, &now)?;
+                needs.iter_mut().zip(&backward).for_each(|(need, given)| *need &= given.is_none());
+                accumulate_inputs(&mut grads, &node, backward)?;
             }
+            if needs.contains(&true) {
+                deferred.push(Late { node, flowed: Some(flowed), needs });
+            }
+        }
+        let inputs: HashSet<Id> = inputs.iter().filter_map(|v| v.id).collect();
+        let (ready, rest) = grads.into_iter().partition(|(id, _)| inputs.contains(id));
+        Ok((Grads(ready), Deferred { nodes: deferred, grads: rest }))
+    }
+}
+
+impl Deferred {
+    /// The second half of backward: gradients of the weights.
+    pub fn backward_weight(self) -> Result<Grads> {
+        let mut grads = self.grads;
+        for Late { node, flowed, needs } in self.nodes {
+            let flowed = match flowed {
+                None => take_flowed(&mut grads, &node)?,
+                flowed => flowed,
+            };
+            let Some(flowed) = flowed else {
+                continue;
+            };
+            let backward = node_backward(&node, &flowed, &needs)?;
+            accumulate_inputs(&mut grads, &node, backward)?;
         }
         Ok(Grads(grads))
     }
 }
 
-fn op_backward(
-    op: &dyn Op,
-    node: &Node,
-    device: &Arc<dyn Device>,
-    flowed: &[Option<Tensor>],
-    needs: &[bool],
-) -> Result<Vec<Option<Tensor>>> {
+/// The gradients that reached a node's outputs, in their shapes; `None` where none did.
+fn take_flowed(grads: &mut HashMap<Id, Tensor>, node: &Node) -> Result<Option<Vec<Option<Tensor>>>> {
+    let of = |(id, meta): (&Id, &Meta)| grads.remove(id).map(|g| g.reshape(meta.dims())).transpose();
+    let flowed: Vec<Option<Tensor>> = node.outputs.iter().zip(&node.output_metas).map(of).collect::<Result<_>>()?;
+    Ok(flowed.iter().any(Option::is_some).then_some(flowed))
+}
+
+fn node_backward(node: &Node, flowed: &[Option<Tensor>], needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
+    match &node.step {
+        Step::Op(op) => op_backward(op.as_ref(), node, flowed, needs),
+        Step::Segment(segment) => segment_backward(segment, node, flowed),
+    }
+}
+
+fn accumulate_inputs(grads: &mut HashMap<Id, Tensor>, node: &Node, backward: Vec<Option<Tensor>>) -> Result<()> {
+    for ((id, grad), meta) in node.inputs.iter().zip(backward).zip(&node.input_metas) {
+        if let (Some(id), Some(grad)) = (id, grad) {
+            accumulate(grads, *id, grad.reshape(meta.dims())?)?;
+        }
+    }
+    Ok(())
+}
+
+fn op_backward(op: &dyn Op, node: &Node, flowed: &[Option<Tensor>], needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
+    let Some(device) = flowed.iter().flatten().map(Tensor::device).next() else {
+        return Ok(Vec::new());
+    };
     op.gradient(&Gradient {
         op: op.name(),
         device,

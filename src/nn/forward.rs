@@ -58,6 +58,14 @@ pub(super) enum Cache<'c> {
     Extend(&'c mut dyn FnMut(usize, &Tensor, &Tensor) -> Result<KeyValue>, Tensor),
 }
 
+/// What goes from one block to the next, `[B, T, d]` each.
+pub struct States {
+    /// Enters the next sublayer.
+    pub normed: Var,
+    /// Is added to its output; the same variable where the model adds to normalised states.
+    pub residual: Var,
+}
+
 pub struct Pass<'m> {
     pub tape: Tape,
     pub model: &'m Model,
@@ -67,6 +75,7 @@ pub struct Pass<'m> {
     compute: Option<DType>,
     hooks: Vec<&'m dyn OutputHook>,
     dropout: Option<(f32, Site)>,
+    split_ffn: bool,
     /// When set, the FFN inputs `[rows, d]` of every block are kept here.
     pub ffn_inputs: Option<Vec<Tensor>>,
 }
@@ -83,7 +92,17 @@ impl<'m> Pass<'m> {
 
     fn on(model: &'m Model, tape: Tape) -> Self {
         let (leaves, entered) = (BTreeMap::new(), BTreeMap::new());
-        Self { tape, model, leaves, entered, compute: None, hooks: Vec::new(), dropout: None, ffn_inputs: None }
+        Self {
+            tape,
+            model,
+            leaves,
+            entered,
+            compute: None,
+            hooks: Vec::new(),
+            dropout: None,
+            split_ffn: false,
+            ffn_inputs: None,
+        }
     }
 
     #[must_use]
@@ -96,6 +115,13 @@ impl<'m> Pass<'m> {
     #[must_use]
     pub fn computing(mut self, dtype: Option<DType>) -> Self {
         self.compute = dtype;
+        self
+    }
+
+    /// FFNs as two linears: the fused one computes input and weight gradients at once, which backward in two parts cannot use.
+    #[must_use]
+    pub fn split_ffn(mut self, split: bool) -> Self {
+        self.split_ffn = split;
         self
     }
 
@@ -152,12 +178,13 @@ impl<'m> Pass<'m> {
         Ok((x, weight))
     }
 
-    fn dropped(&mut self, x: Var) -> Result<Var> {
-        let Some((probability, site)) = &mut self.dropout else {
+    /// Dropout of the sublayer that comes as number `sublayer` in the whole model, wherever a pass starts.
+    fn dropped(&mut self, x: Var, sublayer: u32) -> Result<Var> {
+        let Some((probability, site)) = self.dropout else {
             return Ok(x);
         };
-        site.site += 1;
-        self.tape.first(Dropout { probability: *probability, site: *site }, &[&x])
+        let site = Site { site: site.site + 1 + sublayer, ..site };
+        self.tape.first(Dropout { probability, site }, &[&x])
     }
 
     /// Final hidden states `[B, T, d]`.
@@ -166,31 +193,45 @@ impl<'m> Pass<'m> {
     }
 
     pub(super) fn run(&mut self, batch: &Batch, mut cache: Cache) -> Result<Var> {
+        let mut states = self.enter(batch)?;
+        for i in 0..self.model.config.blocks.len() {
+            states = self.block(i, states, batch, &mut cache)?;
+        }
+        Ok(states.normed)
+    }
+
+    /// Embedding and first norm.
+    pub fn enter(&mut self, batch: &Batch) -> Result<States> {
         let table = self.parameter("embedding.tokens")?;
         let mut x = self.tape.first(Embed, &[&table, &Var::constant(batch.tokens.clone())])?;
+        self.tape.mark_activation(&x);
         if self.model.config.positions == Positions::Learned {
             let table = self.parameter("embedding.positions")?;
             let positions = self.tape.first(Embed, &[&table, &Var::constant(batch.positions.clone())])?;
             x = self.tape.first(Binary(BinaryFunction::Add), &[&x, &positions])?;
         }
-        x = self.dropped(x)?;
-        // `normed` enters the next sublayer, `residual` is what its output is added to.
-        let layers = self.model.config.blocks.len();
-        let (mut normed, mut residual) = self.first_norm(&x)?;
-        for i in 0..layers {
-            let attended = self.attention(i, &normed, batch, &mut cache)?;
-            let attended = self.dropped(attended)?;
-            (normed, residual) = self.add_norm(&format!("blocks.{i}.norm_ffn"), &attended, &residual)?;
-            let fed = self.ffn(i, &normed)?;
-            let fed = self.dropped(fed)?;
-            let next = if i + 1 < layers { format!("blocks.{}.norm_attention", i + 1) } else { "norm_final".into() };
-            (normed, residual) = self.add_norm(&next, &fed, &residual)?;
-        }
-        drop(residual);
-        Ok(normed)
+        x = self.dropped(x, 0)?;
+        self.first_norm(&x)
     }
 
-    fn first_norm(&mut self, x: &Var) -> Result<(Var, Var)> {
+    /// Block `i` and the norm after it: that of the next block's attention, or the final one.
+    pub fn pass_block(&mut self, i: usize, states: States, batch: &Batch) -> Result<States> {
+        self.block(i, states, batch, &mut Cache::None)
+    }
+
+    fn block(&mut self, i: usize, states: States, batch: &Batch, cache: &mut Cache) -> Result<States> {
+        let States { normed, residual } = states;
+        let attended = self.attention(i, &normed, batch, cache)?;
+        let attended = self.dropped(attended, 2 * i as u32 + 1)?;
+        let States { normed, residual } = self.add_norm(&format!("blocks.{i}.norm_ffn"), &attended, &residual)?;
+        let fed = self.ffn(i, &normed)?;
+        let fed = self.dropped(fed, 2 * i as u32 + 2)?;
+        let last = i + 1 == self.model.config.blocks.len();
+        let next = if last { "norm_final".into() } else { format!("blocks.{}.norm_attention", i + 1) };
+        self.add_norm(&next, &fed, &residual)
+    }
+
+    fn first_norm(&mut self, x: &Var) -> Result<States> {
         let epsilon = self.model.config.norm_epsilon;
         let weight = self.parameter("blocks.0.norm_attention.weight")?;
         let y = match self.model.config.norm {
@@ -201,11 +242,11 @@ impl<'m> Pass<'m> {
             NormKind::Rms => self.tape.first(RmsNorm { epsilon }, &[x, &weight])?,
         };
         let residual = if self.model.config.residual == Residual::Sum { x.clone() } else { y.clone() };
-        Ok((y, residual))
+        Ok(States { normed: y, residual })
     }
 
-    /// h = x + scale * residual; y = norm(h). Returns y and what the next sublayer adds to.
-    fn add_norm(&mut self, name: &str, x: &Var, residual: &Var) -> Result<(Var, Var)> {
+    /// h = x + scale * residual; y = norm(h).
+    fn add_norm(&mut self, name: &str, x: &Var, residual: &Var) -> Result<States> {
         let config = &self.model.config;
         let scale = if let Residual::Normalised { scale } = config.residual { scale } else { 1.0 };
         let op = AddNorm { epsilon: config.norm_epsilon, scale, rms: config.norm == NormKind::Rms };
@@ -217,7 +258,7 @@ impl<'m> Pass<'m> {
             self.tape.run(op, &[x, residual, &weight, &bias])?
         };
         let next = if self.model.config.residual == Residual::Sum { &outputs[1] } else { &outputs[0] };
-        Ok((outputs[0].clone(), next.clone()))
+        Ok(States { normed: outputs[0].clone(), residual: next.clone() })
     }
 
     fn attention(&mut self, i: usize, x: &Var, batch: &Batch, cache: &mut Cache) -> Result<Var> {
@@ -296,7 +337,11 @@ impl<'m> Pass<'m> {
         }
         let (inner, outer) = (format!("blocks.{i}.ffn.in"), format!("blocks.{i}.ffn.out"));
         let dense = self.model.tensors.contains_key(&format!("{inner}.weight"));
-        if dense && self.model.tensors.contains_key(&format!("{outer}.weight")) && self.hooks.is_empty() {
+        if dense
+            && self.model.tensors.contains_key(&format!("{outer}.weight"))
+            && self.hooks.is_empty()
+            && !self.split_ffn
+        {
             let activation = match block.activation {
                 Activation::Relu => FfnActivation::Relu,
                 Activation::Gelu => FfnActivation::Gelu,

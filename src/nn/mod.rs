@@ -8,5 +8,5 @@ pub mod model;
 mod shapes;
 
 pub use config::{Activation, AttentionKind, Block, Config, Experts, Head, NormKind, Positions, Residual};
-pub use forward::{Batch, OutputHook, Pass};
+pub use forward::{Batch, OutputHook, Pass, States};
 pub use model::Model;

@@ -1,11 +1,20 @@
 //! Models in stages: schedules as data, their price, their plan, and an executor that overlaps the stages' work.
 
+pub mod cut;
+pub mod executor;
+pub mod fault;
+pub mod message;
+pub mod part;
 pub mod profile;
+pub mod route;
 pub mod schedule;
 pub mod simulate;
 #[cfg(test)]
 mod tests;
+pub mod transport;
 pub mod validate;
+pub mod watch;
+pub mod worker;
 
 pub use schedule::{Event, Kind, Schedule, Work};
 pub use simulate::{ChunkCost, Costs, Link, Timeline, simulate};

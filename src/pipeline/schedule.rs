@@ -274,6 +274,11 @@ impl Schedule {
         self.stages.iter().flatten().any(|e| !e.work.computes())
     }
 
+    /// Whether backward comes in two parts.
+    pub fn splits_backward(&self) -> bool {
+        self.stages.iter().flatten().any(|e| e.work == Work::BackwardInput)
+    }
+
     /// The same schedule with a receive before each event that needs another stage's result and a send after each that has
     /// one to give. Sends wait for nobody, so this adds no way to a deadlock.
     #[must_use]

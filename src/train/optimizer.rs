@@ -57,6 +57,9 @@ pub struct Settings {
 /// Name of the loss scale in a checkpoint.
 const LOSS_SCALE: &str = "loss_scale";
 
+/// Name of the masks in a checkpoint.
+const MASK: &str = "mask";
+
 const MUL: Binary = Binary(BinaryFunction::Mul);
 
 /// Offsets of parameters are multiples of this many bytes, what a binding needs.
@@ -158,7 +161,14 @@ impl Optimizer {
     /// Returns the gradient norm before clipping; a gradient that is not finite changes nothing and is named. Under a loss
     /// scale such a step is passed over with a smaller scale, and its norm is given as 0.
     pub fn update(&mut self, weight: f64, total_steps: u64) -> Result<f64> {
-        let step = self.step + 1;
+        match self.squares()? {
+            Some(squares) => self.apply(&squares, weight, total_steps),
+            None => Ok(0.0),
+        }
+    }
+
+    /// Sum of squares `[1]` of the accumulated gradients; `None` where nothing is trained.
+    pub fn squares(&mut self) -> Result<Option<Tensor>> {
         let mut squares: Option<Tensor> = None;
         for group in &mut self.groups {
             group.clear_unfilled()?;
@@ -173,9 +183,12 @@ impl Optimizer {
                 Some(sum) => dispatch::run_one(&ADD, &[&sum, &part])?,
             });
         }
-        let Some(squares) = squares else {
-            return Ok(0.0);
-        };
+        Ok(squares)
+    }
+
+    /// The update once the sum of squares of all gradients is known, those of other devices' parameters included.
+    pub fn apply(&mut self, squares: &Tensor, weight: f64, total_steps: u64) -> Result<f64> {
+        let step = self.step + 1;
         let scale = (1.0 / (weight.max(f64::MIN_POSITIVE) * f64::from(self.loss_scale()))) as f32;
         let norm = squares.to_f64()?.first().copied().unwrap_or(0.0).sqrt() * f64::from(scale);
         if !norm.is_finite() {
@@ -189,7 +202,7 @@ impl Optimizer {
         if let Some(scale) = &mut self.loss_scale {
             scale.grow();
         }
-        let factor = dispatch::run_one(&ClipFactor { max_norm: self.settings.clip, scale }, &[&squares])?;
+        let factor = dispatch::run_one(&ClipFactor { max_norm: self.settings.clip, scale }, &[squares])?;
         let learning_rate = self.settings.schedule.rate(step, total_steps) as f32;
         for group in &mut self.groups {
             group.update(self.settings.rule, learning_rate, step, &factor)?;
@@ -267,17 +280,23 @@ impl Optimizer {
         Err(Error::file("optimizer", name, "no trained parameter of this name to mask"))
     }
 
-    /// Everything a resumed run needs beside the parameters, by name.
+    /// Sums of this step's gradients, one flat tensor per group; two optimizers of the same parameters have the same layout.
+    pub fn gradients(&mut self) -> Result<Vec<Tensor>> {
+        self.groups.iter_mut().try_for_each(Group::clear_unfilled)?;
+        Ok(self.groups.iter().map(|g| g.gradients.clone()).collect())
+    }
+
+    /// Everything a resumed run needs beside the parameters, by the parameters' names: however they are spread over
+    /// optimizers then, each finds its own.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut state = BTreeMap::new();
         if let Some(scale) = self.loss_scale {
             state.insert(LOSS_SCALE.to_string(), Tensor::from_slice(&self.device, &[2], &scale.words())?);
         }
-        for (i, group) in self.groups.iter().enumerate() {
-            state.insert(format!("{i}.first_moment"), group.first_moment.clone());
-            for (name, tensor) in [("second_moment", &group.second_moment), ("mask", &group.mask)] {
-                if let Some(tensor) = tensor {
-                    state.insert(format!("{i}.{name}"), tensor.clone());
+        for group in &self.groups {
+            for (kind, flat) in group.kept() {
+                for slot in &group.slots {
+                    state.insert(format!("{kind}/{}", slot.name), view(flat, slot)?);
                 }
             }
         }
@@ -287,27 +306,32 @@ impl Optimizer {
     /// Restores what [`Optimizer::state`] gave, and the step count.
     pub fn restore(&mut self, state: &BTreeMap<String, Tensor>, step: u64) -> Result<()> {
         let path = std::path::Path::new("optimizer state");
-        let take = |name: String, like: &Tensor| -> Result<Tensor> {
-            let tensor = state.get(&name).ok_or_else(|| Error::file(path, &name, "missing"))?;
-            if tensor.meta() != like.meta() {
-                return Err(Error::file(path, name, format!("{} where {} is needed", tensor.meta(), like.meta())));
+        let take = |name: &str, dims: &[usize]| -> Result<&Tensor> {
+            let tensor = state.get(name).ok_or_else(|| Error::file(path, name, "missing"))?;
+            if tensor.meta() != Meta::new(dims, DType::F32)? {
+                return Err(Error::file(path, name, format!("{} where f32{dims:?} is needed", tensor.meta())));
             }
-            tensor.duplicate()
+            Ok(tensor)
         };
-        for (i, group) in self.groups.iter_mut().enumerate() {
-            group.first_moment = take(format!("{i}.first_moment"), &group.first_moment)?;
-            if let Some(moment) = &group.second_moment {
-                group.second_moment = Some(take(format!("{i}.second_moment"), moment)?);
-            }
-            if state.contains_key(&format!("{i}.mask")) {
-                group.mask = Some(take(format!("{i}.mask"), &group.parameters)?);
+        let names = self.groups.iter().flat_map(|g| &g.slots).map(|s| s.name.clone()).collect::<Vec<_>>();
+        for name in names {
+            if let Some(mask) = state.get(&format!("{MASK}/{name}")) {
+                self.set_mask(&name, mask)?;
             }
         }
-        if self.loss_scale.is_some() {
-            let like = Tensor::from_slice(&self.device, &[2], &[0.0f32; 2])?;
-            if let [factor, good] = take(LOSS_SCALE.to_string(), &like)?.to_vec::<f32>()?[..] {
-                self.loss_scale = Some(LossScale::from_words([factor, good]));
+        for group in &self.groups {
+            for (kind, flat) in group.kept().into_iter().filter(|(kind, _)| *kind != MASK) {
+                for slot in &group.slots {
+                    let from = take(&format!("{kind}/{}", slot.name), &slot.dims)?;
+                    let bytes = from.meta().bytes();
+                    self.device.copy(from.buffer(), from.offset(), flat.buffer(), slot.offset, bytes)?;
+                }
             }
+        }
+        if self.loss_scale.is_some()
+            && let [factor, good] = take(LOSS_SCALE, &[2])?.to_vec::<f32>()?[..]
+        {
+            self.loss_scale = Some(LossScale::from_words([factor, good]));
         }
         self.step = step;
         Ok(())
@@ -352,6 +376,13 @@ impl Group {
             mask: None,
             weight_decay,
         })
+    }
+
+    /// What a checkpoint keeps, by kind.
+    fn kept(&self) -> Vec<(&'static str, &Tensor)> {
+        let optional = [("second_moment", self.second_moment.as_ref()), (MASK, self.mask.as_ref())];
+        let all = [("first_moment", Some(&self.first_moment))].into_iter().chain(optional);
+        all.filter_map(|(kind, flat)| Some((kind, flat?))).collect()
     }
 
     fn clear_unfilled(&mut self) -> Result<()> {

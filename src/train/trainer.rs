@@ -92,12 +92,17 @@ pub fn weighted_cross_entropy(pass: &mut Pass, hidden: &Var, targets: &Tensor, w
 /// Loss of one micro-batch with the terms of all methods: a scalar sum, to be divided by the step's weight.
 fn loss(pass: &mut Pass, micro: &Micro, methods: &[Box<dyn Method>]) -> Result<Var> {
     let hidden = pass.hidden(&micro.batch)?;
+    loss_of(pass, &hidden, micro, methods)
+}
+
+/// As `loss`, from final hidden states.
+pub fn loss_of(pass: &mut Pass, hidden: &Var, micro: &Micro, methods: &[Box<dyn Method>]) -> Result<Var> {
     let mut total = None;
     if micro.gold {
-        total = Some(weighted_cross_entropy(pass, &hidden, &micro.targets, &micro.weights)?);
+        total = Some(weighted_cross_entropy(pass, hidden, &micro.targets, &micro.weights)?);
     }
     for method in methods {
-        if let Some(term) = method.on_loss(pass, &hidden, micro)? {
+        if let Some(term) = method.on_loss(pass, hidden, micro)? {
             total = Some(match total {
                 None => term,
                 Some(sum) => pass.tape.first(Binary(BinaryFunction::Add), &[&sum, &term])?,

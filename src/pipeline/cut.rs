@@ -1,0 +1,77 @@
+//! Where a model is cut: pieces that stay whole, and which tensors belong to which.
+
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+use crate::nn::{Config, Head, Model};
+
+/// Embedding, blocks, head.
+pub fn pieces(config: &Config) -> usize {
+    config.blocks.len() + 2
+}
+
+/// How messages and profiles name a piece.
+pub fn piece_name(config: &Config, piece: usize) -> String {
+    match piece {
+        0 => "embedding".into(),
+        p if p <= config.blocks.len() => format!("block {}", p - 1),
+        _ => "head".into(),
+    }
+}
+
+/// The piece that uses a tensor. The norm in front of a block's attention is run by the piece before it, so that one tensor
+/// crosses a cut where the model adds to normalised states.
+pub fn piece_of(config: &Config, name: &str) -> usize {
+    let layers = config.blocks.len();
+    if name.starts_with("embedding.") {
+        return 0;
+    }
+    if name.starts_with("norm_final.") {
+        return layers;
+    }
+    let block = name.strip_prefix("blocks.").and_then(|rest| rest.split_once('.'));
+    match block.and_then(|(index, rest)| Some((index.parse::<usize>().ok()?, rest))) {
+        Some((index, rest)) if rest.starts_with("norm_attention.") => index,
+        Some((index, _)) => index + 1,
+        None => layers + 1,
+    }
+}
+
+/// Tensors that stage or chunk `pieces` needs.
+pub fn tensors_of(model: &Model, pieces: &Range<usize>) -> Vec<String> {
+    model.tensors.keys().filter(|name| pieces.contains(&piece_of(&model.config, name))).cloned().collect()
+}
+
+/// Pieces of each chunk, as even as their number allows, the larger chunks last but for the head: what a plan should beat.
+pub fn even(pieces: usize, chunks: usize) -> Vec<Range<usize>> {
+    (0..chunks).map(|c| c * pieces / chunks..(c + 1) * pieces / chunks).collect()
+}
+
+/// Refuses cuts that this model or number of chunks does not allow.
+///
+/// # Errors
+/// `Parameter` for chunks that leave pieces out, overlap or are empty, and for a head tied to the embedding on another stage.
+pub fn check(config: &Config, chunks: &[Range<usize>], homes: &[usize]) -> Result<()> {
+    let refuse = |value: String, allowed| Err(Error::Parameter { op: "pipeline", parameter: "stages", value, allowed });
+    let mut end = 0;
+    for range in chunks {
+        if range.start != end || range.is_empty() {
+            return refuse(
+                format!("{chunks:?}"),
+                "every chunk has at least one piece: embedding, blocks and head in a row",
+            );
+        }
+        end = range.end;
+    }
+    if end != pieces(config) || chunks.len() != homes.len() {
+        return refuse(format!("{chunks:?}"), "every piece belongs to a chunk: embedding, blocks and head in a row");
+    }
+    let tied = matches!(config.head, Head::Language { tied: true });
+    if tied && homes.first() != homes.last() {
+        return refuse(
+            format!("{} chunks", chunks.len()),
+            "1, or schedule zb-v: this model's head is tied to its embedding, so both must be on one stage",
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,37 @@
+//! Faults to plant on purpose, so that tests see them found.
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Planted {
+    Panic,
+    /// The worker is gone without a word.
+    Exit,
+    Stall,
+    Slow,
+    /// The event's message is not sent, sent twice, or changed on the way.
+    Drop,
+    Duplicate,
+    Corrupt,
+}
+
+impl Planted {
+    pub const ALL: [Planted; 7] = [
+        Planted::Panic,
+        Planted::Exit,
+        Planted::Stall,
+        Planted::Slow,
+        Planted::Drop,
+        Planted::Duplicate,
+        Planted::Corrupt,
+    ];
+}
+
+/// Where and when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Injection {
+    pub worker: usize,
+    pub step: u64,
+    /// Index among the worker's events; their number is the update.
+    pub position: usize,
+    pub what: Planted,
+}

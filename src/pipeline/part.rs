@@ -1,0 +1,268 @@
+//! A stage's part of the model: runs its chunks forward and backward, one tape per chunk and micro-batch.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::cut;
+use crate::device::Device;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::nn::{Batch, Model, Pass, Residual, States};
+use crate::rng::Site;
+use crate::tape::{Deferred, Grads, Tape, Var};
+use crate::tensor::Tensor;
+use crate::train::lifecycle::{Method, Micro, Teacher};
+use crate::train::trainer;
+
+/// How a stage trains.
+#[derive(Clone, Copy, Debug)]
+pub struct Training {
+    /// Type of products and activations; `None` for f32.
+    pub compute: Option<DType>,
+    pub dropout: f32,
+    pub loss_scale: f32,
+    /// Keep a chunk's inputs only and run it again in backward.
+    pub recompute: bool,
+    /// Backward comes in two parts.
+    pub split: bool,
+    /// Seed and step of this step's random draws.
+    pub site: Site,
+}
+
+/// What forward leaves for backward.
+struct Taped {
+    tape: Tape,
+    leaves: BTreeMap<String, Var>,
+    inputs: Vec<Var>,
+    outputs: Vec<Var>,
+}
+
+enum Held {
+    Taped(Taped),
+    /// To be run again.
+    Inputs(Vec<Tensor>),
+    Deferred(Deferred, BTreeMap<String, Var>),
+}
+
+pub struct Part {
+    /// The whole config, this stage's tensors.
+    pub model: Model,
+    pub methods: Vec<Box<dyn Method>>,
+    /// Pieces of each of this stage's chunks.
+    chunks: BTreeMap<u32, Range<usize>>,
+    held: HashMap<(u32, u32), Held>,
+}
+
+/// Gradients of one chunk and micro-batch by parameter.
+pub struct Gradients {
+    pub leaves: BTreeMap<String, Var>,
+    pub grads: Grads,
+}
+
+impl Part {
+    /// `model`: what [`Part::model_of`] gave for the same chunks.
+    pub fn new(model: Model, chunks: BTreeMap<u32, Range<usize>>) -> Self {
+        Self { model, methods: Vec::new(), chunks, held: HashMap::new() }
+    }
+
+    /// The whole config with the tensors that `chunks` need, on `device`, in memory of their own.
+    pub fn model_of(whole: &Model, device: &Arc<dyn Device>, chunks: &BTreeMap<u32, Range<usize>>) -> Result<Model> {
+        let mut tensors = BTreeMap::new();
+        for pieces in chunks.values() {
+            for name in cut::tensors_of(whole, pieces) {
+                let tensor = whole.get(&name)?;
+                let own =
+                    if Arc::ptr_eq(tensor.device(), device) { tensor.duplicate() } else { tensor.to_device(device) };
+                tensors.insert(name, own?);
+            }
+        }
+        Model::new(whole.config.clone(), tensors, device)
+    }
+
+    fn pieces(&self, chunk: u32) -> Result<Range<usize>> {
+        self.chunks.get(&chunk).cloned().ok_or_else(|| Error::Parameter {
+            op: "pipeline",
+            parameter: "chunk",
+            value: chunk.to_string(),
+            allowed: "a chunk of this stage",
+        })
+    }
+
+    /// Tensors that cross a cut in front of `piece`: a head needs no residual, and where the model adds to normalised states
+    /// it is the normalised states.
+    pub fn crossing(&self, piece: usize) -> usize {
+        let same = matches!(self.model.config.residual, Residual::Normalised { .. });
+        if same || piece + 1 == cut::pieces(&self.model.config) { 1 } else { 2 }
+    }
+
+    /// Tensors of a chunk's input and of its output.
+    pub fn crossings(&self, chunk: u32) -> Result<(usize, usize)> {
+        let pieces = self.pieces(chunk)?;
+        Ok((self.crossing(pieces.start), self.crossing(pieces.end)))
+    }
+
+    /// Runs a chunk. Returns its outputs, or for the last chunk the loss (a scalar sum, to be divided by the step's weight).
+    ///
+    /// # Errors
+    /// Those of the ops.
+    pub fn forward(
+        &mut self,
+        (chunk, micro): (u32, u32),
+        data: &Micro,
+        inputs: Vec<Tensor>,
+        training: Training,
+    ) -> Result<Vec<Tensor>> {
+        let taped = self.run((chunk, micro), data, &inputs, training, !training.recompute)?;
+        let outputs = taped.outputs.iter().map(|v| v.tensor.clone()).collect();
+        let held = if training.recompute { Held::Inputs(inputs) } else { Held::Taped(taped) };
+        self.held.insert((chunk, micro), held);
+        Ok(outputs)
+    }
+
+    fn run(
+        &self,
+        (chunk, micro): (u32, u32),
+        data: &Micro,
+        inputs: &[Tensor],
+        training: Training,
+        recording: bool,
+    ) -> Result<Taped> {
+        let pieces = self.pieces(chunk)?;
+        let pieces_end = pieces.end;
+        // As in `trainer::step`: each micro-batch draws its own dropout.
+        let site = Site { site: training.site.site + 1024 * micro, ..training.site };
+        let hooks = self.methods.iter().filter_map(|m| m.on_output());
+        let pass = if recording { Pass::training(&self.model) } else { Pass::inference(&self.model) };
+        let mut pass =
+            pass.computing(training.compute).hooks(hooks).dropout(training.dropout, site).split_ffn(training.split);
+        let inputs: Vec<Var> = inputs.iter().map(|t| pass.tape.leaf(t)).collect();
+        let mut states = match inputs.as_slice() {
+            [] => None,
+            [both] => Some(States { normed: both.clone(), residual: both.clone() }),
+            [normed, residual, ..] => Some(States { normed: normed.clone(), residual: residual.clone() }),
+        };
+        let head = cut::pieces(&self.model.config) - 1;
+        let mut loss = None;
+        for piece in pieces {
+            states = match (piece, states) {
+                (0, _) => Some(pass.enter(&data.batch)?),
+                (_, None) => {
+                    return Err(Error::Shape { op: "pipeline", rule: "a chunk has inputs", got: "none".into() });
+                }
+                (p, Some(states)) if p == head => {
+                    loss = Some(trainer::loss_of(&mut pass, &states.normed, data, &self.methods)?);
+                    Some(states)
+                }
+                (p, Some(states)) => Some(pass.pass_block(p - 1, states, &data.batch)?),
+            };
+        }
+        let one = self.crossing(pieces_end) == 1;
+        let outputs = match (loss, states) {
+            (Some(loss), _) => vec![loss],
+            (None, Some(States { normed, .. })) if one => vec![normed],
+            (None, Some(States { normed, residual })) => vec![normed, residual],
+            (None, None) => Vec::new(),
+        };
+        let (tape, leaves) = pass.into_leaves();
+        Ok(Taped { tape, leaves, inputs, outputs })
+    }
+
+    fn take(&mut self, (chunk, micro): (u32, u32), data: &Micro, training: Training) -> Result<Taped> {
+        match self.held.remove(&(chunk, micro)) {
+            Some(Held::Taped(taped)) => Ok(taped),
+            Some(Held::Inputs(inputs)) => self.run((chunk, micro), data, &inputs, training, true),
+            _ => Err(Error::Shape { op: "pipeline", rule: "forward before backward", got: format!("{chunk}B{micro}") }),
+        }
+    }
+
+    /// Gradients of the chunk's inputs and parameters; `flowed`: those of its outputs, nothing for the last chunk.
+    pub fn backward(
+        &mut self,
+        at: (u32, u32),
+        data: &Micro,
+        flowed: Vec<Tensor>,
+        training: Training,
+    ) -> Result<(Vec<Tensor>, Gradients)> {
+        let taped = self.take(at, data, training)?;
+        let flowed = self.seeds(&taped, flowed, training)?;
+        let grads = taped.tape.backward(&pairs(&taped.outputs, &flowed))?;
+        Ok((of_inputs(&taped.inputs, &grads)?, Gradients { leaves: taped.leaves, grads }))
+    }
+
+    /// Gradients of the chunk's inputs; those of its parameters wait for [`Part::backward_weight`].
+    pub fn backward_input(
+        &mut self,
+        at: (u32, u32),
+        data: &Micro,
+        flowed: Vec<Tensor>,
+        training: Training,
+    ) -> Result<Vec<Tensor>> {
+        let taped = self.take(at, data, training)?;
+        let flowed = self.seeds(&taped, flowed, training)?;
+        let inputs: Vec<&Var> = taped.inputs.iter().collect();
+        let (grads, deferred) = taped.tape.backward_input(&pairs(&taped.outputs, &flowed), &inputs)?;
+        self.held.insert(at, Held::Deferred(deferred, taped.leaves));
+        of_inputs(&taped.inputs, &grads)
+    }
+
+    pub fn backward_weight(&mut self, at: (u32, u32)) -> Result<Gradients> {
+        match self.held.remove(&at) {
+            Some(Held::Deferred(deferred, leaves)) => Ok(Gradients { leaves, grads: deferred.backward_weight()? }),
+            _ => Err(Error::Shape { op: "pipeline", rule: "input gradients first", got: format!("{}W{}", at.0, at.1) }),
+        }
+    }
+
+    /// Forgets what an interrupted step left.
+    pub fn clear(&mut self) {
+        self.held.clear();
+    }
+
+    fn seeds(&self, taped: &Taped, flowed: Vec<Tensor>, training: Training) -> Result<Vec<Tensor>> {
+        if !flowed.is_empty() {
+            return Ok(flowed);
+        }
+        let seed = |v: &Var| Tensor::from_slice(self.model.device(), v.dims(), &[training.loss_scale]);
+        taped.outputs.iter().map(seed).collect()
+    }
+}
+
+fn pairs<'a>(outputs: &'a [Var], flowed: &'a [Tensor]) -> Vec<(&'a Var, &'a Tensor)> {
+    outputs.iter().zip(flowed).collect()
+}
+
+fn of_inputs(inputs: &[Var], grads: &Grads) -> Result<Vec<Tensor>> {
+    let missing = || Error::NoGradient { op: "pipeline: a chunk's input" };
+    inputs.iter().map(|v| grads.of(v).ok_or_else(missing)?).collect()
+}
+
+/// A micro-batch on another device.
+pub fn micro_on(micro: &Micro, device: &Arc<dyn Device>) -> Result<Micro> {
+    if Arc::ptr_eq(micro.targets.device(), device) {
+        return Ok(micro.clone());
+    }
+    let to = |t: &Tensor| t.to_device(device);
+    let maybe = |t: &Option<Tensor>| t.as_ref().map(to).transpose();
+    let teacher = |t: &Teacher| {
+        Ok::<_, Error>(Teacher {
+            hidden: to(&t.hidden)?,
+            hidden_weights: to(&t.hidden_weights)?,
+            soft_weights: to(&t.soft_weights)?,
+            hard_targets: to(&t.hard_targets)?,
+            hard_weights: to(&t.hard_weights)?,
+        })
+    };
+    Ok(Micro {
+        batch: Batch {
+            tokens: to(&micro.batch.tokens)?,
+            positions: to(&micro.batch.positions)?,
+            block_positions: maybe(&micro.batch.block_positions)?,
+            context: maybe(&micro.batch.context)?,
+            lengths: maybe(&micro.batch.lengths)?,
+        },
+        targets: to(&micro.targets)?,
+        weights: to(&micro.weights)?,
+        teacher: micro.teacher.as_ref().map(teacher).transpose()?,
+        ..*micro
+    })
+}

@@ -1,0 +1,88 @@
+//! Which worker does what: stages with their replicas, and the events of each.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+
+use super::cut;
+use super::schedule::{Event, Schedule, Work};
+use super::validate::validate;
+use crate::error::{Error, Result};
+use crate::nn::Config;
+
+/// Everything that is fixed before the first step.
+#[derive(Clone, Debug)]
+pub struct Route {
+    pub schedule: Schedule,
+    /// Pieces of each chunk.
+    pub cuts: Vec<Range<usize>>,
+    /// Workers of each stage: micro-batch m is worked on by number m mod replicas.
+    pub replicas: Vec<usize>,
+    /// Stage and replica of each worker.
+    pub workers: Vec<(usize, usize)>,
+    /// Events of each worker, messages included.
+    pub events: Vec<Vec<Event>>,
+    positions: Vec<HashMap<Event, usize>>,
+}
+
+impl Route {
+    /// # Errors
+    /// `Schedule` for a schedule that cannot run, `Parameter` for cuts or replicas that do not belong to it.
+    pub fn new(config: &Config, schedule: &Schedule, cuts: Vec<Range<usize>>, replicas: Vec<usize>) -> Result<Self> {
+        validate(schedule)?;
+        cut::check(config, &cuts, &schedule.homes)?;
+        let stages = schedule.stages.len();
+        if replicas.len() != stages || replicas.contains(&0) {
+            let value = format!("{replicas:?}");
+            return Err(Error::Parameter {
+                op: "pipeline",
+                parameter: "replicas",
+                value,
+                allowed: "one count of at least 1 per stage",
+            });
+        }
+        let workers: Vec<(usize, usize)> =
+            replicas.iter().enumerate().flat_map(|(stage, &count)| (0..count).map(move |r| (stage, r))).collect();
+        // Two micro-batches of one stage may be on two workers, two chunks of a micro-batch on one: what is a message between
+        // stages stays one, as only stages exchange micro-batches.
+        let lowered = schedule.with_messages();
+        let own = |&(stage, replica): &(usize, usize)| -> Vec<Event> {
+            let mine = |e: &&Event| e.micro as usize % replicas[stage] == replica;
+            lowered.stages[stage].iter().filter(mine).copied().collect()
+        };
+        let events: Vec<Vec<Event>> = workers.iter().map(own).collect();
+        let positions = events.iter().map(|list| list.iter().enumerate().map(|(i, &e)| (e, i)).collect()).collect();
+        Ok(Self { schedule: lowered, cuts, replicas, workers, events, positions })
+    }
+
+    /// The worker of a chunk's micro-batch.
+    pub fn worker(&self, chunk: u32, micro: u32) -> usize {
+        let stage = self.schedule.homes[chunk as usize];
+        let first: usize = self.replicas[..stage].iter().sum();
+        first + micro as usize % self.replicas[stage]
+    }
+
+    /// Chunks of a worker and their pieces.
+    pub fn chunks_of(&self, worker: usize) -> BTreeMap<u32, Range<usize>> {
+        let (stage, _) = self.workers[worker];
+        let own = self.cuts.iter().zip(&self.schedule.homes).enumerate().filter(|(_, (_, home))| **home == stage);
+        own.map(|(chunk, (pieces, _))| (chunk as u32, pieces.clone())).collect()
+    }
+
+    /// Workers of a stage.
+    pub fn of_stage(&self, stage: usize) -> Range<usize> {
+        let first: usize = self.replicas[..stage].iter().sum();
+        first..first + self.replicas[stage]
+    }
+
+    /// Where the sender of what `receive` waits for stands in its own list: (worker, position).
+    pub fn sender(&self, receive: Event) -> Option<(usize, usize)> {
+        let (work, chunk) = match receive.work {
+            Work::ReceiveForward => (Work::SendForward, receive.chunk.checked_sub(1)?),
+            Work::ReceiveBackward => (Work::SendBackward, receive.chunk + 1),
+            _ => return None,
+        };
+        let worker = self.worker(chunk, receive.micro);
+        let send = Event { work, chunk, micro: receive.micro };
+        Some((worker, *self.positions.get(worker)?.get(&send)?))
+    }
+}
