@@ -16,7 +16,6 @@ use crate::ops::norm::{AddNorm, LayerNorm, RmsNorm};
 use crate::ops::random::Dropout;
 use crate::ops::rope::{Rope, RopeKind};
 use crate::ops::unary::{Cast, Function, Unary};
-use crate::rng::Site;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 
@@ -66,7 +65,7 @@ pub struct Pass<'m> {
     entered: BTreeMap<String, Var>,
     compute: Option<DType>,
     hooks: Vec<&'m dyn OutputHook>,
-    dropout: Option<(f32, Site)>,
+    dropout: Option<(Dropout, Var)>,
     /// When set, the FFN inputs `[rows, d]` of every block are kept here.
     pub ffn_inputs: Option<Vec<Tensor>>,
 }
@@ -111,10 +110,10 @@ impl<'m> Pass<'m> {
         }
     }
 
-    /// Dropout after the embedding, each attention and each FFN; `site.step` is the training step.
+    /// Dropout after the embedding, each attention and each FFN, at the sites after that of `first`; `step` is u32 `[1]`.
     #[must_use]
-    pub fn dropout(mut self, probability: f32, site: Site) -> Self {
-        self.dropout = (probability > 0.0).then_some((probability, site));
+    pub fn dropout(mut self, first: Dropout, step: &Tensor) -> Self {
+        self.dropout = (first.probability > 0.0).then(|| (first, Var::constant(step.clone())));
         self
     }
 
@@ -153,11 +152,11 @@ impl<'m> Pass<'m> {
     }
 
     fn dropped(&mut self, x: Var) -> Result<Var> {
-        let Some((probability, site)) = &mut self.dropout else {
+        let Some((dropout, step)) = &mut self.dropout else {
             return Ok(x);
         };
-        site.site += 1;
-        self.tape.first(Dropout { probability: *probability, site: *site }, &[&x])
+        dropout.site += 1;
+        self.tape.first(*dropout, &[&x, step])
     }
 
     /// Final hidden states `[B, T, d]`.
