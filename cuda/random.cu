@@ -3,7 +3,7 @@
 //           word >> 8 >= threshold, else 0; uniform: y = low + span u; normal: y = mean + deviation z, z = probit(q),
 //           q = (2 (word mod 2^31) + 1) / 2^33, below the mean where the word's top bit is set
 // grad:     dropout: the same op on dy; the others have no input
-// shapes:   dropout: x[N], dropped[N]; uniform, normal: y[N]
+// shapes:   dropout: x[N], step[1], dropped[N]; uniform, normal: y[N]
 // layout:   contiguous; base is the index of the first bound element, a multiple of 4
 // launch:   linear, 64 threads a block, 4 elements (one Philox block) each
 // cost:     about 100 (normal 200) integer and float operations per element; N or 2 N elements moved
@@ -18,8 +18,8 @@ struct RandomParams { u32 count, base, seed_low, seed_high, site, step, threshol
 // a x + b with both roundings.
 __device__ __forceinline__ float step_of(float a, float x, float b) { return __fadd_rn(__fmul_rn(a, x), b); }
 
-__device__ __forceinline__ uint4 words_of(u32 block, const RandomParams& p) {
-    return philox(make_uint4(p.base / 4u + block, 0u, p.site, p.step), make_uint2(p.seed_low, p.seed_high));
+__device__ __forceinline__ uint4 words_of(u32 block, u32 step, const RandomParams& p) {
+    return philox(make_uint4(p.base / 4u + block, 0u, p.site, step), make_uint2(p.seed_low, p.seed_high));
 }
 
 __device__ __forceinline__ u32 word_of(uint4 words, u32 i) { return i == 0u ? words.x : i == 1u ? words.y : i == 2u ? words.z : words.w; }
@@ -88,10 +88,10 @@ __device__ __forceinline__ float normal_of(u32 word) {
     return word >= 0x80000000u ? -z : z;
 }
 
-extern "C" __global__ void __launch_bounds__(64) dropout_fwd(const E* x, E* dropped, RandomParams p) {
+extern "C" __global__ void __launch_bounds__(64) dropout_fwd(const E* x, const u32* step, E* dropped, RandomParams p) {
     u32 block = linear_id(), first = block * 4u;
     if (first >= p.count) return;
-    uint4 words = words_of(block, p);
+    uint4 words = words_of(block, step[0], p);
     for (u32 i = first; i < min(first + 4u, p.count); i++) {
         float kept = ld(x[i]) * p.a;
         dropped[i] = st((word_of(words, i - first) >> 8) >= p.threshold ? kept : 0.0f);
@@ -101,13 +101,13 @@ extern "C" __global__ void __launch_bounds__(64) dropout_fwd(const E* x, E* drop
 extern "C" __global__ void __launch_bounds__(64) uniform_fwd(E* y, RandomParams p) {
     u32 block = linear_id(), first = block * 4u;
     if (first >= p.count) return;
-    uint4 words = words_of(block, p);
+    uint4 words = words_of(block, p.step, p);
     for (u32 i = first; i < min(first + 4u, p.count); i++) y[i] = st(step_of(p.b, uniform_of(word_of(words, i - first)), p.a));
 }
 
 extern "C" __global__ void __launch_bounds__(64) normal_fwd(E* y, RandomParams p) {
     u32 block = linear_id(), first = block * 4u;
     if (first >= p.count) return;
-    uint4 words = words_of(block, p);
+    uint4 words = words_of(block, p.step, p);
     for (u32 i = first; i < min(first + 4u, p.count); i++) y[i] = st(step_of(p.b, normal_of(word_of(words, i - first)), p.a));
 }

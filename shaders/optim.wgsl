@@ -1,18 +1,22 @@
-// op:       adamw, sgd, clip_factor
+// op:       adamw, sgd, update_factor
 // math:     adamw: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, p -= lr (c1 m / (sqrt(c2 v) + eps) + decay p)
-//           sgd: u = momentum u + g, p -= lr (u + decay p); g = grad factor; clip: scale min(1, max / (scale sqrt s))
+//           sgd: u = momentum u + g, p -= lr (u + decay p); g = grad factor; a factor of 0 changes nothing
+//           update_factor: a = inverse / scale, norm = a sqrt(squares), factor = a min(1, max / (norm + 1e-6)), 0 where
+//           squares or loss are not finite; scale doubled after `growth` good steps, halved else, or the step has failed
 // grad:     none
-// shapes:   adamw: param[N] (in place), grad[N], m[N] (in place), v[N] (in place), factor[1], mask[N] when masked
-//           sgd: param[N] (in place), grad[N], velocity[N] (in place), factor[1], mask[N]; clip: squares[1], out[1] (the factor)
+// shapes:   adamw: param[N] (in place), grad[N], m[N] (in place), v[N] (in place), factor[1], rates[5], mask[N] when masked
+//           sgd: param[N] (in place), grad[N], velocity[N] (in place), factor[1], rates[5], mask[N] when masked
+//           update_factor: squares[1], losses[1], rates[5], state[5] (in place), factor[1]
+//           rates: lr, c1, c2, inverse (1 / weight), step; state: scale, good steps, failed step, loss, norm
 // layout:   contiguous; a group's parameters lie one after another
 // launch:   linear, 64 invocations a group, 4 elements each; windows where a binding is too small
 // cost:     14 flops and 28 bytes an element (adamw), 6 and 20 (sgd)
-// numerics: f32; c1 and c2 are rounded once on the host; a masked element becomes exactly 0 everywhere
+// numerics: f32; c1 and c2 are rounded once on the host; finite by bits; a masked element becomes exactly 0 everywhere
 // source:   AdamW: Loshchilov and Hutter 2019
 // rungs:    v1 one invocation, four neighbours
 
 struct OptimParams {
-    count: u32, masked: u32, rate: f32, beta1: f32, beta2: f32, epsilon: f32, decay: f32, correction1: f32, correction2: f32
+    count: u32, masked: u32, beta1: f32, beta2: f32, epsilon: f32, decay: f32
 }
 var<immediate> optim: OptimParams;
 
@@ -21,13 +25,18 @@ var<immediate> optim: OptimParams;
 @group(0) @binding(2) var<storage, read_write> optim_m: array<f32>;
 @group(0) @binding(3) var<storage, read_write> optim_v: array<f32>;
 @group(0) @binding(4) var<storage, read> optim_factor: array<f32>;
-@group(0) @binding(5) var<storage, read> optim_mask: array<f32>;
+@group(0) @binding(5) var<storage, read> optim_rates: array<f32, 5>;
+@group(0) @binding(6) var<storage, read> optim_mask: array<f32>;
 @group(0) @binding(3) var<storage, read> sgd_factor: array<f32>;
-@group(0) @binding(4) var<storage, read> sgd_mask: array<f32>;
+@group(0) @binding(4) var<storage, read> sgd_rates: array<f32, 5>;
+@group(0) @binding(5) var<storage, read> sgd_mask: array<f32>;
 
 @compute @workgroup_size(64)
 fn adamw(@builtin(global_invocation_id) gid: vec3<u32>) {
     let first = linear_id(gid, 64u) * 4u;
+    let factor = optim_factor[0];
+    if factor == 0.0 { return; }
+    let rates = optim_rates;
     for (var i = first; i < min(first + 4u, optim.count); i++) {
         // Without a mask the binding is absent; `select` would read it, so this is a branch.
         if optim.masked == 1u {
@@ -38,12 +47,12 @@ fn adamw(@builtin(global_invocation_id) gid: vec3<u32>) {
                 continue;
             }
         }
-        let g = optim_grad[i] * optim_factor[0];
+        let g = optim_grad[i] * factor;
         let m = optim.beta1 * optim_m[i] + (1.0 - optim.beta1) * g;
         let v = optim.beta2 * optim_v[i] + (1.0 - optim.beta2) * g * g;
-        let direction = m * optim.correction1 / (sqrt(v * optim.correction2) + optim.epsilon);
+        let direction = m * rates[1] / (sqrt(v * rates[2]) + optim.epsilon);
         let p = optim_param[i];
-        optim_param[i] = p - optim.rate * (direction + optim.decay * p);
+        optim_param[i] = p - rates[0] * (direction + optim.decay * p);
         optim_m[i] = m;
         optim_v[i] = v;
     }
@@ -52,6 +61,9 @@ fn adamw(@builtin(global_invocation_id) gid: vec3<u32>) {
 @compute @workgroup_size(64)
 fn sgd(@builtin(global_invocation_id) gid: vec3<u32>) {
     let first = linear_id(gid, 64u) * 4u;
+    let factor = sgd_factor[0];
+    if factor == 0.0 { return; }
+    let rate = sgd_rates[0];
     for (var i = first; i < min(first + 4u, optim.count); i++) {
         if optim.masked == 1u {
             if sgd_mask[i] == 0.0 {
@@ -61,22 +73,51 @@ fn sgd(@builtin(global_invocation_id) gid: vec3<u32>) {
             }
         }
         // Momentum stands where AdamW's first beta does.
-        let u = optim.beta1 * optim_m[i] + optim_grad[i] * sgd_factor[0];
+        let u = optim.beta1 * optim_m[i] + optim_grad[i] * factor;
         let p = optim_param[i];
-        optim_param[i] = p - optim.rate * (u + optim.decay * p);
+        optim_param[i] = p - rate * (u + optim.decay * p);
         optim_m[i] = u;
     }
 }
 
-@group(0) @binding(0) var<storage, read> clip_squares: array<f32>;
-@group(0) @binding(1) var<storage, read_write> clip_out: array<f32>;
+@group(0) @binding(0) var<storage, read> factor_squares: array<f32, 1>;
+@group(0) @binding(1) var<storage, read> factor_losses: array<f32, 1>;
+@group(0) @binding(2) var<storage, read> factor_rates: array<f32, 5>;
+@group(0) @binding(3) var<storage, read_write> factor_state: array<f32, 5>;
+@group(0) @binding(4) var<storage, read_write> factor_out: array<f32, 1>;
 
 @compute @workgroup_size(1)
-fn clip_factor() {
-    // The op's block is count, flag, max_norm, scale: `rate` and `beta1` by place.
-    let max_norm = optim.rate;
-    let scale = optim.beta1;
-    var clip = 1.0;
-    if max_norm > 0.0 { clip = min(1.0, max_norm / (scale * sqrt(clip_squares[0]) + 1e-6)); }
-    clip_out[0] = scale * clip;
+fn update_factor() {
+    // The op's block is count, scaled, max_norm, growth, least, most: by place.
+    let max_norm = optim.beta1;
+    factor_out[0] = 0.0;
+    if factor_state[2] != 0.0 { return; }
+    let squares = factor_squares[0];
+    let losses = factor_losses[0];
+    let inverse = factor_rates[3];
+    let scale = factor_state[0];
+    let all = inverse / scale;
+    let norm = all * sqrt(squares);
+    if is_finite(squares) && is_finite(losses) && is_finite(norm) {
+        var clip = 1.0;
+        if max_norm > 0.0 { clip = min(1.0, max_norm / (norm + 1e-6)); }
+        factor_out[0] = all * clip;
+        if optim.masked == 1u {
+            let good = factor_state[1] + 1.0;
+            let grown = good >= optim.beta2;
+            factor_state[0] = select(scale, min(2.0 * scale, optim.decay), grown);
+            factor_state[1] = select(good, 0.0, grown);
+        }
+        factor_state[3] = losses * inverse;
+        factor_state[4] = norm;
+    } else if optim.masked == 1u && is_finite(losses) && scale > optim.epsilon {
+        factor_state[0] = max(0.5 * scale, optim.epsilon);
+        factor_state[1] = 0.0;
+        factor_state[3] = losses * inverse;
+        factor_state[4] = 0.0;
+    } else {
+        factor_state[2] = factor_rates[4];
+        factor_state[3] = 0.0;
+        factor_state[4] = 0.0;
+    }
 }

@@ -3,7 +3,7 @@
 //           word >> 8 >= threshold, else 0; uniform: y = low + span u; normal: y = mean + deviation z, z = probit(q),
 //           q = (2 (word mod 2^31) + 1) / 2^33, below the mean where the word's top bit is set
 // grad:     dropout: the same op on dy; the others have no input
-// shapes:   dropout: x[N], dropped[N]; uniform, normal: y[N]
+// shapes:   dropout: x[N], step[1], dropped[N]; uniform, normal: y[N]
 // layout:   contiguous; base is the index of the first bound element, a multiple of 4
 // launch:   linear, 64 invocations a group, 4 elements (one Philox block) each
 // cost:     about 100 (normal 200) integer and float operations per element; N or 2 N elements moved
@@ -18,7 +18,8 @@ struct RandomParams {
 var<immediate> random: RandomParams;
 
 @group(0) @binding(0) var<storage, read> random_x: array<E>;
-@group(0) @binding(1) var<storage, read_write> random_dropped: array<E>;
+@group(0) @binding(1) var<storage, read> random_step: array<u32, 1>;
+@group(0) @binding(2) var<storage, read_write> random_dropped: array<E>;
 @group(0) @binding(0) var<storage, read_write> random_y: array<E>;
 
 // The value as it is: `zero` is 0 at run time, which no compiler knows, so that nothing is fused or reordered across.
@@ -27,8 +28,8 @@ fn rounded(x: f32) -> f32 { return bitcast<f32>(bitcast<u32>(x) ^ random.zero); 
 // a x + b with both roundings.
 fn step_of(a: f32, x: f32, b: f32) -> f32 { return rounded(rounded(a * x) + b); }
 
-fn words_of(block: u32) -> vec4<u32> {
-    return philox(vec4<u32>(random.base / 4u + block, 0u, random.site, random.step), vec2<u32>(random.seed_low, random.seed_high));
+fn words_of(block: u32, step: u32) -> vec4<u32> {
+    return philox(vec4<u32>(random.base / 4u + block, 0u, random.site, step), vec2<u32>(random.seed_low, random.seed_high));
 }
 
 // 24 bits are exact in f32.
@@ -97,7 +98,7 @@ fn dropout_fwd(@builtin(global_invocation_id) gid: vec3<u32>) {
     let block = linear_id(gid, 64u);
     let first = block * 4u;
     if first >= random.count { return; }
-    let words = words_of(block);
+    let words = words_of(block, random_step[0]);
     for (var i = first; i < min(first + 4u, random.count); i++) {
         let kept = ld(random_x[i]) * random.a;
         random_dropped[i] = st(select(0.0, kept, (words[i - first] >> 8u) >= random.threshold));
@@ -109,7 +110,7 @@ fn uniform_fwd(@builtin(global_invocation_id) gid: vec3<u32>) {
     let block = linear_id(gid, 64u);
     let first = block * 4u;
     if first >= random.count { return; }
-    let words = words_of(block);
+    let words = words_of(block, random.step);
     for (var i = first; i < min(first + 4u, random.count); i++) {
         random_y[i] = st(step_of(random.b, uniform_of(words[i - first]), random.a));
     }
@@ -120,7 +121,7 @@ fn normal_fwd(@builtin(global_invocation_id) gid: vec3<u32>) {
     let block = linear_id(gid, 64u);
     let first = block * 4u;
     if first >= random.count { return; }
-    let words = words_of(block);
+    let words = words_of(block, random.step);
     for (var i = first; i < min(first + 4u, random.count); i++) {
         random_y[i] = st(step_of(random.b, normal_of(words[i - first]), random.a));
     }

@@ -52,24 +52,27 @@ pub struct Distillation {
 }
 
 impl Distillation {
+    /// The squared error in the unit of the rows' weights: with `Mean`, sum over rows of weight * mean over channels.
+    /// That is half the sum times 2 / width: no factor that a launch is given depends on how many rows a batch labels.
     fn hidden_loss(&self, pass: &mut Pass, rows: &Var, teacher: &Tensor, weights: &Tensor) -> Result<Var> {
         let teacher = pass.constant(teacher)?;
-        let op = HiddenMse { reduction: self.reduction, normalised: self.normalised };
-        let weights = Var::constant(weights.clone());
-        match &self.projection {
+        let (student, teacher) = match &self.projection {
             Projection::Kept(selection) => {
                 // Selecting columns is a product with a 0/1 matrix; the teacher is a constant, so nothing is recorded.
                 let selection = pass.constant(selection)?;
-                let kept = pass.tape.first(Matmul::linear(), &[&teacher, &selection])?;
-                pass.tape.first(op, &[rows, &kept, &weights])
+                (rows.clone(), pass.tape.first(Matmul::linear(), &[&teacher, &selection])?)
             }
             Projection::Learned => {
                 let projection = pass.parameter(PROJECTION)?;
-                let projected = pass.tape.first(Matmul::linear(), &[rows, &projection])?;
-                pass.tape.first(op, &[&projected, &teacher, &weights])
+                (pass.tape.first(Matmul::linear(), &[rows, &projection])?, teacher)
             }
-            Projection::None => pass.tape.first(op, &[rows, &teacher, &weights]),
-        }
+            Projection::None => (rows.clone(), teacher),
+        };
+        let op = HiddenMse { reduction: Reduction::HalfSum, normalised: self.normalised };
+        let loss = pass.tape.first(op, &[&student, &teacher, &Var::constant(weights.clone())])?;
+        let width = student.tensor.shape().last() as f32;
+        let unit = if self.reduction == Reduction::Mean { 2.0 / width } else { 1.0 };
+        scaled(pass, &loss, self.weights.hidden * unit)
     }
 }
 
@@ -93,8 +96,7 @@ impl Method for Distillation {
         "distillation"
     }
 
-    /// Terms in the unit of the rows' weights: a mean is multiplied by the micro-batch's rows, so that dividing by the
-    /// step's weight gives the mean again however the step was split.
+    /// Terms in the unit of the rows' weights: dividing by the step's weight gives the mean however the step was split.
     fn on_loss(&self, pass: &mut Pass, hidden: &Var, micro: &Micro) -> Result<Option<Var>> {
         let Some(teacher) = &micro.teacher else {
             return Ok(None);
@@ -103,9 +105,7 @@ impl Method for Distillation {
         let rows = hidden.reshape(&[shape.rows(), shape.last()])?;
         let mut terms = Vec::new();
         if self.weights.hidden > 0.0 {
-            let loss = self.hidden_loss(pass, &rows, &teacher.hidden, &teacher.hidden_weights)?;
-            let unit = if self.reduction == Reduction::Mean { micro.tokens as f32 } else { 1.0 };
-            terms.push(scaled(pass, &loss, self.weights.hidden * unit)?);
+            terms.push(self.hidden_loss(pass, &rows, &teacher.hidden, &teacher.hidden_weights)?);
         }
         if self.weights.soft > 0.0 {
             let op = LinearKl {

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::nn::{Activation, Batch, Config, Experts, Model, Pass};
 use crate::ops::distill::{HiddenMse, Reduction};
 use crate::ops::matmul::{Epilogue, Matmul};
-use crate::ops::optim::AdamW;
+use crate::ops::optim::{AdamW, StepRates};
 use crate::ops::unary::{Function, Unary};
 use crate::shape::Meta;
 use crate::tape::{Tape, Var};
@@ -268,7 +268,7 @@ fn train_router(model: &mut Model, i: usize, inputs: &[Tensor], settings: Settin
         let rate = settings.router_rate * (1.0 - step as f32 / settings.router_steps as f32);
         for (name, leaf) in names.iter().zip(&leaves) {
             if let Some(grad) = grads.of(leaf).transpose()? {
-                update(&device, &mut state, name, &leaf.tensor, &grad, (rate, step as u32 + 1), &one)?;
+                update(&device, &mut state, name, &leaf.tensor, &grad, (rate, step as u64 + 1), &one)?;
             }
         }
     }
@@ -289,7 +289,7 @@ fn update<'n>(
     name: &'n str,
     parameter: &Tensor,
     grad: &Tensor,
-    (learning_rate, step): (f32, u32),
+    (learning_rate, step): (f32, u64),
     factor: &Tensor,
 ) -> Result<()> {
     let flat = [parameter.count()];
@@ -300,8 +300,11 @@ fn update<'n>(
     let Some((m, v)) = state.get(name) else {
         return Ok(());
     };
-    let op = AdamW { learning_rate, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0, step, masked: false };
-    dispatch::run(&op, &[&parameter.reshape(&flat)?, &grad.reshape(&flat)?, m, v, factor])?;
+    let betas = [0.9, 0.999];
+    let rates = StepRates { learning_rate, betas, weight: 1.0, step }.words();
+    let rates = Tensor::from_slice(device, &[rates.len()], &rates)?;
+    let op = AdamW { beta1: betas[0], beta2: betas[1], epsilon: 1e-8, weight_decay: 0.0, masked: false };
+    dispatch::run(&op, &[&parameter.reshape(&flat)?, &grad.reshape(&flat)?, m, v, factor, &rates])?;
     Ok(())
 }
 

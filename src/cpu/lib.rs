@@ -56,7 +56,7 @@ mod reduce;
 pub use binary::{accumulate_scaled, binary};
 pub use cache::write_rows;
 pub use ceiling::multiply_add_chain;
-pub use optim::{adamw, clip_factor, sgd};
+pub use optim::{adamw, sgd, update_factor};
 pub use quant_int4::{matmul_int4, pack_int4, unpack_int4};
 pub use quant_matmul::matmul_int8;
 pub use reduce::{argmax, count_non_finite, reduce, reduce_backward};

@@ -9,7 +9,7 @@ use crate::error::Result;
 /// Elements per chunk: fixed, so that results do not depend on the number of threads (they are elementwise anyway).
 const CHUNK: usize = 16_384;
 
-/// Parameters of an update, in the order of the op's block after count and flag.
+/// Parameters of an update: the op's block after count and flag, the step's rates, the factor.
 #[derive(Clone, Copy)]
 struct Rates {
     rate: f32,
@@ -24,10 +24,11 @@ struct Rates {
 
 pub fn adamw(args: &Args) -> Result<()> {
     let masked = args.u(1) == 1;
-    let (grad, factor) = (args.read::<f32>(1), args.read::<f32>(4));
-    let mask = if masked { args.read::<f32>(5) } else { &[] };
+    let (grad, mask) = (args.read::<f32>(1), if masked { args.read::<f32>(6) } else { &[] });
     let (param, m, v) = (args.write::<f32>(0), args.write::<f32>(2), args.write::<f32>(3));
-    let rates = rates(args, factor);
+    let Some(rates) = rates(args, args.read::<f32>(4), args.read::<f32>(5)) else {
+        return Ok(());
+    };
     let work = |(index, ((p, m), v)): (usize, ((&mut [f32], &mut [f32]), &mut [f32]))| {
         let start = index * CHUNK;
         adamw_chunk(p, m, v, &grad[start..start + p.len()], rates);
@@ -45,17 +46,13 @@ pub fn adamw(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn rates(args: &Args, factor: &[f32]) -> Rates {
-    Rates {
-        rate: args.f(2),
-        beta1: args.f(3),
-        beta2: args.f(4),
-        epsilon: args.f(5),
-        decay: args.f(6),
-        correction1: args.f(7),
-        correction2: args.f(8),
-        factor: factor.first().copied().unwrap_or(1.0),
-    }
+/// None where the factor is 0: the step changes nothing.
+fn rates(args: &Args, factor: &[f32], rates: &[f32]) -> Option<Rates> {
+    let (&[factor], &[rate, correction1, correction2, ..]) = (factor, rates) else {
+        return None;
+    };
+    let (beta1, beta2, epsilon, decay) = (args.f(2), args.f(3), args.f(4), args.f(5));
+    (factor != 0.0).then_some(Rates { rate, beta1, beta2, epsilon, decay, correction1, correction2, factor })
 }
 
 /// Zeroes everything where the mask is 0; no mask keeps all.
@@ -92,10 +89,11 @@ multiversion! {
 /// SGD's momentum stands where AdamW's first beta does.
 pub fn sgd(args: &Args) -> Result<()> {
     let masked = args.u(1) == 1;
-    let (grad, factor) = (args.read::<f32>(1), args.read::<f32>(3));
-    let mask = if masked { args.read::<f32>(4) } else { &[] };
+    let (grad, mask) = (args.read::<f32>(1), if masked { args.read::<f32>(5) } else { &[] });
     let (param, velocity) = (args.write::<f32>(0), args.write::<f32>(2));
-    let rates = rates(args, factor);
+    let Some(rates) = rates(args, args.read::<f32>(3), args.read::<f32>(4)) else {
+        return Ok(());
+    };
     args.rows2((param, velocity), (1, 1), CHUNK, |start, p, velocity| {
         sgd_chunk(p, velocity, &grad[start..start + p.len()], rates);
         keep(mask, start, [p, velocity]);
@@ -103,12 +101,35 @@ pub fn sgd(args: &Args) -> Result<()> {
     Ok(())
 }
 
-pub fn clip_factor(args: &Args) -> Result<()> {
-    let (squares, factor) = (args.read::<f32>(0), args.write::<f32>(1));
-    let (max_norm, scale) = (args.f(2), args.f(3));
-    for (factor, s) in factor.iter_mut().zip(squares) {
-        let clip = if max_norm > 0.0 { (max_norm / (scale * s.sqrt() + 1e-6)).min(1.0) } else { 1.0 };
-        *factor = scale * clip;
+/// Block: growth > 0, largest norm, growth, least and most scale.
+pub fn update_factor(args: &Args) -> Result<()> {
+    let scaled = args.u(1) == 1;
+    let (max_norm, growth, least, most) = (args.f(2), args.f(3), args.f(4), args.f(5));
+    let (state, factor) = (args.write::<f32>(3), args.write::<f32>(4));
+    let (&[squares], &[losses], &[_, _, _, inverse, step], [scale, good, failed, loss, norm], [factor]) =
+        (args.read::<f32>(0), args.read::<f32>(1), args.read::<f32>(2), state, factor)
+    else {
+        return Ok(());
+    };
+    *factor = 0.0;
+    if *failed != 0.0 {
+        return Ok(());
+    }
+    let all = inverse / *scale;
+    let length = all * squares.sqrt();
+    if losses.is_finite() && length.is_finite() {
+        *factor = all * if max_norm > 0.0 { (max_norm / (length + 1e-6)).min(1.0) } else { 1.0 };
+        if scaled {
+            *good += 1.0;
+            if *good >= growth {
+                (*scale, *good) = ((2.0 * *scale).min(most), 0.0);
+            }
+        }
+        (*loss, *norm) = (losses * inverse, length);
+    } else if scaled && losses.is_finite() && *scale > least {
+        (*scale, *good, *loss, *norm) = ((0.5 * *scale).max(least), 0.0, losses * inverse, 0.0);
+    } else {
+        (*failed, *loss, *norm) = (step, 0.0, 0.0);
     }
     Ok(())
 }

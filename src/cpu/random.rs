@@ -12,7 +12,7 @@ const GRAIN: usize = 16 * BLOCK;
 /// Philox blocks computed side by side.
 const SIDE: usize = 16;
 
-/// Parameters: count, base, seed (2), site, step, threshold, 0, a, b.
+/// Parameters: count, base, seed (2), site, step (dropout reads its own from memory), threshold, 0, a, b.
 struct Draw {
     key: [u32; 2],
     site: u32,
@@ -93,7 +93,9 @@ multiversion! {
 }
 
 fn dropped<T: Float>(args: &Args) -> Result<()> {
-    let (x, y, draw) = (args.read::<T>(0), args.write::<T>(1), Draw::of(args));
+    let (x, y) = (args.read::<T>(0), args.write::<T>(2));
+    let step = args.read::<u32>(1).first().copied().unwrap_or(0);
+    let draw = Draw { step, ..Draw::of(args) };
     let (threshold, scale) = (args.word(6), args.f(8));
     args.rows(y, 1, GRAIN, |first, chunk| {
         let (mut words, mut wide, mut out) = ([0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);

@@ -16,7 +16,6 @@ use crate::ops::norm::{AddNorm, LayerNorm, RmsNorm};
 use crate::ops::random::Dropout;
 use crate::ops::rope::{Rope, RopeKind};
 use crate::ops::unary::{Cast, Function, Unary};
-use crate::rng::Site;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 
@@ -74,7 +73,7 @@ pub struct Pass<'m> {
     entered: BTreeMap<String, Var>,
     compute: Option<DType>,
     hooks: Vec<&'m dyn OutputHook>,
-    dropout: Option<(f32, Site)>,
+    dropout: Option<(Dropout, Var)>,
     split_ffn: bool,
     /// When set, the FFN inputs `[rows, d]` of every block are kept here.
     pub ffn_inputs: Option<Vec<Tensor>>,
@@ -137,10 +136,10 @@ impl<'m> Pass<'m> {
         }
     }
 
-    /// Dropout after the embedding, each attention and each FFN; `site.step` is the training step.
+    /// Dropout after the embedding, each attention and each FFN, at the sites after that of `first`; `step` is u32 `[1]`.
     #[must_use]
-    pub fn dropout(mut self, probability: f32, site: Site) -> Self {
-        self.dropout = (probability > 0.0).then_some((probability, site));
+    pub fn dropout(mut self, first: Dropout, step: &Tensor) -> Self {
+        self.dropout = (first.probability > 0.0).then(|| (first, Var::constant(step.clone())));
         self
     }
 
@@ -180,11 +179,11 @@ impl<'m> Pass<'m> {
 
     /// Dropout of the sublayer that comes as number `sublayer` in the whole model, wherever a pass starts.
     fn dropped(&mut self, x: Var, sublayer: u32) -> Result<Var> {
-        let Some((probability, site)) = self.dropout else {
+        let Some((dropout, step)) = &self.dropout else {
             return Ok(x);
         };
-        let site = Site { site: site.site + 1 + sublayer, ..site };
-        self.tape.first(Dropout { probability, site }, &[&x])
+        let dropout = Dropout { site: dropout.site + 1 + sublayer, ..*dropout };
+        self.tape.first(dropout, &[&x, step])
     }
 
     /// Final hidden states `[B, T, d]`.

@@ -6,7 +6,7 @@ use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source, spans};
-use crate::op::{Array, Case, Cost, Family, Gradient, Op, Tolerance};
+use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
 use crate::rng::Site;
 use crate::shape::{self, Meta, Shape};
 use crate::tensor::Tensor;
@@ -18,13 +18,16 @@ const BLOCK: u32 = 64;
 /// Words of one Philox block: one invocation handles the elements they belong to.
 const PER_INVOCATION: usize = 4;
 
-/// y_i = x_i / (1 - p) where the uniform number of element i is at least p, else 0 (Srivastava et al. 2014). The
-/// gradient is the same op on dy: site and index alone decide what is kept.
+/// y_i = x_i / (1 - p) where the uniform number of element i is at least p, else 0 (Srivastava et al. 2014). Inputs: x, and
+/// the step as u32 `[1]`: in device memory, so that a captured step draws anew when it is replayed. The gradient is the
+/// same op on dy: site, step and index alone decide what is kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Dropout {
     /// p in [0, 1), compared on 24 bits.
     pub probability: f32,
-    pub site: Site,
+    pub seed: u64,
+    /// Which dropout of the model it is.
+    pub site: u32,
 }
 
 /// low + (high - low) u with u in [0, 1) on 24 bits, product and sum each rounded to f32. No inputs.
@@ -56,6 +59,11 @@ impl Dropout {
     fn scale(&self) -> f32 {
         (1.0 / (1.0 - f64::from(self.probability))) as f32
     }
+
+    /// Where it draws, at step 0.
+    fn drawn(&self) -> Site {
+        Site { seed: self.seed, site: self.site, step: 0 }
+    }
 }
 
 fn params(count: usize, base: usize, site: Site, threshold: u32, (a, b): (f32, f32)) -> Params {
@@ -74,13 +82,14 @@ impl Op for Dropout {
             return Err(Error::Parameter { op: "dropout", parameter: "probability", value, allowed: "0 <= p < 1" });
         }
         match inputs {
-            [x] if x.dtype.is_float() => Ok(vec![*x]),
-            _ => Err(Error::Shape { op: "dropout", rule: "one float input", got: shape::list(inputs) }),
+            [x, step] if x.dtype.is_float() && step.dims() == [1] && step.dtype == DType::U32 => Ok(vec![*x]),
+            _ => Err(Error::Shape { op: "dropout", rule: "one float input, u32 [1]", got: shape::list(inputs) }),
         }
     }
 
     fn reference(&self, inputs: &[Array]) -> Vec<Vec<f64>> {
-        let keeps = |i: usize| f64::from(self.site.uniform(i as u32)) >= f64::from(self.threshold()) / 16_777_216.0;
+        let site = Site { step: inputs[1].data[0] as u32, ..self.drawn() };
+        let keeps = |i: usize| f64::from(site.uniform(i as u32)) >= f64::from(self.threshold()) / 16_777_216.0;
         let scale = f64::from(self.scale());
         vec![inputs[0].data.iter().enumerate().map(|(i, x)| if keeps(i) { x * scale } else { 0.0 }).collect()]
     }
@@ -92,11 +101,15 @@ impl Op for Dropout {
     }
 
     fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
-        params(inputs[0].count(), 0, self.site, self.threshold(), (self.scale(), 0.0))
+        params(inputs[0].count(), 0, self.drawn(), self.threshold(), (self.scale(), 0.0))
+    }
+
+    fn saves(&self) -> Saves {
+        Saves { inputs: &[1], outputs: &[] }
     }
 
     fn gradient(&self, g: &Gradient) -> Result<Vec<Option<Tensor>>> {
-        Ok(vec![Some(g.one(self, &[g.grad(0)?])?)])
+        Ok(vec![Some(g.one(self, &[g.grad(0)?, g.input(1)?])?), None])
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -227,8 +240,8 @@ const fn wgsl(name: &'static str, plan: fn(&Problem) -> Plan) -> Kernel {
     Kernel { name, code, dtypes: DType::FLOATS, fits: always, plan }
 }
 
-/// One launch per binding-sized span of the elements; every argument is cut alike.
-fn plan(p: &Problem, of: impl Fn(usize, usize) -> Params) -> Plan {
+/// One launch per binding-sized span of the elements; `cut` are the arguments that have them.
+fn plan(p: &Problem, cut: &[usize], of: impl Fn(usize, usize) -> Params) -> Plan {
     let (count, size) = (p.outputs[0].count(), p.element.size());
     let launches = spans(count, size, p.info.limits.binding_bytes).map(|span| {
         let items = span.len().div_ceil(PER_INVOCATION);
@@ -236,25 +249,25 @@ fn plan(p: &Problem, of: impl Fn(usize, usize) -> Params) -> Plan {
         if span.len() == count {
             return launch;
         }
-        let window = |launch: Launch, argument| launch.window(argument, span.start * size, span.len() * size);
-        (0..=p.inputs.len()).fold(launch, window)
+        let window = |launch: Launch, &argument: &usize| launch.window(argument, span.start * size, span.len() * size);
+        cut.iter().fold(launch, window)
     });
     Plan::sequence(launches.collect())
 }
 
 fn plan_dropout(p: &Problem) -> Plan {
     let Some(op) = p.op::<Dropout>() else { return Plan::default() };
-    plan(p, |count, base| params(count, base, op.site, op.threshold(), (op.scale(), 0.0)))
+    plan(p, &[0, 2], |count, base| params(count, base, op.drawn(), op.threshold(), (op.scale(), 0.0)))
 }
 
 fn plan_uniform(p: &Problem) -> Plan {
     let Some(op) = p.op::<Uniform>() else { return Plan::default() };
-    plan(p, |count, base| params(count, base, op.site, 0, (op.low, op.high - op.low)))
+    plan(p, &[0], |count, base| params(count, base, op.site, 0, (op.low, op.high - op.low)))
 }
 
 fn plan_normal(p: &Problem) -> Plan {
     let Some(op) = p.op::<Normal>() else { return Plan::default() };
-    plan(p, |count, base| params(count, base, op.site, 0, (op.mean, op.deviation)))
+    plan(p, &[0], |count, base| params(count, base, op.site, 0, (op.mean, op.deviation)))
 }
 
 fn cases() -> Vec<Case> {
@@ -265,7 +278,9 @@ fn cases() -> Vec<Case> {
         let tolerance = if dtype == DType::F32 { Tolerance::Exact } else { Tolerance::Arithmetic };
         for (n, dims) in [&[1][..], &[7], &[3, 5, 17], &[64, 65], &[257, 255]].into_iter().enumerate() {
             for probability in [0.0, 0.1, 0.5, 0.93] {
-                let case = Case::new(Dropout { probability, site: site(n as u32) }, tolerance).normal(dims, dtype);
+                let op = Dropout { probability, seed: site(0).seed, site: n as u32 };
+                let case = Case::new(op, tolerance).normal(dims, dtype);
+                let case = case.input(&[1], DType::U32, Fill::Values(vec![3.0]));
                 let small = case.inputs[0].meta.count() < 300 && dtype == DType::F32;
                 cases.push(if small { case.grad() } else { case });
             }
@@ -281,8 +296,9 @@ fn cases() -> Vec<Case> {
         }
     }
     // Activations of GPT-2 small over 1,024 tokens, the initial values of one of its weights.
-    let dropout = Dropout { probability: 0.1, site: site(9) };
-    cases.push(Case::new(dropout, Tolerance::Exact).normal(&[1024, 768], DType::F32).bench());
+    let dropout = Case::new(Dropout { probability: 0.1, seed: site(9).seed, site: 9 }, Tolerance::Exact);
+    let dropout = dropout.normal(&[1024, 768], DType::F32);
+    cases.push(dropout.input(&[1], DType::U32, Fill::Values(vec![3.0])).bench());
     if let Ok(dims) = Shape::new(&[768, 768]) {
         let (dtype, site) = (DType::F32, site(10));
         cases.push(

@@ -152,12 +152,7 @@ impl Pipeline {
     ///
     /// # Errors
     /// `Fault` that names the stage at fault; the pipeline takes no more steps then.
-    pub fn step(
-        &mut self,
-        micros: &[Micro],
-        (dropout, site, total_steps): (f32, crate::rng::Site, u64),
-        loss_scale: f32,
-    ) -> Result<StepReport> {
+    pub fn step(&mut self, micros: &[Micro], (dropout, seed, total_steps): (f32, u64, u64)) -> Result<StepReport> {
         let started = Instant::now();
         if micros.len() != self.setup.route.schedule.micros {
             let value = micros.len().to_string();
@@ -169,14 +164,8 @@ impl Pipeline {
             });
         }
         let weight: f64 = micros.iter().map(|m| m.weight).sum();
-        let training = Training {
-            compute: self.compute,
-            dropout,
-            loss_scale,
-            recompute: self.setup.recompute,
-            split: self.split,
-            site,
-        };
+        let (compute, recompute, split) = (self.compute, self.setup.recompute, self.split);
+        let training = Training { compute, dropout, seed, recompute, split };
         let micros = Arc::new(micros.to_vec());
         let order = Order { training, weight, total_steps };
         let answers = self.ask(|_| Command::Step(micros.clone(), order))?;
@@ -184,7 +173,7 @@ impl Pipeline {
             answers.into_iter().map(|a| if let Answer::Stepped(r) = a { r } else { Report::default() }).collect();
         self.step += 1;
         Ok(StepReport {
-            loss: workers.iter().map(|r| r.loss).sum::<f64>() / weight.max(f64::MIN_POSITIVE),
+            loss: workers.first().map_or(0.0, |r| r.loss),
             norm: workers.first().map_or(0.0, |r| r.norm),
             workers,
             seconds: started.elapsed().as_secs_f64(),
@@ -281,11 +270,28 @@ impl Pipeline {
         match stop {
             Stop::Fault(what) => self.fault(worker, what),
             Stop::Error(error) => {
+                let error = self.most_telling(error);
                 self.shut();
                 error
             }
             Stop::Cancelled | Stop::Vanish => self.fault(worker, "it is gone without a word".into()),
         }
+    }
+
+    /// A gradient that is not finite stops all stages at once; only the one that holds it can name it.
+    fn most_telling(&mut self, first: Error) -> Error {
+        let names = |e: &Error| !matches!(e, Error::NonFinite { layer, .. } if layer == "model");
+        let mut told = first;
+        let mut left = self.threads.len() - 1;
+        while left > 0 && !names(&told) {
+            match self.answers.recv_timeout(2 * self.setup.heartbeat) {
+                Ok((_, Answer::Stopped(Stop::Error(error)))) => told = error,
+                Ok(_) => {}
+                Err(_) => return told,
+            }
+            left -= 1;
+        }
+        told
     }
 
     fn fault(&mut self, worker: usize, what: String) -> Error {
@@ -335,7 +341,7 @@ fn run_worker(
     orders: &Receiver<Command>,
     answer: &Sender<(usize, Answer)>,
 ) {
-    let mut worker = match start_worker(index, Part::new(model, chunks), setup, transport, watch) {
+    let mut worker = match start_worker(index, (model, chunks), setup, transport, watch) {
         Ok(worker) => worker,
         Err(e) => {
             let _ = answer.send((index, Answer::Stopped(Stop::Error(e))));
@@ -365,12 +371,13 @@ fn run_worker(
 
 fn start_worker(
     index: usize,
-    mut part: Part,
+    (mut model, chunks): (Model, BTreeMap<u32, Range<usize>>),
     setup: &Setup,
     transport: Box<dyn Transport>,
     watch: Arc<Watch>,
 ) -> Result<Worker> {
-    let optimizer = Optimizer::new(&mut part.model, setup.optimizer, |_| true)?;
+    let optimizer = Optimizer::new(&mut model, setup.optimizer, |_| true)?;
+    let mut part = Part::new(model, chunks, &optimizer)?;
     part.methods = (setup.methods)(&part.model)?;
     let run = message::run_number(&setup.run);
     let times = (setup.heartbeat, setup.deadline);

@@ -15,8 +15,8 @@ pub enum Purpose {
     Forward = 1,
     /// The gradient of a chunk's output.
     Backward = 2,
-    /// Sum of squares of a stage's gradients.
-    Squares = 3,
+    /// Sums of squares of gradients, and of losses.
+    Totals = 3,
     /// Gradients of a replica: `chunk` is the optimizer's group.
     Gradients = 4,
     /// A teacher's hidden states.
@@ -25,7 +25,7 @@ pub enum Purpose {
 
 impl Purpose {
     fn from_number(number: u32) -> Option<Self> {
-        [Self::Forward, Self::Backward, Self::Squares, Self::Gradients, Self::Teacher]
+        [Self::Forward, Self::Backward, Self::Totals, Self::Gradients, Self::Teacher]
             .into_iter()
             .find(|p| *p as u32 == number)
     }

@@ -9,10 +9,10 @@ use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{Batch, Model, Pass, Residual, States};
-use crate::rng::Site;
 use crate::tape::{Deferred, Grads, Tape, Var};
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Method, Micro, Teacher};
+use crate::train::optimizer::Optimizer;
 use crate::train::trainer;
 
 /// How a stage trains.
@@ -20,14 +20,13 @@ use crate::train::trainer;
 pub struct Training {
     /// Type of products and activations; `None` for f32.
     pub compute: Option<DType>,
+    /// Probability and seed; the site is the micro-batch's.
     pub dropout: f32,
-    pub loss_scale: f32,
+    pub seed: u64,
     /// Keep a chunk's inputs only and run it again in backward.
     pub recompute: bool,
     /// Backward comes in two parts.
     pub split: bool,
-    /// Seed and step of this step's random draws.
-    pub site: Site,
 }
 
 /// What forward leaves for backward.
@@ -52,6 +51,9 @@ pub struct Part {
     /// Pieces of each of this stage's chunks.
     chunks: BTreeMap<u32, Range<usize>>,
     held: HashMap<(u32, u32), Held>,
+    /// Where the optimizer of these parameters keeps the step that random draws are keyed by, and the loss scale.
+    counter: Tensor,
+    loss_scale: Tensor,
 }
 
 /// Gradients of one chunk and micro-batch by parameter.
@@ -62,8 +64,9 @@ pub struct Gradients {
 
 impl Part {
     /// `model`: what [`Part::model_of`] gave for the same chunks.
-    pub fn new(model: Model, chunks: BTreeMap<u32, Range<usize>>) -> Self {
-        Self { model, methods: Vec::new(), chunks, held: HashMap::new() }
+    pub fn new(model: Model, chunks: BTreeMap<u32, Range<usize>>, optimizer: &Optimizer) -> Result<Self> {
+        let (counter, loss_scale) = (optimizer.counter().clone(), optimizer.loss_scale(&[1])?);
+        Ok(Self { model, methods: Vec::new(), chunks, held: HashMap::new(), counter, loss_scale })
     }
 
     /// The whole config with the tensors that `chunks` need, on `device`, in memory of their own.
@@ -130,12 +133,11 @@ impl Part {
     ) -> Result<Taped> {
         let pieces = self.pieces(chunk)?;
         let pieces_end = pieces.end;
-        // As in `trainer::step`: each micro-batch draws its own dropout.
-        let site = Site { site: training.site.site + 1024 * micro, ..training.site };
+        let dropout = trainer::dropout(training.dropout, training.seed, micro);
         let hooks = self.methods.iter().filter_map(|m| m.on_output());
         let pass = if recording { Pass::training(&self.model) } else { Pass::inference(&self.model) };
         let mut pass =
-            pass.computing(training.compute).hooks(hooks).dropout(training.dropout, site).split_ffn(training.split);
+            pass.computing(training.compute).hooks(hooks).dropout(dropout, &self.counter).split_ffn(training.split);
         let inputs: Vec<Var> = inputs.iter().map(|t| pass.tape.leaf(t)).collect();
         let mut states = match inputs.as_slice() {
             [] => None,
@@ -185,7 +187,7 @@ impl Part {
         training: Training,
     ) -> Result<(Vec<Tensor>, Gradients)> {
         let taped = self.take(at, data, training)?;
-        let flowed = self.seeds(&taped, flowed, training)?;
+        let flowed = self.seeds(&taped, flowed)?;
         let grads = taped.tape.backward(&pairs(&taped.outputs, &flowed))?;
         Ok((of_inputs(&taped.inputs, &grads)?, Gradients { leaves: taped.leaves, grads }))
     }
@@ -199,7 +201,7 @@ impl Part {
         training: Training,
     ) -> Result<Vec<Tensor>> {
         let taped = self.take(at, data, training)?;
-        let flowed = self.seeds(&taped, flowed, training)?;
+        let flowed = self.seeds(&taped, flowed)?;
         let inputs: Vec<&Var> = taped.inputs.iter().collect();
         let (grads, deferred) = taped.tape.backward_input(&pairs(&taped.outputs, &flowed), &inputs)?;
         self.held.insert(at, Held::Deferred(deferred, taped.leaves));
@@ -218,12 +220,11 @@ impl Part {
         self.held.clear();
     }
 
-    fn seeds(&self, taped: &Taped, flowed: Vec<Tensor>, training: Training) -> Result<Vec<Tensor>> {
+    fn seeds(&self, taped: &Taped, flowed: Vec<Tensor>) -> Result<Vec<Tensor>> {
         if !flowed.is_empty() {
             return Ok(flowed);
         }
-        let seed = |v: &Var| Tensor::from_slice(self.model.device(), v.dims(), &[training.loss_scale]);
-        taped.outputs.iter().map(seed).collect()
+        taped.outputs.iter().map(|loss| self.loss_scale.reshape(loss.dims())).collect()
     }
 }
 

@@ -50,7 +50,7 @@ pub struct Order {
 /// What a step gave.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// Sum over this worker's micro-batches; 0 but for the last chunk's.
+    /// Per unit of weight, the same on all workers; and the norm of all gradients.
     pub loss: f64,
     pub norm: f64,
     pub spans: Vec<Span>,
@@ -76,6 +76,13 @@ pub struct Worker {
     received: Vec<u64>,
     position: usize,
     step: u64,
+}
+
+fn plus(sum: Option<Tensor>, part: Tensor) -> Result<Tensor, Error> {
+    match sum {
+        None => Ok(part),
+        Some(sum) => dispatch::run_one(&ADD, &[&sum, &part]),
+    }
 }
 
 /// How often a waiting worker looks whether the others still run.
@@ -118,6 +125,7 @@ impl Worker {
     /// Runs the schedule once and updates the weights. `micros` lie on this worker's device.
     pub fn step(&mut self, micros: &[Micro], order: Order) -> Result<Report, Stop> {
         self.step = self.optimizer.steps();
+        self.optimizer.begin(order.weight, order.total_steps)?;
         self.taken.clear();
         let device = self.part.model.device().clone();
         device.reset_peak();
@@ -126,6 +134,7 @@ impl Worker {
         let mut report = Report::default();
         // Inputs of chunks and gradients of their outputs, by the chunk that they are for, until it runs or they are sent.
         let mut tensors: HashMap<(Purpose, u32, u32), Vec<Tensor>> = HashMap::new();
+        let mut losses: Option<Tensor> = None;
         let last = route.schedule.chunks() as u32 - 1;
         for (position, &event) in route.events[self.index].iter().enumerate() {
             self.position = position;
@@ -139,12 +148,9 @@ impl Worker {
                     let inputs = tensors.remove(&(Purpose::Forward, chunk, micro)).unwrap_or_default();
                     let outputs = self.part.forward(at, data, inputs, order.training)?;
                     if chunk == last {
-                        report.loss += outputs
-                            .first()
-                            .map(Tensor::to_f64)
-                            .transpose()?
-                            .and_then(|v| v.first().copied())
-                            .unwrap_or(0.0);
+                        for loss in outputs {
+                            losses = Some(plus(losses, loss.reshape(&[1])?)?);
+                        }
                     } else {
                         tensors.insert((Purpose::Forward, chunk + 1, micro), outputs);
                     }
@@ -198,7 +204,12 @@ impl Worker {
         }
         self.position = route.events[self.index].len();
         let start = started.elapsed().as_secs_f64();
-        report.norm = self.update(order)?;
+        self.update(losses)?;
+        let outcome = self.optimizer.outcome()?;
+        if let Some(step) = outcome.failed {
+            return Err(Stop::Error(self.optimizer.find_non_finite(step)?));
+        }
+        (report.loss, report.norm) = (outcome.loss, outcome.norm);
         report.spans.push(Span { event: None, start, end: started.elapsed().as_secs_f64() });
         report.peak_bytes = device.stats().bytes_peak;
         self.watch.at(self.index, (self.step, self.position), State::Idle, &"end of step", "done");
@@ -213,53 +224,52 @@ impl Worker {
         self.inject()
     }
 
-    /// Gradients of replicas added up, their norm agreed on, weights updated.
-    fn update(&mut self, order: Order) -> Result<f64, Stop> {
+    /// Gradients of replicas added up, loss and norm of all stages agreed on, weights updated.
+    fn update(&mut self, losses: Option<Tensor>) -> Result<(), Stop> {
         self.begin("update")?;
         let route = self.route.clone();
-        let (stage, replica) = route.workers[self.index];
+        let (stage, _) = route.workers[self.index];
         let replicas = route.of_stage(stage);
         if replicas.len() > 1 {
-            self.reduce(replicas.clone())?;
+            self.reduce(replicas)?;
         }
-        let own = self.optimizer.squares()?;
         let device = self.part.model.device().clone();
-        let own = match own {
-            Some(squares) => squares,
-            None => Tensor::from_slice(&device, &[1], &[0.0f32])?,
+        let zero = Tensor::from_slice(&device, &[1], &[0.0f32])?;
+        let own = [self.optimizer.squares()?.unwrap_or(zero.clone()), losses.unwrap_or(zero)];
+        let tag = |from: usize, to: usize, part: u32| Tag {
+            step: self.step,
+            purpose: Purpose::Totals,
+            chunk: from as u32,
+            micro: to as u32,
+            part,
         };
-        // A stage's replicas hold the same sum: the first one speaks for it. All add in the order of the stages.
-        if replica == 0 {
-            let index = self.index;
-            for to in (0..route.workers.len()).filter(|&to| to != index) {
-                let tag =
-                    Tag { step: self.step, purpose: Purpose::Squares, chunk: stage as u32, micro: to as u32, part: 0 };
-                self.send(to, tag, &own)?;
+        let (index, workers) = (self.index, route.workers.len());
+        let tags: Vec<_> =
+            (0..workers).map(|other| [0, 1].map(|part| (tag(index, other, part), tag(other, index, part)))).collect();
+        for other in (0..workers).filter(|&other| other != index) {
+            for (part, tensor) in own.iter().enumerate() {
+                self.send(other, tags[other][part].0, tensor)?;
             }
         }
-        let mut total: Option<Tensor> = None;
-        for other in 0..route.replicas.len() {
-            let from = route.of_stage(other).start;
-            let part = if from == self.index {
-                own.clone()
-            } else {
-                let tag = Tag {
-                    step: self.step,
-                    purpose: Purpose::Squares,
-                    chunk: other as u32,
-                    micro: self.index as u32,
-                    part: 0,
+        // All add in the order of the workers. Replicas hold the same gradients, so one of them counts, but losses of their own.
+        let mut totals: [Option<Tensor>; 2] = [None, None];
+        for (other, &(_, replica)) in route.workers.iter().enumerate() {
+            for (part, total) in totals.iter_mut().enumerate() {
+                let received = if other == index {
+                    own[part].clone()
+                } else {
+                    self.receive(tags[other][part].1, Some((other, usize::MAX)))?
                 };
-                self.receive(tag, Some((from, usize::MAX)))?
-            };
-            total = Some(match total {
-                None => part,
-                Some(sum) => dispatch::run_one(&ADD, &[&sum, &part])?,
-            });
+                if part == 1 || replica == 0 {
+                    *total = Some(plus(total.take(), received)?);
+                }
+            }
         }
-        let total = total.unwrap_or(own);
         self.watch.state(self.index, State::Computing);
-        Ok(self.optimizer.apply(&total, order.weight, order.total_steps)?)
+        let [Some(squares), Some(losses)] = totals else {
+            return Ok(());
+        };
+        Ok(self.optimizer.apply(&squares, &losses)?)
     }
 
     /// Sums gradients over the replicas of a stage, in their order on each of them.

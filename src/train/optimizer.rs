@@ -13,7 +13,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::ops::binary::{ADD, AccumulateScaled, Binary, BinaryFunction};
-use crate::ops::optim::{AdamW, ClipFactor, Sgd};
+use crate::ops::optim::{AdamW, Sgd, StepRates, UpdateFactor};
 use crate::ops::reduce::{Axis, CountNonFinite, Reduce, ReduceFunction};
 use crate::shape::Meta;
 use crate::tape::{Grads, Var};
@@ -84,12 +84,34 @@ struct Group {
     weight_decay: f32,
 }
 
+/// Parameters, their gradients and moments, and in device memory what a step reads and decides: queueing a step needs no
+/// number from the host and no number from the device.
 pub struct Optimizer {
     groups: Vec<Group>,
     settings: Settings,
-    loss_scale: Option<LossScale>,
     step: u64,
+    /// See [`StepRates`]; written before each step.
+    rates: Tensor,
+    /// u32 `[1]`: steps done before the one under way; random draws are keyed by it.
+    counter: Tensor,
+    /// See [`UpdateFactor`].
+    state: Tensor,
+    /// As long as the longest parameter that ever had no gradient in a step.
+    zeros: Option<Tensor>,
+    /// Changes when memory that a step uses is replaced by other memory.
+    generation: u64,
     device: Arc<dyn Device>,
+}
+
+/// What a step came to. Reading it waits for the device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outcome {
+    /// Per unit of weight.
+    pub loss: f64,
+    /// Before clipping; 0 where a loss scale that was too large made the step void.
+    pub norm: f64,
+    /// The step whose gradients were not finite, counted from 1. Since then no step has changed anything.
+    pub failed: Option<u64>,
 }
 
 impl Optimizer {
@@ -116,7 +138,23 @@ impl Optimizer {
                 groups.push(Group::new(model, names, &device, decay, settings.rule)?);
             }
         }
-        Ok(Self { groups, settings, loss_scale: LossScale::of(settings.precision), step: 0, device })
+        let rates = Tensor::zeros(&device, Meta::new(&[StepRates::WORDS], DType::F32)?)?;
+        let counter = Tensor::zeros(&device, Meta::new(&[1], DType::U32)?)?;
+        let state = Tensor::zeros(&device, Meta::new(&[UpdateFactor::STATE], DType::F32)?)?;
+        let mut optimizer =
+            Self { groups, settings, step: 0, rates, counter, state, zeros: None, generation: 0, device };
+        optimizer.set_loss_scale(LossScale::of(settings.precision))?;
+        Ok(optimizer)
+    }
+
+    /// Starts anew with this scale; `None`: losses are not scaled.
+    fn set_loss_scale(&mut self, scale: Option<LossScale>) -> Result<()> {
+        let [factor, good] = scale.map_or([1.0, 0.0], LossScale::words);
+        self.state.upload(&[factor, good, 0.0, 0.0, 0.0])
+    }
+
+    fn scaled(&self) -> bool {
+        LossScale::of(self.settings.precision).is_some()
     }
 
     /// Steps done.
@@ -128,9 +166,41 @@ impl Optimizer {
         self.settings.precision
     }
 
-    /// What the loss is multiplied by before gradients are taken; [`Optimizer::update`] takes it out again.
-    pub fn loss_scale(&self) -> f32 {
-        self.loss_scale.map_or(1.0, LossScale::factor)
+    /// What the loss is multiplied by before gradients are taken, as a tensor of one element that follows the scale from
+    /// step to step (of two: also the good steps since it changed); [`Optimizer::update`] takes it out again.
+    pub fn loss_scale(&self, dims: &[usize]) -> Result<Tensor> {
+        Tensor::over(&self.device, self.state.buffer().clone(), self.state.offset(), Meta::new(dims, DType::F32)?)
+    }
+
+    /// u32 `[1]`, the number of steps before the one under way: what draws random numbers reads it.
+    pub fn counter(&self) -> &Tensor {
+        &self.counter
+    }
+
+    /// Work that was captured under another number uses memory that has been replaced since.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Counts the next step and writes what it needs to know, before anything of it is queued. Its gradients will be divided
+    /// by `weight` (tokens or their weighted count).
+    pub fn begin(&mut self, weight: f64, total_steps: u64) -> Result<()> {
+        let learning_rate = self.learning_rate(total_steps) as f32;
+        let betas = if let Rule::Adamw { beta1, beta2, .. } = self.settings.rule { [beta1, beta2] } else { [0.0; 2] };
+        self.forget_gradients();
+        self.set_counter(self.step)?;
+        self.step += 1;
+        self.rates.upload(&StepRates { learning_rate, betas, weight, step: self.step }.words())
+    }
+
+    /// Starts the sums of gradients anew.
+    pub fn forget_gradients(&mut self) {
+        self.groups.iter_mut().flat_map(|g| &mut g.slots).for_each(|s| s.filled = false);
+    }
+
+    /// Lets random draws be those of the step after `done` steps.
+    pub fn set_counter(&self, done: u64) -> Result<()> {
+        self.counter.upload(&[done as u32])
     }
 
     pub fn parameter_count(&self) -> usize {
@@ -157,27 +227,27 @@ impl Optimizer {
         Ok(())
     }
 
-    /// One update from the accumulated gradients, which are divided by `weight` (tokens or their weighted count) first.
-    /// Returns the gradient norm before clipping; a gradient that is not finite changes nothing and is named. Under a loss
-    /// scale such a step is passed over with a smaller scale, and its norm is given as 0.
-    pub fn update(&mut self, weight: f64, total_steps: u64) -> Result<f64> {
+    /// Queues one update from the accumulated gradients; `losses` is the sum of the step's losses, f32 `[1]`. Whether it
+    /// happens is decided on the device: a gradient that is not finite changes nothing ([`Optimizer::outcome`] tells).
+    pub fn update(&mut self, losses: &Tensor) -> Result<()> {
         match self.squares()? {
-            Some(squares) => self.apply(&squares, weight, total_steps),
-            None => Ok(0.0),
+            Some(squares) => self.apply(&squares, losses),
+            None => Ok(()),
         }
     }
 
     /// Sum of squares `[1]` of the accumulated gradients; `None` where nothing is trained.
     pub fn squares(&mut self) -> Result<Option<Tensor>> {
+        self.clear_unfilled()?;
         let mut squares: Option<Tensor> = None;
-        for group in &mut self.groups {
-            group.clear_unfilled()?;
-            // Gradients of pruned weights must not count in the norm that the kept ones are clipped by.
-            if let Some(mask) = &group.mask {
-                group.gradients = dispatch::run_one(&MUL, &[&group.gradients, mask])?;
-            }
+        for group in &self.groups {
             let sum = Reduce { function: ReduceFunction::SumSquares, axis: Axis::All };
-            let part = dispatch::run_one(&sum, &[&group.gradients])?.reshape(&[1])?;
+            // Gradients of pruned weights must not count in the norm that the kept ones are clipped by.
+            let part = match &group.mask {
+                Some(mask) => dispatch::run_one(&sum, &[&dispatch::run_one(&MUL, &[&group.gradients, mask])?])?,
+                None => dispatch::run_one(&sum, &[&group.gradients])?,
+            };
+            let part = part.reshape(&[1])?;
             squares = Some(match squares {
                 None => part,
                 Some(sum) => dispatch::run_one(&ADD, &[&sum, &part])?,
@@ -186,33 +256,40 @@ impl Optimizer {
         Ok(squares)
     }
 
-    /// The update once the sum of squares of all gradients is known, those of other devices' parameters included.
-    pub fn apply(&mut self, squares: &Tensor, weight: f64, total_steps: u64) -> Result<f64> {
-        let step = self.step + 1;
-        let scale = (1.0 / (weight.max(f64::MIN_POSITIVE) * f64::from(self.loss_scale()))) as f32;
-        let norm = squares.to_f64()?.first().copied().unwrap_or(0.0).sqrt() * f64::from(scale);
-        if !norm.is_finite() {
-            if !self.loss_scale.as_mut().is_some_and(LossScale::shrink) {
-                return Err(self.find_non_finite(step)?);
-            }
-            self.groups.iter_mut().flat_map(|g| &mut g.slots).for_each(|s| s.filled = false);
-            self.step = step;
-            return Ok(0.0);
-        }
-        if let Some(scale) = &mut self.loss_scale {
-            scale.grow();
-        }
-        let factor = dispatch::run_one(&ClipFactor { max_norm: self.settings.clip, scale }, &[squares])?;
-        let learning_rate = self.settings.schedule.rate(step, total_steps) as f32;
-        for group in &mut self.groups {
-            group.update(self.settings.rule, learning_rate, step, &factor)?;
-            group.slots.iter_mut().for_each(|s| s.filled = false);
-        }
-        self.step = step;
-        Ok(norm)
+    /// Queues the update from the sum of squares of all gradients, those of other devices' parameters included.
+    pub fn apply(&mut self, squares: &Tensor, losses: &Tensor) -> Result<()> {
+        let growth = if self.scaled() { LossScale::GROWTH } else { 0 };
+        let op = UpdateFactor { max_norm: self.settings.clip, growth };
+        let outputs = dispatch::run(&op, &[squares, losses, &self.rates, &self.state])?;
+        self.groups.iter().try_for_each(|group| group.update(self.settings.rule, &outputs[1], &self.rates))
     }
 
-    /// Learning rate of the step that `update` would do next.
+    /// Gradients that no micro-batch of the step gave are 0, not what an earlier step left.
+    fn clear_unfilled(&mut self) -> Result<()> {
+        for group in &self.groups {
+            for slot in group.slots.iter().filter(|s| !s.filled) {
+                let count = slot.dims.iter().product();
+                let zeros = match &self.zeros {
+                    Some(zeros) if zeros.count() >= count => zeros,
+                    _ => self.zeros.insert(Tensor::zeros(&self.device, Meta::new(&[count], DType::F32)?)?),
+                };
+                self.device.copy(zeros.buffer(), 0, group.gradients.buffer(), slot.offset, 4 * count)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the last step came to; waits for it.
+    pub fn outcome(&self) -> Result<Outcome> {
+        let state = self.state.to_vec::<f32>()?;
+        let [.., failed, loss, norm] = state[..] else {
+            return Err(Error::file("optimizer", "state", "too short"));
+        };
+        let failed = (failed != 0.0).then_some(failed as u64);
+        Ok(Outcome { loss: f64::from(loss), norm: f64::from(norm), failed })
+    }
+
+    /// Learning rate of the step that `begin` would start next.
     pub fn learning_rate(&self, total_steps: u64) -> f64 {
         self.settings.schedule.rate(self.step + 1, total_steps)
     }
@@ -271,6 +348,7 @@ impl Optimizer {
             if group.mask.is_none() {
                 let ones = vec![1.0f32; group.parameters.count()];
                 group.mask = Some(Tensor::from_slice(&self.device, &[ones.len()], &ones)?);
+                self.generation += 1;
             }
             if let Some(flat) = &group.mask {
                 self.device.copy(mask.buffer(), mask.offset(), flat.buffer(), slot.offset, mask.meta().bytes())?;
@@ -282,7 +360,7 @@ impl Optimizer {
 
     /// Sums of this step's gradients, one flat tensor per group; two optimizers of the same parameters have the same layout.
     pub fn gradients(&mut self) -> Result<Vec<Tensor>> {
-        self.groups.iter_mut().try_for_each(Group::clear_unfilled)?;
+        self.clear_unfilled()?;
         Ok(self.groups.iter().map(|g| g.gradients.clone()).collect())
     }
 
@@ -290,8 +368,8 @@ impl Optimizer {
     /// optimizers then, each finds its own.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut state = BTreeMap::new();
-        if let Some(scale) = self.loss_scale {
-            state.insert(LOSS_SCALE.to_string(), Tensor::from_slice(&self.device, &[2], &scale.words())?);
+        if self.scaled() {
+            state.insert(LOSS_SCALE.to_string(), self.loss_scale(&[2])?.duplicate()?);
         }
         for group in &self.groups {
             for (kind, flat) in group.kept() {
@@ -328,11 +406,8 @@ impl Optimizer {
                 }
             }
         }
-        if self.loss_scale.is_some()
-            && let [factor, good] = take(LOSS_SCALE, &[2])?.to_vec::<f32>()?[..]
-        {
-            self.loss_scale = Some(LossScale::from_words([factor, good]));
-        }
+        let scale = if self.scaled() { take(LOSS_SCALE, &[2])?.to_vec::<f32>()? } else { Vec::new() };
+        self.set_loss_scale(scale.try_into().ok().map(LossScale::from_words))?;
         self.step = step;
         Ok(())
     }
@@ -385,27 +460,19 @@ impl Group {
         all.filter_map(|(kind, flat)| Some((kind, flat?))).collect()
     }
 
-    fn clear_unfilled(&mut self) -> Result<()> {
-        for slot in self.slots.iter().filter(|s| !s.filled) {
-            let zeros = vec![0.0f32; slot.dims.iter().product()];
-            view(&self.gradients, slot)?.upload(&zeros)?;
-        }
-        Ok(())
-    }
-
-    fn update(&mut self, rule: Rule, learning_rate: f32, step: u64, factor: &Tensor) -> Result<()> {
+    fn update(&self, rule: Rule, factor: &Tensor, rates: &Tensor) -> Result<()> {
         let masked = self.mask.is_some();
         let weight_decay = self.weight_decay;
         let (p, g, m) = (&self.parameters, &self.gradients, &self.first_moment);
         match (rule, &self.second_moment) {
             (Rule::Adamw { beta1, beta2, epsilon }, Some(v)) => {
-                let op = AdamW { learning_rate, beta1, beta2, epsilon, weight_decay, step: step as u32, masked };
-                let inputs: Vec<&Tensor> = [p, g, m, v, factor].into_iter().chain(&self.mask).collect();
+                let op = AdamW { beta1, beta2, epsilon, weight_decay, masked };
+                let inputs: Vec<&Tensor> = [p, g, m, v, factor, rates].into_iter().chain(&self.mask).collect();
                 dispatch::run(&op, &inputs)?;
             }
             (Rule::Sgd { momentum }, _) => {
-                let op = Sgd { learning_rate, momentum, weight_decay, masked };
-                let inputs: Vec<&Tensor> = [p, g, m, factor].into_iter().chain(&self.mask).collect();
+                let op = Sgd { momentum, weight_decay, masked };
+                let inputs: Vec<&Tensor> = [p, g, m, factor, rates].into_iter().chain(&self.mask).collect();
                 dispatch::run(&op, &inputs)?;
             }
             (Rule::Adamw { .. }, None) => return Err(Error::file("optimizer", "second_moment", "missing")),

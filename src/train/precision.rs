@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::dtype::DType;
+use crate::ops::optim::UpdateFactor;
 
 /// What a training computes in. Parameters are f32 in any case and cast where they are used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,41 +27,21 @@ impl Precision {
     }
 }
 
-/// Dynamic loss scale: halved when a gradient overflows, doubled after [`LossScale::GROWTH`] good steps.
+/// Dynamic loss scale: halved when a gradient overflows, doubled after [`LossScale::GROWTH`] good steps. It lives in device
+/// memory, where `ops::optim::UpdateFactor` changes it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LossScale {
-    factor: f32,
-    good: u32,
+    pub factor: f32,
+    /// Steps since it changed.
+    pub good: u32,
 }
 
 impl LossScale {
-    const START: f32 = 65_536.0;
-    const LEAST: f32 = 1.0;
-    const MOST: f32 = 16_777_216.0;
     pub const GROWTH: u32 = 2000;
 
     /// f16 needs one; bf16 has the range of f32.
     pub fn of(precision: Precision) -> Option<Self> {
-        (precision == Precision::F16).then_some(Self { factor: Self::START, good: 0 })
-    }
-
-    pub fn factor(self) -> f32 {
-        self.factor
-    }
-
-    /// After a step whose gradients were finite.
-    pub fn grow(&mut self) {
-        self.good += 1;
-        if self.good == Self::GROWTH {
-            *self = Self { factor: (self.factor * 2.0).min(Self::MOST), good: 0 };
-        }
-    }
-
-    /// After a step whose gradients were not. False when the scale cannot be at fault any more.
-    pub fn shrink(&mut self) -> bool {
-        let able = self.factor > Self::LEAST;
-        *self = Self { factor: (self.factor / 2.0).max(Self::LEAST), good: 0 };
-        able
+        (precision == Precision::F16).then_some(Self { factor: 65_536.0, good: 0 })
     }
 
     /// For a checkpoint: the factor and the good steps since it changed.
@@ -69,7 +50,8 @@ impl LossScale {
     }
 
     pub fn from_words([factor, good]: [f32; 2]) -> Self {
-        Self { factor: factor.clamp(Self::LEAST, Self::MOST), good: (good as u32).min(Self::GROWTH - 1) }
+        let factor = factor.clamp(UpdateFactor::LEAST_SCALE, UpdateFactor::MOST_SCALE);
+        Self { factor, good: (good as u32).min(Self::GROWTH - 1) }
     }
 }
 
@@ -78,17 +60,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_scale_halves_on_overflow_and_doubles_after_good_steps() {
+    fn only_f16_is_scaled_and_a_checkpoint_keeps_the_scale() {
         assert_eq!(LossScale::of(Precision::Bf16), None);
-        let mut scale = LossScale::of(Precision::F16).unwrap();
-        assert!(scale.shrink());
-        assert_eq!(scale.factor(), 32_768.0);
-        (0..LossScale::GROWTH - 1).for_each(|_| scale.grow());
-        assert_eq!(scale.factor(), 32_768.0);
+        let scale = LossScale { good: 7, ..LossScale::of(Precision::F16).unwrap() };
         assert_eq!(LossScale::from_words(scale.words()), scale);
-        scale.grow();
-        assert_eq!(scale.words(), [65_536.0, 0.0]);
-        let mut least = LossScale::from_words([1.0, 3.0]);
-        assert!(!least.shrink());
+        assert_eq!(LossScale::from_words([0.0, 1e9]), LossScale { factor: 1.0, good: LossScale::GROWTH - 1 });
     }
 }

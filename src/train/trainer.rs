@@ -10,14 +10,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::events::EventWriter;
 use super::lifecycle::{Method, Micro};
 use super::metrics_log::{MetricEvent, MetricsLog};
-use super::optimizer::{Optimizer, Settings};
+use super::optimizer::{Optimizer, Outcome, Settings};
 use super::store;
+use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::nn::{Head, Model, Pass};
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::{ADD, Binary, BinaryFunction};
+use crate::ops::random::Dropout;
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
 use crate::ops::softmax::{CrossEntropy, LinearCrossEntropy};
-use crate::rng::Site;
 use crate::tape::Var;
 use crate::tensor::Tensor;
 
@@ -112,34 +113,85 @@ pub fn loss_of(pass: &mut Pass, hidden: &Var, micro: &Micro, methods: &[Box<dyn 
     total.ok_or(Error::Shape { op: "loss", rule: "at least one loss term", got: "none".into() })
 }
 
+/// What the gradients of a step are divided by.
+fn weight(micros: &[Micro]) -> f64 {
+    micros.iter().map(|m| m.weight).sum()
+}
+
 /// One step: gradients of all micro-batches, one update. Returns (loss per unit of weight, gradient norm).
 pub fn step(
     model: &Model,
     optimizer: &mut Optimizer,
     micros: &[Micro],
     methods: &[Box<dyn Method>],
-    (dropout, site, steps): (f32, Site, u64),
+    (dropout, seed, steps): (f32, u64, u64),
 ) -> Result<(f64, f64)> {
-    let mut losses = 0.0;
-    let weight: f64 = micros.iter().map(|m| m.weight).sum();
+    optimizer.begin(weight(micros), steps)?;
+    queue(model, optimizer, micros, methods, (dropout, seed))?;
+    match optimizer.outcome()? {
+        Outcome { failed: Some(step), .. } => Err(optimizer.find_non_finite(step)?),
+        Outcome { loss, norm, .. } => Ok((loss, norm)),
+    }
+}
+
+/// Queues a step that has begun. Nothing here waits for the device or gives it a number that is another in the next step.
+fn queue(
+    model: &Model,
+    optimizer: &mut Optimizer,
+    micros: &[Micro],
+    methods: &[Box<dyn Method>],
+    (dropout, seed): (f32, u64),
+) -> Result<()> {
+    let losses = gradients(model, optimizer, micros, methods, (dropout, seed))?;
+    optimizer.update(&losses)
+}
+
+/// Each micro-batch of a step draws its own dropout: 1,024 sites are more than a model has sublayers.
+pub fn dropout(probability: f32, seed: u64, micro: u32) -> Dropout {
+    Dropout { probability, seed, site: 1024 * micro }
+}
+
+/// Accumulates the gradients of all micro-batches; gives the sum of their losses, f32 `[1]`.
+fn gradients(
+    model: &Model,
+    optimizer: &mut Optimizer,
+    micros: &[Micro],
+    methods: &[Box<dyn Method>],
+    (probability, seed): (f32, u64),
+) -> Result<Tensor> {
+    let mut losses: Option<Tensor> = None;
     for (index, micro) in micros.iter().enumerate() {
-        // Each micro-batch draws its own dropout: 1,024 sites a micro-batch are more than a model has sublayers.
-        let site = Site { site: site.site + 1024 * index as u32, ..site };
+        let dropout = dropout(probability, seed, index as u32);
         let hooks = methods.iter().filter_map(|m| m.on_output());
         let compute = optimizer.precision().compute();
-        let mut pass = Pass::training(model).computing(compute).hooks(hooks).dropout(dropout, site);
+        let mut pass = Pass::training(model).computing(compute).hooks(hooks).dropout(dropout, optimizer.counter());
         let total = loss(&mut pass, micro, methods)?;
-        losses += total.tensor.to_f64()?.first().copied().unwrap_or(0.0);
-        let seed = Tensor::from_slice(model.device(), total.dims(), &[optimizer.loss_scale()])?;
+        let one = total.tensor.reshape(&[1])?;
+        losses = Some(match losses {
+            None => one,
+            Some(sum) => dispatch::run_one(&ADD, &[&sum, &one])?,
+        });
+        let seed = optimizer.loss_scale(total.dims())?;
         let (tape, leaves) = pass.into_leaves();
         let grads = tape.backward(&[(&total, &seed)])?;
         optimizer.accumulate(&leaves, &grads)?;
     }
-    if !losses.is_finite() {
-        return Err(optimizer.find_non_finite(optimizer.steps() + 1)?);
-    }
-    let norm = optimizer.update(weight, steps)?;
-    Ok((losses / weight.max(f64::MIN_POSITIVE), norm))
+    losses.ok_or(Error::Shape { op: "step", rule: "at least one micro-batch", got: "none".into() })
+}
+
+/// The error of step `failed`, which is run again for it: nothing has changed since, so its gradients come out the same.
+fn failure(
+    model: &Model,
+    optimizer: &mut Optimizer,
+    failed: u64,
+    job: &Job,
+    methods: &[Box<dyn Method>],
+) -> Result<Error> {
+    optimizer.set_counter(failed - 1)?;
+    optimizer.forget_gradients();
+    let micros = job.source.micro_batches(failed - 1)?;
+    gradients(model, optimizer, &micros, methods, (job.dropout, job.seed))?;
+    optimizer.find_non_finite(failed)
 }
 
 /// Trains `model` as `job` says, resuming from the newest checkpoint of its folder.
@@ -165,19 +217,31 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
     for step_index in done..job.steps {
         let micros = job.source.micro_batches(step_index)?;
         let rate = optimizer.learning_rate(job.steps);
-        let site = Site { seed: job.seed, site: 0, step: step_index as u32 };
-        let (loss, norm) = step(model, &mut optimizer, &micros, methods, (job.dropout, site, job.steps))?;
+        optimizer.begin(weight(&micros), job.steps)?;
+        queue(model, &mut optimizer, &micros, methods, (job.dropout, job.seed))?;
         let now = step_index + 1;
         for method in methods.iter_mut() {
             method.on_update(now, model, &mut optimizer)?;
         }
         summary.tokens += micros.iter().map(|m| m.tokens as u64).sum::<u64>();
-        summary.train_loss = loss;
         summary.steps = now;
-        let speed = summary.tokens as f64 / started.elapsed().as_secs_f64().max(1e-9);
+        log.bar.set_position(now);
+        let stop = STOP.load(Relaxed);
         let due = |every: u64| every > 0 && now % every == 0;
         let validates = due(job.validate_every) || now == job.steps;
-        log.step(now, loss, norm, rate, speed, validates)?;
+        // A validated step is logged too: the curve of a resumed training is read from the log.
+        let logs = validates || now % log.every == 0;
+        // Between these steps the device works while the host queues what comes next.
+        if !logs && !stop && !due(job.checkpoint_every) {
+            continue;
+        }
+        let Outcome { loss, norm, failed } = optimizer.outcome()?;
+        if let Some(failed) = failed {
+            return Err(failure(model, &mut optimizer, failed, job, methods)?);
+        }
+        summary.train_loss = loss;
+        let speed = summary.tokens as f64 / started.elapsed().as_secs_f64().max(1e-9);
+        log.step(now, loss, norm, rate, speed, logs)?;
         let validated = validates.then(|| (job.validate)(model, methods)).transpose()?;
         if let Some(loss) = validated {
             // NaN alone is a corpus without validation text; infinity is a model that went wrong.
@@ -187,10 +251,9 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
             summary.validation_loss = loss;
             log.write(now, "validation", "loss", loss, "nats/token")?;
         }
-        if validated.is_some() || now % log.every == 0 {
+        if logs {
             summary.curve.push((now, Some(loss), validated));
         }
-        let stop = STOP.load(Relaxed);
         if now < job.steps && (stop || due(job.checkpoint_every)) {
             let seconds = earlier_seconds + started.elapsed().as_secs_f64();
             save(model, &optimizer, &checkpoints, (now, seconds), job)?;
@@ -324,11 +387,9 @@ impl Log {
         self.metrics.append(&event)
     }
 
-    /// A validated step is logged too: the curve of a resumed training is read from the log.
-    fn step(&mut self, step: u64, loss: f64, norm: f64, rate: f64, speed: f64, validated: bool) -> Result<()> {
-        self.bar.set_position(step);
+    fn step(&mut self, step: u64, loss: f64, norm: f64, rate: f64, speed: f64, kept: bool) -> Result<()> {
         self.bar.set_message(format!("loss {loss:.3}  {speed:.0} tokens/s "));
-        if validated || step.is_multiple_of(self.every) {
+        if kept {
             self.write(step, "train", "loss", loss, "nats/token")?;
             self.write(step, "train", "gradient_norm", norm, "")?;
             self.write(step, "train", "learning_rate", rate, "")?;

@@ -5,7 +5,7 @@ use crate::op::{Case, Fill, Tolerance};
 use crate::ops::binary::AccumulateScaled;
 use crate::ops::ceiling::MultiplyAddChain;
 use crate::ops::norm::{AddNorm, LayerNorm, NormBackward, RmsNorm};
-use crate::ops::optim::AdamW;
+use crate::ops::optim::{AdamW, StepRates};
 use crate::ops::softmax::Softmax;
 use crate::ops::unary::{Function, Unary};
 
@@ -85,19 +85,14 @@ pub(super) fn softmax() -> Vec<Large> {
 
 pub(super) fn optimizer() -> Vec<Large> {
     let one = |n: usize| {
-        let op = AdamW {
-            learning_rate: 1e-3,
-            beta1: 0.9,
-            beta2: 0.999,
-            epsilon: 1e-8,
-            weight_decay: 0.05,
-            step: 10,
-            masked: false,
-        };
+        let betas = [0.9, 0.999];
+        let op = AdamW { beta1: betas[0], beta2: betas[1], epsilon: 1e-8, weight_decay: 0.05, masked: false };
+        let rates = StepRates { learning_rate: 1e-3, betas, weight: 1.0, step: 10 }.words();
         let case = Case::new(op, Tolerance::Contraction { k: 16 }).normal(&[n], F32).normal(&[n], F32);
         let case = case.normal(&[n], F32).input(&[n], F32, POSITIVE);
         let case = case.input(&[1], F32, Fill::Values(vec![0.37]));
-        let part = Part::new(&[ELEMENTS, ELEMENTS, ELEMENTS, ELEMENTS, &[]], &[Some(ELEMENTS); 3]);
+        let case = case.input(&[rates.len()], F32, Fill::Values(rates.map(f64::from).to_vec()));
+        let part = Part::new(&[ELEMENTS, ELEMENTS, ELEMENTS, ELEMENTS, &[], &[]], &[Some(ELEMENTS); 3]);
         Large::new("adamw", format!("adamw {n}"), case, vec![part])
     };
     [1_000_000, 16_000_000, 124_000_000, 500_000_000].map(one).into()

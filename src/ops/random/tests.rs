@@ -86,8 +86,9 @@ fn dropout_keeps_the_share_it_should() {
     let device = open("cpu").unwrap();
     let x = Tensor::from_slice(&device, &[COUNT], &vec![1.0f32; COUNT]).unwrap();
     let run = |step: u32| {
-        let op = Dropout { probability: 0.3, site: Site { seed: 1, site: 2, step } };
-        dispatch::run_one(&op, &[&x]).unwrap().to_vec::<f32>().unwrap()
+        let step = Tensor::from_slice(&device, &[1], &[step]).unwrap();
+        let op = Dropout { probability: 0.3, seed: 1, site: 2 };
+        dispatch::run_one(&op, &[&x, &step]).unwrap().to_vec::<f32>().unwrap()
     };
     let (first, second) = (run(0), run(1));
     let kept = first.iter().filter(|y| **y != 0.0).count() as f64 / COUNT as f64;
@@ -95,5 +96,6 @@ fn dropout_keeps_the_share_it_should() {
     // Steps are independent: both keep an element with probability 0.49.
     let both = first.iter().zip(&second).filter(|(a, b)| **a != 0.0 && **b != 0.0).count() as f64 / COUNT as f64;
     assert!((both - 0.49).abs() < 4.0 * (0.25 / COUNT as f64).sqrt(), "{both}");
-    assert!(dispatch::run_one(&Dropout { probability: 1.0, site: Site { seed: 1, site: 2, step: 0 } }, &[&x]).is_err());
+    let step = Tensor::from_slice(&device, &[1], &[0u32]).unwrap();
+    assert!(dispatch::run_one(&Dropout { probability: 1.0, seed: 1, site: 2 }, &[&x, &step]).is_err());
 }
