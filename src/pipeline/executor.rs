@@ -274,6 +274,7 @@ impl Pipeline {
                 self.shut();
                 error
             }
+            Stop::Gone(other) => self.fault(other, "it is gone without a word".into()),
             Stop::Cancelled | Stop::Vanish => self.fault(worker, "it is gone without a word".into()),
         }
     }

@@ -8,8 +8,8 @@ pub trait Transport: Send {
     /// Hands a frame over without waiting for its receiver.
     ///
     /// # Errors
-    /// Why it cannot be sent at all.
-    fn send(&mut self, to: usize, frame: Vec<u8>) -> Result<(), String>;
+    /// The receiver is gone.
+    fn send(&mut self, to: usize, frame: Vec<u8>) -> Result<(), ()>;
 
     /// The next frame and who sent it; `None` when none came within `wait`.
     ///
@@ -35,9 +35,8 @@ impl Channels {
 }
 
 impl Transport for Channels {
-    fn send(&mut self, to: usize, frame: Vec<u8>) -> Result<(), String> {
-        let gone = || format!("stage {to} takes no messages any more");
-        self.others.get(to).ok_or_else(gone)?.send((self.own, frame)).map_err(|_| gone())
+    fn send(&mut self, to: usize, frame: Vec<u8>) -> Result<(), ()> {
+        self.others.get(to).ok_or(())?.send((self.own, frame)).map_err(drop)
     }
 
     fn receive(&mut self, wait: Duration) -> Result<Option<(usize, Vec<u8>)>, String> {

@@ -223,7 +223,7 @@ impl Judge {
         if still > self.heartbeat * 3 / 2 {
             return Some(format!("it stalls: no sign of progress for {:.1} s", still.as_secs_f64()));
         }
-        if glance.seconds > self.slow.as_secs_f64() {
+        if still < self.heartbeat && glance.seconds > self.slow.as_secs_f64() {
             return Some(format!("it is slow: {:.1} s in one event", glance.seconds));
         }
         None

@@ -28,6 +28,8 @@ pub enum Stop {
     Error(Error),
     /// Somebody else's fault.
     Cancelled,
+    /// Another worker takes no messages any more.
+    Gone(usize),
     /// As if the process had gone: planted.
     Vanish,
 }
@@ -54,7 +56,10 @@ pub struct Report {
     pub loss: f64,
     pub norm: f64,
     pub spans: Vec<Span>,
-    /// Most bytes live on its device during the step.
+    /// Most bytes live on its device after an event that computes, beyond those at the start: activations that wait for
+    /// backward.
+    pub held_bytes: u64,
+    /// Most bytes live at any time of the step, all of them.
     pub peak_bytes: u64,
 }
 
@@ -102,6 +107,7 @@ impl Worker {
     ) -> Self {
         let workers = route.workers.len();
         watch.device(index, part.model.device());
+        watch.at(index, (0, 0), State::Idle, &"start", "ready");
         Self {
             index,
             run,
@@ -129,6 +135,7 @@ impl Worker {
         self.taken.clear();
         let device = self.part.model.device().clone();
         device.reset_peak();
+        let before = device.stats().bytes_live;
         let route = self.route.clone();
         let started = Instant::now();
         let mut report = Report::default();
@@ -198,6 +205,9 @@ impl Worker {
                     }
                     tensors.insert((purpose, chunk, micro), arrived);
                 }
+            }
+            if work.computes() {
+                report.held_bytes = report.held_bytes.max(device.stats().bytes_live.saturating_sub(before));
             }
             let end = started.elapsed().as_secs_f64();
             report.spans.push(Span { event: Some(event), start, end });
@@ -313,14 +323,14 @@ impl Worker {
         let planted = self.planted(|p| matches!(p, Planted::Drop | Planted::Duplicate | Planted::Corrupt));
         match planted {
             Some(Planted::Drop) => return Ok(()),
-            Some(Planted::Duplicate) => self.transport.send(to, frame.clone()).map_err(Stop::Fault)?,
+            Some(Planted::Duplicate) => self.transport.send(to, frame.clone()).map_err(|()| Stop::Gone(to))?,
             Some(Planted::Corrupt) => {
                 let middle = frame.len() / 2;
                 frame[middle] ^= 0x40;
             }
             _ => {}
         }
-        self.transport.send(to, frame).map_err(Stop::Fault)
+        self.transport.send(to, frame).map_err(|()| Stop::Gone(to))
     }
 
     /// The tensor that `tag` names. `sender`: who sends it, and where that stands in the sender's schedule.

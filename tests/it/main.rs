@@ -11,5 +11,6 @@ mod model;
 mod report;
 mod run_folder;
 mod shaders;
+mod stages;
 mod tidy;
 mod training;
