@@ -12,13 +12,14 @@ use super::fault::Injection;
 use super::message;
 use super::part::{Part, Training, micro_on};
 use super::route::Route;
+use super::schedule::{Kind, Schedule};
 use super::transport::{Channels, Transport};
 use super::watch::{Judge, Watch};
 use super::worker::{Order, Report, Stop, Worker};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::nn::Model;
+use crate::nn::{Config, Model};
 use crate::shape::Meta;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Method, Micro};
@@ -31,6 +32,8 @@ pub type MakeMethods = dyn Fn(&Model) -> Result<Vec<Box<dyn Method>>> + Send + S
 #[derive(Clone)]
 pub struct Setup {
     pub route: Arc<Route>,
+    /// For steps of another number of micro-batches than the route's; `None`: there are none.
+    pub kind: Option<Kind>,
     /// One per worker.
     pub devices: Vec<Arc<dyn Device>>,
     pub optimizer: Settings,
@@ -53,7 +56,7 @@ pub struct Setup {
 pub type Encoded = BTreeMap<String, (Meta, Vec<u8>)>;
 
 enum Command {
-    Step(Arc<Vec<Micro>>, Order),
+    Step(Arc<Route>, Arc<Vec<Micro>>, Order),
     /// Hooks after the update of this number.
     Hooks(u64),
     /// Parameters, and with `true` the optimizer's state.
@@ -87,6 +90,9 @@ pub struct Pipeline {
     watch: Arc<Watch>,
     threads: Vec<Option<JoinHandle<()>>>,
     judge: Judge,
+    /// By number of micro-batches.
+    routes: BTreeMap<usize, Arc<Route>>,
+    config: Config,
     split: bool,
     compute: Option<DType>,
     step: u64,
@@ -127,6 +133,8 @@ impl Pipeline {
             judge: Judge::new(count, setup.heartbeat, setup.slow),
             split: route.schedule.splits_backward(),
             compute: setup.optimizer.precision.compute(),
+            routes: [(route.schedule.micros, route.clone())].into(),
+            config: model.config.clone(),
             step: 0,
             failed: false,
             setup,
@@ -154,21 +162,13 @@ impl Pipeline {
     /// `Fault` that names the stage at fault; the pipeline takes no more steps then.
     pub fn step(&mut self, micros: &[Micro], (dropout, seed, total_steps): (f32, u64, u64)) -> Result<StepReport> {
         let started = Instant::now();
-        if micros.len() != self.setup.route.schedule.micros {
-            let value = micros.len().to_string();
-            return Err(Error::Parameter {
-                op: "pipeline",
-                parameter: "micro_batches",
-                value,
-                allowed: "as many as the schedule has",
-            });
-        }
+        let route = self.route(micros.len())?;
         let weight: f64 = micros.iter().map(|m| m.weight).sum();
         let (compute, recompute, split) = (self.compute, self.setup.recompute, self.split);
         let training = Training { compute, dropout, seed, recompute, split };
         let micros = Arc::new(micros.to_vec());
         let order = Order { training, weight, total_steps };
-        let answers = self.ask(|_| Command::Step(micros.clone(), order))?;
+        let answers = self.ask(|_| Command::Step(route.clone(), micros.clone(), order))?;
         let workers: Vec<Report> =
             answers.into_iter().map(|a| if let Answer::Stepped(r) = a { r } else { Report::default() }).collect();
         self.step += 1;
@@ -222,6 +222,22 @@ impl Pipeline {
         self.ask(|_| Command::Restore(encoded.clone(), step))?;
         self.step = step;
         Ok(())
+    }
+
+    /// The route for so many micro-batches.
+    fn route(&mut self, micros: usize) -> Result<Arc<Route>> {
+        if let Some(route) = self.routes.get(&micros) {
+            return Ok(route.clone());
+        }
+        let Some(kind) = self.setup.kind else {
+            let (value, allowed) = (micros.to_string(), "as many as the schedule has");
+            return Err(Error::Parameter { op: "pipeline", parameter: "micro_batches", value, allowed });
+        };
+        let own = &self.setup.route;
+        let schedule = Schedule::new(kind, own.replicas.len(), micros)?;
+        let route = Arc::new(Route::new(&self.config, &schedule, own.cuts.clone(), own.replicas.clone())?);
+        self.routes.insert(micros, route.clone());
+        Ok(route)
     }
 
     fn ask(&mut self, command: impl Fn(usize) -> Command) -> Result<Vec<Answer>> {
@@ -389,7 +405,8 @@ fn start_worker(
 
 fn obey(worker: &mut Worker, command: Command) -> Result<Answer, Stop> {
     match command {
-        Command::Step(micros, order) => {
+        Command::Step(route, micros, order) => {
+            worker.route = route;
             let device = worker.part.model.device().clone();
             let micros: Vec<Micro> = micros.iter().map(|m| micro_on(m, &device)).collect::<Result<_>>()?;
             Ok(Answer::Stepped(worker.step(&micros, order)?))

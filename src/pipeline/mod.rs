@@ -3,6 +3,7 @@
 pub mod cut;
 pub mod executor;
 pub mod fault;
+pub mod measure;
 pub mod message;
 pub mod part;
 pub mod profile;
@@ -11,6 +12,7 @@ pub mod schedule;
 pub mod simulate;
 #[cfg(test)]
 mod tests;
+pub mod train;
 pub mod transport;
 pub mod validate;
 pub mod watch;

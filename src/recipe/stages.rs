@@ -109,6 +109,7 @@ pub fn fit(
         keep_checkpoints: KEPT_CHECKPOINTS,
         folder: context.folder,
         progress: context.progress,
+        stepper: None,
     };
     train(model, &job, &mut methods)
 }

@@ -194,6 +194,7 @@ pub fn run(device: &Arc<dyn Device>, folder: &Path, options: &TaggerOptions) -> 
         keep_checkpoints: 1,
         folder,
         progress: options.progress,
+        stepper: None,
     };
     let summary = train(&mut model, &job, &mut [])?;
     let path = folder.join("tokenizer.json");

@@ -6,5 +6,6 @@ pub mod metrics_log;
 pub mod optimizer;
 pub mod precision;
 pub mod schedule;
+pub mod stepper;
 pub mod store;
 pub mod trainer;

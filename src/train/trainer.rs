@@ -11,6 +11,7 @@ use super::events::EventWriter;
 use super::lifecycle::{Method, Micro};
 use super::metrics_log::{MetricEvent, MetricsLog};
 use super::optimizer::{Optimizer, Outcome, Settings};
+use super::stepper::{OneDevice, StepSettings, Stepper};
 use super::store;
 use crate::dispatch;
 use crate::error::{Error, Result};
@@ -50,6 +51,8 @@ pub struct Job<'a> {
     /// Holds metrics.jsonl, tb/ and checkpoints/ of this stage.
     pub folder: &'a Path,
     pub progress: bool,
+    /// Makes what takes the steps; `None`: the model's own device does.
+    pub stepper: Option<&'a dyn Fn(&mut Model) -> Result<Box<dyn Stepper>>>,
 }
 
 /// What a stage of training did.
@@ -114,7 +117,7 @@ pub fn loss_of(pass: &mut Pass, hidden: &Var, micro: &Micro, methods: &[Box<dyn 
 }
 
 /// What the gradients of a step are divided by.
-fn weight(micros: &[Micro]) -> f64 {
+pub(super) fn weight(micros: &[Micro]) -> f64 {
     micros.iter().map(|m| m.weight).sum()
 }
 
@@ -135,7 +138,7 @@ pub fn step(
 }
 
 /// Queues a step that has begun. Nothing here waits for the device or gives it a number that is another in the next step.
-fn queue(
+pub(super) fn queue(
     model: &Model,
     optimizer: &mut Optimizer,
     micros: &[Micro],
@@ -152,7 +155,7 @@ pub fn dropout(probability: f32, seed: u64, micro: u32) -> Dropout {
 }
 
 /// Accumulates the gradients of all micro-batches; gives the sum of their losses, f32 `[1]`.
-fn gradients(
+pub(super) fn gradients(
     model: &Model,
     optimizer: &mut Optimizer,
     micros: &[Micro],
@@ -179,51 +182,35 @@ fn gradients(
     losses.ok_or(Error::Shape { op: "step", rule: "at least one micro-batch", got: "none".into() })
 }
 
-/// The error of step `failed`, which is run again for it: nothing has changed since, so its gradients come out the same.
-fn failure(
-    model: &Model,
-    optimizer: &mut Optimizer,
-    failed: u64,
-    job: &Job,
-    methods: &[Box<dyn Method>],
-) -> Result<Error> {
-    optimizer.set_counter(failed - 1)?;
-    optimizer.forget_gradients();
-    let micros = job.source.micro_batches(failed - 1)?;
-    gradients(model, optimizer, &micros, methods, (job.dropout, job.seed))?;
-    optimizer.find_non_finite(failed)
-}
-
 /// Trains `model` as `job` says, resuming from the newest checkpoint of its folder.
 pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> Result<Summary> {
     let checkpoints = job.folder.join("checkpoints");
     std::fs::create_dir_all(&checkpoints).map_err(|e| Error::io(&checkpoints, e))?;
     let resumed = restore(model, &checkpoints, job.steps)?;
-    let mut optimizer = Optimizer::new(model, job.settings, |_| true)?;
+    let mut stepper: Box<dyn Stepper> = match job.stepper {
+        Some(make) => make(model)?,
+        None => Box::new(OneDevice { optimizer: Optimizer::new(model, job.settings, |_| true)? }),
+    };
+    let settings = StepSettings { dropout: job.dropout, seed: job.seed, steps: job.steps };
     let (done, earlier_seconds) = match resumed {
         Some(Resumed { step, seconds, state }) => {
-            optimizer.restore(&state, step)?;
+            stepper.restore(&state, step)?;
             (step, seconds)
         }
         None => (0, 0.0),
     };
-    for method in methods.iter_mut() {
-        method.on_update(done, model, &mut optimizer)?;
-    }
+    stepper.hooks(done, model, methods)?;
     let (mut log, logged) = Log::open(job, done)?;
     let curve = logged_curve(&logged);
     let mut summary = Summary { steps: done, earlier_seconds, curve, ..Summary::default() };
     let started = Instant::now();
     for step_index in done..job.steps {
         let micros = job.source.micro_batches(step_index)?;
-        let rate = optimizer.learning_rate(job.steps);
-        optimizer.begin(weight(&micros), job.steps)?;
-        queue(model, &mut optimizer, &micros, methods, (job.dropout, job.seed))?;
-        let now = step_index + 1;
-        for method in methods.iter_mut() {
-            method.on_update(now, model, &mut optimizer)?;
-        }
+        let rate = stepper.learning_rate(settings);
         summary.tokens += micros.iter().map(|m| m.tokens as u64).sum::<u64>();
+        stepper.step(model, micros, methods, settings)?;
+        let now = step_index + 1;
+        stepper.hooks(now, model, methods)?;
         summary.steps = now;
         log.bar.set_position(now);
         let stop = STOP.load(Relaxed);
@@ -235,18 +222,22 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
         if !logs && !stop && !due(job.checkpoint_every) {
             continue;
         }
-        let Outcome { loss, norm, failed } = optimizer.outcome()?;
+        let Outcome { loss, norm, failed } = stepper.outcome()?;
         if let Some(failed) = failed {
-            return Err(failure(model, &mut optimizer, failed, job, methods)?);
+            let micros = job.source.micro_batches(failed - 1)?;
+            return Err(stepper.failure(model, (failed, micros), methods, settings)?);
         }
         summary.train_loss = loss;
         let speed = summary.tokens as f64 / started.elapsed().as_secs_f64().max(1e-9);
         log.step(now, loss, norm, rate, speed, logs)?;
+        if validates || stop || due(job.checkpoint_every) {
+            stepper.bring_home(model)?;
+        }
         let validated = validates.then(|| (job.validate)(model, methods)).transpose()?;
         if let Some(loss) = validated {
             // NaN alone is a corpus without validation text; infinity is a model that went wrong.
             if loss.is_infinite() {
-                return Err(optimizer.find_non_finite(now)?);
+                return Err(stepper.find_non_finite(now)?);
             }
             summary.validation_loss = loss;
             log.write(now, "validation", "loss", loss, "nats/token")?;
@@ -256,7 +247,7 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
         }
         if now < job.steps && (stop || due(job.checkpoint_every)) {
             let seconds = earlier_seconds + started.elapsed().as_secs_f64();
-            save(model, &optimizer, &checkpoints, (now, seconds), job)?;
+            save(model, stepper.as_mut(), &checkpoints, (now, seconds), job)?;
         }
         if stop && now < job.steps {
             log.bar.abandon_with_message("stopped; saved");
@@ -264,7 +255,7 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
         }
     }
     log.bar.finish_and_clear();
-    optimizer.check_finite()?;
+    stepper.check_finite()?;
     for method in methods.iter_mut() {
         method.on_finish(model)?;
     }
@@ -293,14 +284,14 @@ const SECONDS: &str = "seconds";
 
 fn save(
     model: &Model,
-    optimizer: &Optimizer,
+    stepper: &mut dyn Stepper,
     checkpoints: &Path,
     (step, seconds): (u64, f64),
     job: &Job,
 ) -> Result<()> {
-    optimizer.check_finite()?;
+    stepper.check_finite()?;
     let mut files = store::model_files(model)?;
-    files.push((OPTIMIZER, store::encode(&optimizer.state()?)?));
+    files.push((OPTIMIZER, store::encode(&stepper.state()?)?));
     let summary = [
         ("stage", job.stage.to_string()),
         (store::STEP, step.to_string()),

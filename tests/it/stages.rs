@@ -50,6 +50,7 @@ fn setup(config: &Config, (kind, stages, micros): (Kind, usize, usize), replicas
     let devices = route.workers.iter().map(|_| device::open("cpu:1").unwrap()).collect();
     Setup {
         route,
+        kind: None,
         devices,
         optimizer: no_clip(),
         methods: Arc::new(|_: &Model| Ok(Vec::<Box<dyn Method>>::new())),

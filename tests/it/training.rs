@@ -64,6 +64,7 @@ fn session(
         keep_checkpoints: 2,
         folder,
         progress: false,
+        stepper: None,
     };
     let summary = train(&mut model, &job, &mut [])?;
     Ok((store::encode(&model.tensors)?, summary))

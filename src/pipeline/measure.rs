@@ -1,0 +1,187 @@
+//! Takes a profile: every piece of a model run by itself on the device where a stage would run it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::cut;
+use super::message::{self, Purpose, Tag};
+use super::part::{Part, Training};
+use super::profile::{PieceProfile, Profile};
+use super::simulate::{ChunkCost, Link};
+use super::transport::{Channels, Transport};
+use crate::device::Device;
+use crate::error::Result;
+use crate::nn::Model;
+use crate::tensor::Tensor;
+use crate::train::lifecycle::Micro;
+use crate::train::optimizer::{Optimizer, Settings};
+
+/// Rounds whose median is taken; one more goes before to warm up.
+const ROUNDS: usize = 9;
+
+/// Seconds and bytes of one piece in one round.
+#[derive(Clone, Copy, Default)]
+struct Sample {
+    forward: f64,
+    backward_input: f64,
+    backward_weight: f64,
+    held: f64,
+    output: f64,
+}
+
+/// Profiles `model` for micro-batches like `micro`, which lies on `device` as `model` does.
+///
+/// # Errors
+/// Those of the ops.
+pub fn profile(model: &Model, micro: &Micro, settings: Settings) -> Result<Profile> {
+    let device = model.device().clone();
+    let count = cut::pieces(&model.config);
+    let chunks: BTreeMap<u32, _> = (0..count).map(|p| (p as u32, p..p + 1)).collect();
+    let mut own = Part::model_of(model, &device, &chunks)?;
+    let mut optimizer = Optimizer::new(&mut own, settings, |_| true)?;
+    let mut part = Part::new(own, chunks, &optimizer)?;
+    let compute = settings.precision.compute();
+    let whole = Training { compute, dropout: 0.0, seed: 0, recompute: false, split: false };
+    let split = Training { split: true, ..whole };
+    let (mut wholes, mut splits) = (vec![Vec::new(); count], vec![Vec::new(); count]);
+    let mut updates = Vec::new();
+    for round in 0..=ROUNDS {
+        // In turns, so that what disturbs the machine disturbs both.
+        let (w, s) = (run(&mut part, micro, whole)?, run(&mut part, micro, split)?);
+        optimizer.begin(1.0, 1)?;
+        let zero = Tensor::from_slice(&device, &[1], &[0.0f32])?;
+        let update = device.elapsed(&mut || optimizer.update(&zero))?;
+        if round > 0 {
+            wholes.iter_mut().zip(w).for_each(|(list, sample)| list.push(sample));
+            splits.iter_mut().zip(s).for_each(|(list, sample)| list.push(sample));
+            updates.push(update);
+        }
+    }
+    let bytes: Vec<f64> = (0..count)
+        .map(|p| {
+            let names = cut::tensors_of(&part.model, &(p..p + 1));
+            names.iter().filter_map(|n| part.model.tensors.get(n)).map(|t| t.meta().bytes() as f64).sum()
+        })
+        .collect();
+    let dims = micro.batch.tokens.dims();
+    Ok(Profile {
+        model: format!(
+            "{} blocks, width {}, {} parameters",
+            model.config.blocks.len(),
+            model.config.width,
+            model.parameter_count()
+        ),
+        device: device.info().name.clone(),
+        rows: dims[0],
+        columns: dims.get(1).copied().unwrap_or(1),
+        pieces: (0..count)
+            .map(|p| {
+                let two = cost_of(&splits[p]);
+                let mut one = cost_of(&wholes[p]);
+                // Shares of what was measured in one go.
+                let share = two.backward_input / (two.backward_input + two.backward_weight).max(f64::MIN_POSITIVE);
+                (one.backward_input, one.backward_weight) =
+                    (one.backward_input * share, one.backward_input * (1.0 - share));
+                let name = cut::piece_name(&model.config, p);
+                PieceProfile { name, cost: one, split: Some(two), parameter_bytes: bytes[p] }
+            })
+            .collect(),
+        link: link(&device)?,
+        update_per_byte: median(updates) / bytes.iter().sum::<f64>().max(1.0),
+    })
+}
+
+/// All pieces forward, then backward, each by itself.
+fn run(part: &mut Part, micro: &Micro, training: Training) -> Result<Vec<Sample>> {
+    let device = part.model.device().clone();
+    let count = cut::pieces(&part.model.config);
+    let mut samples = vec![Sample::default(); count];
+    let mut states = Vec::new();
+    for (piece, sample) in samples.iter_mut().enumerate() {
+        let inputs = std::mem::take(&mut states);
+        let before = device.stats().bytes_live;
+        let mut outputs = Vec::new();
+        sample.forward = device.elapsed(&mut || {
+            outputs = part.forward((piece as u32, 0), micro, inputs.clone(), training)?;
+            Ok(())
+        })?;
+        sample.held = device.stats().bytes_live.saturating_sub(before) as f64;
+        if piece + 1 < count {
+            sample.output = outputs.iter().map(|t| t.meta().bytes() as f64).sum();
+            states = outputs;
+        }
+    }
+    let mut flowed = Vec::new();
+    for (piece, sample) in samples.iter_mut().enumerate().rev() {
+        let at = (piece as u32, 0);
+        let grads = std::mem::take(&mut flowed);
+        sample.backward_input = device.elapsed(&mut || {
+            flowed = if training.split {
+                part.backward_input(at, micro, grads.clone(), training)?
+            } else {
+                part.backward(at, micro, grads.clone(), training)?.0
+            };
+            Ok(())
+        })?;
+        if training.split {
+            sample.backward_weight = device.elapsed(&mut || part.backward_weight(at).map(drop))?;
+        }
+    }
+    Ok(samples)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
+}
+
+fn cost_of(samples: &[Sample]) -> ChunkCost {
+    let of = |part: fn(&Sample) -> f64| median(samples.iter().map(part).collect());
+    ChunkCost {
+        forward: of(|s| s.forward),
+        backward_input: of(|s| s.backward_input),
+        backward_weight: of(|s| s.backward_weight),
+        activation_bytes: of(|s| s.held),
+        output_bytes: of(|s| s.output),
+    }
+}
+
+/// Messages between two threads: what each side does per byte, and how long an empty one takes.
+fn link(device: &Arc<dyn Device>) -> Result<Link> {
+    const BYTES: usize = 1 << 20;
+    let tensor = Tensor::from_slice(device, &[BYTES / 4], &vec![1.0f32; BYTES / 4])?;
+    let tag = Tag { step: 0, purpose: Purpose::Forward, chunk: 0, micro: 0, part: 0 };
+    let mut times = Vec::new();
+    for _ in 0..ROUNDS {
+        let began = Instant::now();
+        let frame = message::frame_of(0, tag, 0, &tensor)?;
+        if let Ok(message) = message::decode(0, frame) {
+            Tensor::from_bytes(device, message.meta, message.payload())?;
+        }
+        times.push(began.elapsed().as_secs_f64() / 2.0 / BYTES as f64);
+    }
+    let mut ends = Channels::between(2);
+    let (Some(mut far), Some(mut near)) = (ends.pop(), ends.pop()) else {
+        return Ok(Link::FREE);
+    };
+    let wait = Duration::from_secs(1);
+    let echo = std::thread::spawn(move || {
+        while let Ok(Some((from, frame))) = far.receive(wait) {
+            if frame.is_empty() || far.send(from, frame).is_err() {
+                return;
+            }
+        }
+    });
+    let mut trips = Vec::new();
+    for _ in 0..64 {
+        let began = Instant::now();
+        if near.send(1, vec![0; 8]).is_err() || !matches!(near.receive(wait), Ok(Some(_))) {
+            break;
+        }
+        trips.push(began.elapsed().as_secs_f64() / 2.0);
+    }
+    let _ = near.send(1, Vec::new());
+    let _ = echo.join();
+    Ok(Link { latency: median(trips), bytes_per_second: 0.0, handling: median(times) })
+}
