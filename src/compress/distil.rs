@@ -1,8 +1,11 @@
 //! Distillation as a loss hook: last-hidden-state MSE through the kept-channel map or a learned projection, soft labels
 //! on the source-language stream, hard labels on the target-language stream (LightChatGLM Eq 10 and Algorithm 2).
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
+use crate::device::Device;
 use crate::error::Result;
 use crate::nn::{Model, Pass};
 use crate::ops::binary::{Binary, BinaryFunction};
@@ -29,6 +32,7 @@ pub struct Weights {
 }
 
 /// How the student's hidden width meets the teacher's.
+#[derive(Clone)]
 pub enum Projection {
     /// The teacher's channels that the student kept, as a `[d_student, d_teacher]` selection by row.
     Kept(Tensor),
@@ -38,6 +42,7 @@ pub enum Projection {
     None,
 }
 
+#[derive(Clone)]
 pub struct Distillation {
     pub weights: Weights,
     pub temperature: f32,
@@ -52,6 +57,19 @@ pub struct Distillation {
 }
 
 impl Distillation {
+    /// The same on another device.
+    pub fn on(&self, device: &Arc<dyn Device>) -> Result<Self> {
+        Ok(Self {
+            projection: match &self.projection {
+                Projection::Kept(selection) => Projection::Kept(selection.to_device(device)?),
+                Projection::Learned => Projection::Learned,
+                Projection::None => Projection::None,
+            },
+            teacher_head: self.teacher_head.to_device(device)?,
+            ..*self
+        })
+    }
+
     /// The squared error in the unit of the rows' weights: with `Mean`, sum over rows of weight * mean over channels.
     /// That is half the sum times 2 / width: no factor that a launch is given depends on how many rows a batch labels.
     fn hidden_loss(&self, pass: &mut Pass, rows: &Var, teacher: &Tensor, weights: &Tensor) -> Result<Var> {

@@ -189,6 +189,24 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// Some of its rows, as wide as they are.
+    #[must_use]
+    pub fn rows_of(&self, rows: std::ops::Range<usize>) -> Self {
+        let all = |values: &[u32]| values[rows.start * self.columns..rows.end * self.columns].to_vec();
+        let targets = all(&self.targets);
+        Self {
+            rows: rows.len(),
+            columns: self.columns,
+            tokens: all(&self.tokens),
+            context_lengths: self.context_lengths[rows.clone()].to_vec(),
+            lengths: self.lengths[rows.clone()].to_vec(),
+            positions: all(&self.positions),
+            blocks: all(&self.blocks),
+            token_count: targets.iter().filter(|&&t| t != IGNORE).count(),
+            targets,
+        }
+    }
+
     /// Lays out examples in the given order.
     pub fn assemble(examples: &[&Example], special: SpecialIds, gmask: GmaskPosition) -> Self {
         let longest = examples.iter().map(|e| e.length()).max().unwrap_or(0);

@@ -63,6 +63,7 @@ impl CpuDevice {
             name: format!("{} ({count} threads, {})", cpu_name(), crate::cpu::level()),
             driver: format!("espalier {}", env!("CARGO_PKG_VERSION")),
             class: Class::Cpu,
+            threads: count,
             software: false,
             limits: Limits::unbounded(),
             features: Features { f16: true, i16: true, ..Features::default() },

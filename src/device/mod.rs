@@ -127,6 +127,8 @@ pub struct Info {
     pub name: String,
     pub driver: String,
     pub class: Class,
+    /// Threads that a CPU device computes with; 1 elsewhere.
+    pub threads: usize,
     /// A software adapter is used only when named and never ranked with hardware.
     pub software: bool,
     pub limits: Limits,

@@ -25,6 +25,7 @@ pub struct NullDevice {
 impl NullDevice {
     pub fn new(kind: Kind, class: Class, limits: Limits) -> Self {
         let info = Info {
+            threads: 1,
             kind,
             id: "null".into(),
             name: "null device".into(),

@@ -35,6 +35,7 @@ impl ReferenceDevice {
             name: "f64 references".into(),
             driver: format!("espalier {}", env!("CARGO_PKG_VERSION")),
             class: Class::Cpu,
+            threads: 1,
             software: true,
             limits: Limits::unbounded(),
             features: Features { f16: true, i16: true, ..Features::default() },

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::cut;
 use super::schedule::Schedule;
 use super::simulate::{ChunkCost, Costs, Link};
 use crate::error::{Error, Result};
@@ -66,6 +67,19 @@ impl Profile {
             updates[home] += bytes * self.update_per_byte;
         }
         Costs { chunks: self.chunks(cuts, schedule.splits_backward()), link: self.link, sizes, updates }
+    }
+
+    /// Cuts for a schedule's chunks whose heaviest one is as light as can be.
+    pub fn cuts(&self, schedule: &Schedule) -> Vec<Range<usize>> {
+        let pieces: Vec<Range<usize>> = (0..self.pieces.len()).map(|p| p..p + 1).collect();
+        let costs = self.chunks(&pieces, schedule.splits_backward());
+        let seconds: Vec<f64> = costs.iter().map(|c| c.forward + c.backward_input + c.backward_weight).collect();
+        cut::balanced(&seconds, schedule.chunks())
+    }
+
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_vec_pretty(self).map_err(|e| Error::file(path, "profile", e))?;
+        crate::atomic::write_atomic(path, &text)
     }
 
     /// # Errors

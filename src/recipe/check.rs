@@ -138,6 +138,9 @@ impl Recipe {
         if let Some(h) = &self.hybrid {
             h.check(self.data.target_share)?;
         }
+        if let Some(pipeline) = &self.pipeline {
+            pipeline.check()?;
+        }
         self.evaluate.check()
     }
 

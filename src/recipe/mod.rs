@@ -10,6 +10,7 @@ pub mod plan;
 pub mod run_folder;
 pub mod schema;
 mod source;
+pub mod staged;
 mod stages;
 pub mod tagger;
 

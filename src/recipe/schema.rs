@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::staged::Pipeline;
 use crate::compress::distil::Weights;
 use crate::compress::hybrid::StudentLoss;
 use crate::error::{Error, Result};
@@ -32,6 +33,9 @@ pub struct Recipe {
     pub experts: Option<Experts>,
     #[serde(default)]
     pub hybrid: Option<Hybrid>,
+    /// How every training is spread over devices; without it each runs on one.
+    #[serde(default)]
+    pub pipeline: Option<Pipeline>,
     #[serde(default)]
     pub evaluate: Evaluate,
 }

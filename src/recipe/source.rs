@@ -38,6 +38,8 @@ pub struct CorpusSource<'a> {
     pub device: Arc<dyn Device>,
     pub draw: Draw,
     pub accumulate: usize,
+    /// Micro-batches that each draw is cut into by rows.
+    pub parts: usize,
     pub factors: Factors,
     pub teacher: Option<&'a TeacherCache<'a>>,
 }
@@ -96,25 +98,37 @@ impl Draw {
 impl Source for CorpusSource<'_> {
     fn micro_batches(&self, step: u64) -> Result<Vec<Micro>> {
         let n = self.accumulate.max(1) as u64;
-        (0..n).map(|j| self.micro(step * n + j)).collect()
+        let draws: Vec<Vec<Micro>> = (0..n).map(|j| self.micros(step * n + j)).collect::<Result<_>>()?;
+        Ok(draws.into_iter().flatten().collect())
     }
 }
 
 impl CorpusSource<'_> {
-    fn micro(&self, index: u64) -> Result<Micro> {
+    fn micros(&self, index: u64) -> Result<Vec<Micro>> {
         let (indices, alpha) = self.draw.indices(self.corpus, index);
         let examples: Vec<&Example> = indices.iter().filter_map(|&i| self.corpus.example(i)).collect();
-        let batch = Batch::assemble(&examples, self.corpus.special(), GmaskPosition::MaskIndex);
+        let whole = Batch::assemble(&examples, self.corpus.special(), GmaskPosition::MaskIndex);
         let from_source: Vec<bool> = indices.iter().map(|&i| self.corpus.is_source(i)).collect();
-        let (weights, total) = row_weights(&batch, &from_source, alpha);
+        // What rows weigh goes by the whole draw, so that its parts add up to it.
+        let weights = row_weights(&whole, &from_source, alpha);
+        let parts = self.parts.clamp(1, whole.rows.max(1));
+        let part = |p: usize| {
+            let rows = p * whole.rows / parts..(p + 1) * whole.rows / parts;
+            let weights = &weights[rows.start * whole.columns..rows.end * whole.columns];
+            self.micro(&whole.rows_of(rows.clone()), &indices[rows.clone()], &from_source[rows], weights)
+        };
+        (0..parts).map(part).collect()
+    }
+
+    fn micro(&self, batch: &Batch, indices: &[usize], from_source: &[bool], weights: &[f32]) -> Result<Micro> {
         let gold: Vec<f32> = weights.iter().map(|w| w * self.factors.gold).collect();
         let n = batch.targets.len();
-        let teacher = self.teacher.map(|cache| self.teacher_rows(cache, &indices, &batch, &from_source, &weights));
+        let teacher = self.teacher.map(|cache| self.teacher_rows(cache, indices, batch, from_source, weights));
         Ok(Micro {
-            batch: upload(&self.device, &batch)?,
+            batch: upload(&self.device, batch)?,
             targets: Tensor::from_slice(&self.device, &[n], &batch.targets)?,
             weights: Tensor::from_slice(&self.device, &[n], &gold)?,
-            weight: total,
+            weight: batch.token_count as f64,
             gold: self.factors.gold > 0.0,
             tokens: batch.token_count,
             teacher: teacher.transpose()?,
@@ -154,9 +168,9 @@ impl CorpusSource<'_> {
     }
 }
 
-/// What each position's loss counts, and the sum: 1 per label, or Eq 12's stream shares (times the labels, so that
-/// micro-batches of one step still add up by their token counts).
-fn row_weights(batch: &Batch, from_source: &[bool], alpha: Option<f64>) -> (Vec<f32>, f64) {
+/// What each position's loss counts: 1 per label, or Eq 12's stream shares (times the labels, so that micro-batches of one
+/// step still add up by their token counts).
+fn row_weights(batch: &Batch, from_source: &[bool], alpha: Option<f64>) -> Vec<f32> {
     let labelled = |i: &usize| batch.targets[*i] != IGNORE;
     let positions: Vec<usize> = (0..batch.targets.len()).filter(labelled).collect();
     let source_rows = positions.iter().filter(|&&i| from_source[i / batch.columns]).count();
@@ -171,7 +185,7 @@ fn row_weights(batch: &Batch, from_source: &[bool], alpha: Option<f64>) -> (Vec<
     for &i in &positions {
         weights[i] = if from_source[i / batch.columns] { source } else { target } as f32;
     }
-    (weights, positions.len() as f64)
+    weights
 }
 
 /// Lays out training examples for the teacher cache.

@@ -5,6 +5,7 @@ use super::evaluate::validation_loss;
 use super::run_folder::State;
 use super::schema::{self, Distil, HiddenProjection, Recipe, Training};
 use super::source::{CorpusSource, Draw, Factors};
+use super::staged;
 use crate::compress::distil::{Distillation, PROJECTION, Projection, Weights, selection};
 use crate::compress::hybrid::StudentLoss;
 use crate::compress::quantize::QuantizationAware;
@@ -44,12 +45,13 @@ pub struct Objective<'a> {
     pub teacher: Option<(&'a TeacherCache<'a>, Distillation)>,
 }
 
-/// Hooks that keep what earlier stages promised.
+/// Hooks that keep what earlier stages promised, for the weights that are in `model`: all of them or a pipeline stage's.
 pub fn held(model: &Model, state: &State) -> Result<Vec<Box<dyn Method>>> {
     let mut methods: Vec<Box<dyn Method>> = Vec::new();
-    if !state.sparse.is_empty() {
+    let sparse: Vec<String> = state.sparse.iter().filter(|name| model.tensors.contains_key(*name)).cloned().collect();
+    if !sparse.is_empty() {
         let form = if state.two_dimensional { Form24::TwoDimensional } else { Form24::OneDimensional };
-        methods.push(Box::new(Sparsity24::new(model, state.sparse.clone(), form)?));
+        methods.push(Box::new(Sparsity24::new(model, sparse, form)?));
     }
     if !state.int8.is_empty() {
         methods.push(Box::new(QuantizationAware { bits: 8, linears: state.int8.clone() }));
@@ -79,11 +81,11 @@ pub fn fit(
         Some((cache, distillation)) => (Some(cache), Some(distillation)),
         None => (None, None),
     };
-    if let Some(distillation) = distillation {
+    if let Some(distillation) = &distillation {
         if matches!(distillation.projection, Projection::Learned) {
-            add_projection(model, &distillation, context.recipe.seed)?;
+            add_projection(model, distillation, context.recipe.seed)?;
         }
-        methods.push(Box::new(distillation));
+        methods.push(Box::new(distillation.clone()));
     }
     let factors = Factors { gold: objective.gold, soft_on_target: objective.soft_on_target };
     let source = CorpusSource {
@@ -91,8 +93,13 @@ pub fn fit(
         device: model.device().clone(),
         draw: objective.draw,
         accumulate: training.accumulate,
+        parts: context.recipe.pipeline.as_ref().map_or(1, |p| p.micro_batches),
         factors,
         teacher: cache,
+    };
+    let spread = |model: &mut Model| {
+        let probe = source.micro_batches(0)?;
+        staged::stepper(context, model, training.settings(), &probe, state, distillation.clone())
     };
     let validate =
         |model: &Model, methods: &[Box<dyn Method>]| validation_loss(model, context.corpus, VALIDATION, methods);
@@ -109,7 +116,7 @@ pub fn fit(
         keep_checkpoints: KEPT_CHECKPOINTS,
         folder: context.folder,
         progress: context.progress,
-        stepper: None,
+        stepper: context.recipe.pipeline.is_some().then_some(&spread),
     };
     train(model, &job, &mut methods)
 }
@@ -151,6 +158,7 @@ pub fn calibration(context: &Context, model: &Model, batches: usize) -> Result<V
         device: model.device().clone(),
         draw: Draw::mixed(context.corpus, training, context.recipe.seed ^ 0xca11, context.recipe.data.max_length)?,
         accumulate: 1,
+        parts: 1,
         factors: Factors { gold: 1.0, soft_on_target: false },
         teacher: None,
     };

@@ -181,6 +181,7 @@ impl CudaDevice {
             name,
             driver: format!("CUDA {}.{}, NVRTC {major}.{minor}", driver.version / 1000, driver.version % 1000 / 10),
             class: Class::Simt,
+            threads: 1,
             software: false,
             limits: Limits {
                 buffer_bytes: total as u64,

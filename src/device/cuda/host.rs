@@ -192,6 +192,7 @@ impl CudaHostDevice {
             name: "CUDA kernels as C++ on the CPU, one fiber per thread".into(),
             driver: version,
             class: Class::Simt,
+            threads: 1,
             software: true,
             limits: Limits {
                 groups_per_dimension: 65_535,

@@ -169,6 +169,7 @@ pub fn open(index: usize, adapter: &wgpu::Adapter) -> Result<Opened> {
     };
     let timestamps = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
     let info = Info {
+        threads: 1,
         kind: Kind::Wgpu,
         id,
         name: description.name,

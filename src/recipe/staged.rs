@@ -1,0 +1,250 @@
+//! `[pipeline]` of a recipe: every training in stages, cut by what its pieces cost on this machine.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::run_folder::State;
+use super::stages::{self, Context};
+use crate::compress::distil::Distillation;
+use crate::console;
+use crate::device::{self, Device, Kind as DeviceKind};
+use crate::error::{Error, Result};
+use crate::nn::Model;
+use crate::pipeline::executor::{Pipeline as Executor, Setup};
+use crate::pipeline::profile::Profile;
+use crate::pipeline::route::Route;
+use crate::pipeline::train::Staged;
+use crate::pipeline::{Kind, Schedule, cut, measure, simulate};
+use crate::train::lifecycle::{Method, Micro};
+use crate::train::optimizer::{Optimizer, Settings};
+use crate::train::stepper::{OneDevice, Stepper};
+
+/// Number of stages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Stages {
+    Count(usize),
+    Auto(Auto),
+}
+
+/// As many as pay, by simulation; 1 where one device is faster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Auto {
+    Auto,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pipeline {
+    #[serde(default = "auto")]
+    pub stages: Stages,
+    #[serde(default = "default_schedule")]
+    pub schedule: Kind,
+    /// Parts that each micro-batch of the recipe (`batch` sentences) is cut into.
+    #[serde(default = "default_micro_batches")]
+    pub micro_batches: usize,
+    /// Workers of each stage; empty: one each.
+    #[serde(default)]
+    pub replicas: Vec<usize>,
+    /// Devices of the workers, by their command-line names; empty: shares of the run's own device.
+    #[serde(default)]
+    pub devices: Vec<String>,
+    /// Keep the inputs of stages only and run them again in backward.
+    #[serde(default)]
+    pub recompute: bool,
+    /// Seconds without a sign of progress after which a stage counts as stalled: longer than the longest kernel.
+    #[serde(default = "default_heartbeat")]
+    pub heartbeat: f64,
+}
+
+fn auto() -> Stages {
+    Stages::Auto(Auto::Auto)
+}
+
+fn default_schedule() -> Kind {
+    Kind::OneForwardOneBackward
+}
+
+fn default_micro_batches() -> usize {
+    8
+}
+
+fn default_heartbeat() -> f64 {
+    10.0
+}
+
+/// Stages that a recipe may ask for.
+const MAX_STAGES: usize = 256;
+const MAX_MICRO_BATCHES: usize = 1024;
+
+impl Pipeline {
+    pub(super) fn check(&self) -> Result<()> {
+        let refuse = |key: &str, value: String, allowed: &str| {
+            Err(Error::Recipe { key: format!("pipeline.{key}"), value, allowed: allowed.into() })
+        };
+        if let Stages::Count(n) = self.stages
+            && !(1..=MAX_STAGES).contains(&n)
+        {
+            return refuse("stages", n.to_string(), "\"auto\" or 1 to 256");
+        }
+        if !(1..=MAX_MICRO_BATCHES).contains(&self.micro_batches) {
+            return refuse("micro_batches", self.micro_batches.to_string(), "1 to 1024");
+        }
+        if !(self.heartbeat.is_finite() && (0.05..=86_400.0).contains(&self.heartbeat)) {
+            return refuse("heartbeat", self.heartbeat.to_string(), "0.05 to 86400 seconds");
+        }
+        let fixed = matches!(self.stages, Stages::Count(n) if n == self.replicas.len());
+        if !self.replicas.is_empty() && (!fixed || self.replicas.iter().any(|r| !(1..=MAX_STAGES).contains(r))) {
+            return refuse(
+                "replicas",
+                format!("{:?}", self.replicas),
+                "one count of 1 to 256 for each of a fixed number of stages",
+            );
+        }
+        Ok(())
+    }
+
+    fn workers(&self, stages: usize) -> Vec<usize> {
+        if self.replicas.is_empty() { vec![1; stages] } else { self.replicas.clone() }
+    }
+
+    /// A device for each of so many workers.
+    fn devices(&self, home: &Arc<dyn Device>, workers: usize) -> Result<Vec<Arc<dyn Device>>> {
+        if !self.devices.is_empty() {
+            if self.devices.len() != workers {
+                let value = format!("{} devices for {workers} workers", self.devices.len());
+                return Err(Error::Recipe {
+                    key: "pipeline.devices".into(),
+                    value,
+                    allowed: "one for each worker".into(),
+                });
+            }
+            return self.devices.iter().map(|name| device::open(name)).collect();
+        }
+        let info = home.info();
+        let name = |worker: usize| match info.kind {
+            DeviceKind::Cpu => format!("cpu:{}", (info.threads / workers).max(1)),
+            // As many GPUs as there are, in turns.
+            DeviceKind::Cuda if info.id.starts_with("cuda:") => format!("cuda:{worker}"),
+            _ => info.id.clone(),
+        };
+        (0..workers).map(|w| device::open(&name(w)).or_else(|_| device::open(&info.id))).collect()
+    }
+}
+
+/// What takes the steps of a training: a pipeline as the recipe asks for, or one device where that is faster.
+/// `probe`: the micro-batches of a step.
+pub fn stepper(
+    context: &Context,
+    model: &mut Model,
+    settings: Settings,
+    probe: &[Micro],
+    state: &State,
+    distillation: Option<Distillation>,
+) -> Result<Box<dyn Stepper>> {
+    let home = model.device().clone();
+    let one_device = |model: &mut Model| -> Result<Box<dyn Stepper>> {
+        Ok(Box::new(OneDevice { optimizer: Optimizer::new(model, settings, |_| true)? }))
+    };
+    let Some(pipeline) = &context.recipe.pipeline else {
+        return one_device(model);
+    };
+    let most = cut::pieces(&model.config) * pipeline.schedule.home(1, 0).max(1);
+    let wanted = match pipeline.stages {
+        Stages::Count(n) => n..=n,
+        Stages::Auto(Auto::Auto) => 1..=home.info().threads.max(pipeline.devices.len()).min(most),
+    };
+    if *wanted.end() == 1 && pipeline.replicas.is_empty() {
+        return one_device(model);
+    }
+    let path = context.folder.join("pipeline-profile.json");
+    let profile = match Profile::read(&path) {
+        // A resumed training is cut as it was before.
+        Ok(profile) if profile.pieces.len() == cut::pieces(&model.config) => profile,
+        _ => {
+            let narrow = pipeline.devices(&home, pipeline.workers(*wanted.end()).iter().sum())?;
+            let Some(first) = narrow.first() else {
+                return one_device(model);
+            };
+            let part = crate::pipeline::part::micro_on(&probe[0], first)?;
+            let profile = measure::profile(&model.to_device(first)?, &part, settings)?;
+            profile.write(&path)?;
+            profile
+        }
+    };
+    let sizes: Vec<f64> = probe.iter().map(|m| size(m) / size(&probe[0])).collect();
+    let mut best: Option<(f64, Route)> = None;
+    for stages in wanted {
+        let schedule = Schedule::new(pipeline.schedule, stages, probe.len())?;
+        if schedule.chunks() > cut::pieces(&model.config) {
+            let (value, pieces) = (schedule.chunks(), cut::pieces(&model.config));
+            if best.is_some() {
+                break;
+            }
+            let value = format!("{stages} stages of schedule {} need {value} pieces", pipeline.schedule);
+            let allowed = format!("at most the model's {pieces} pieces: embedding, blocks and head");
+            return Err(Error::Recipe { key: "pipeline.stages".into(), value, allowed });
+        }
+        let route = Route::new(&model.config, &schedule, profile.cuts(&schedule), pipeline.workers(stages))?;
+        let seconds = simulate(&schedule, &profile.costs(&schedule, &route.cuts, sizes.clone()))?.seconds;
+        // More devices must pay for themselves.
+        if best.as_ref().is_none_or(|(least, _)| seconds < 0.95 * least) {
+            best = Some((seconds, route));
+        }
+    }
+    let Some((predicted, route)) = best else {
+        return one_device(model);
+    };
+    if route.workers.len() == 1 {
+        console::tell(format_args!(
+            "{}: one device is fastest ({:.1} ms a step predicted)",
+            context.name,
+            1e3 * predicted
+        ));
+        return one_device(model);
+    }
+    let devices = pipeline.devices(&home, route.workers.len())?;
+    let heartbeat = Duration::from_secs_f64(pipeline.heartbeat);
+    let (held, count) = (state.clone(), cut::pieces(&model.config));
+    let methods = move |part: &Model| -> Result<Vec<Box<dyn Method>>> {
+        let mut methods = stages::held(part, &held)?;
+        let head = part.tensors.keys().any(|name| cut::piece_of(&part.config, name) + 1 == count);
+        if let Some(distillation) = distillation.as_ref().filter(|_| head) {
+            methods.push(Box::new(distillation.on(part.device())?));
+        }
+        Ok(methods)
+    };
+    let setup = Setup {
+        route: Arc::new(route),
+        kind: Some(pipeline.schedule),
+        devices,
+        optimizer: settings,
+        methods: Arc::new(methods),
+        recompute: pipeline.recompute,
+        heartbeat,
+        deadline: 30 * heartbeat,
+        slow: 30 * heartbeat,
+        run: format!("{}/{}", context.recipe.name, context.name),
+        record: context.folder.join("flight-recorder.jsonl"),
+        planted: Vec::new(),
+    };
+    let cuts: Vec<String> = setup.route.cuts.iter().map(|c| format!("{}..{}", c.start, c.end)).collect();
+    console::tell(format_args!(
+        "{}: {} stages, pieces {}, {}, {:.1} ms a step predicted",
+        context.name,
+        setup.route.replicas.len(),
+        cuts.join(" "),
+        pipeline.schedule,
+        1e3 * predicted
+    ));
+    let executor = Executor::start(model, setup)?;
+    Ok(Box::new(Staged::new(executor, &home, Box::new(|_, _, _| Ok(())))))
+}
+
+/// Positions of a micro-batch, which its time goes by.
+fn size(micro: &Micro) -> f64 {
+    micro.batch.tokens.count() as f64
+}
