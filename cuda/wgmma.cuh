@@ -75,9 +75,11 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int OPEN> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(OPEN) : "memory"); }
 
-template <u32 COUNT> __device__ __forceinline__ void wgmma_hold(float (&d)[COUNT]) {
+__device__ __forceinline__ void wgmma_hold(float& d) { asm volatile("" : "+f"(d) :: "memory"); }
+__device__ __forceinline__ void wgmma_hold(int& d) { asm volatile("" : "+r"(d) :: "memory"); }
+template <class T, u32 COUNT> __device__ __forceinline__ void wgmma_hold(T (&d)[COUNT]) {
 #pragma unroll
-    for (u32 i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i]) :: "memory");
+    for (u32 i = 0; i < COUNT; i++) wgmma_hold(d[i]);
 }
 
 #define WGMMA_F4(d, i) "+f"((d)[i]), "+f"((d)[i + 1]), "+f"((d)[i + 2]), "+f"((d)[i + 3])

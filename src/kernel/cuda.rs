@@ -11,12 +11,13 @@ pub const LOWEST_ARCH: u32 = 75;
 /// The capabilities that every kernel is compiled for without a GPU: Turing, Ampere, Hopper, Blackwell.
 pub const ARCHS: [u32; 4] = [75, 80, 90, 100];
 
-const PRELUDE: [File; 7] = [
+const PRELUDE: [File; 8] = [
     File { name: "elem.cuh", text: include_str!("../../cuda/elem.cuh") },
     File { name: "lib.cuh", text: include_str!("../../cuda/lib.cuh") },
     File { name: "mma.cuh", text: include_str!("../../cuda/mma.cuh") },
     File { name: "gemm.cuh", text: include_str!("../../cuda/gemm.cuh") },
     File { name: "wgmma.cuh", text: include_str!("../../cuda/wgmma.cuh") },
+    File { name: "gemm_wgmma.cuh", text: include_str!("../../cuda/gemm_wgmma.cuh") },
     File { name: "weights.cuh", text: include_str!("../../cuda/weights.cuh") },
     File { name: "attention.cuh", text: include_str!("../../cuda/attention.cuh") },
 ];

@@ -358,7 +358,7 @@ template <unsigned COUNT> static inline void registers_up() { registers_change<C
 static inline void wgmma_fence() { host::group_collective(6, host::complete_fence, nullptr); }
 static inline void wgmma_commit() { host::group_collective(7, host::complete_commit, nullptr); }
 template <int OPEN> static inline void wgmma_wait() { host::group_collective(8, host::complete_group_wait<OPEN>, nullptr); }
-template <unsigned COUNT> static inline void wgmma_hold(float (&)[COUNT]) {}
+template <class T> static inline void wgmma_hold(T&) {}
 
 template <unsigned N, bool A_BLOCKS, bool B_BLOCKS>
 static inline void wgmma(float (&d)[N / 2], unsigned long long a, unsigned long long b, unsigned add) {

@@ -1,0 +1,182 @@
+// Joined in front of every kernel file, after wgmma.cuh: one loop on warp groups (sm_90a) for every family whose work is products.
+// A block is a warp group that copies and CONSUMERS that multiply 64 rows each. It walks over tiles of outputs; copies run ahead of
+// products through a ring of stages, also from one tile into the next. A family says what is in a stage:
+//
+//   Stages     WgmmaStages<how many, bytes>: the bytes of a stage are a multiple of 1,024. Behind the ring, from OWN, shared memory is the
+//              family's, filled before `wgmma_gemm` (which starts with a barrier of the block).
+//   tiles      `count()` numbers, `Tile`, `at(id, tile)`: whether there is a tile of this number, and which; `steps(tile)`: its
+//              stages, one at least. Whole warps call these, so they may use shuffles.
+//   load       THREADS that copy (WARP or WARP_GROUP) and how they report a stage:
+//              `begin()`; `start(tile)`, once per tile; `stage(place, tile, step)` fills place.tile() and brings place.full() its ARRIVALS and
+//              bytes, now or later; `end()` reports what is left.
+//   product    `Sums`, the registers of a tile: an array of float or int. `sum(place, tile, steps, group, sums)` runs the stages of a
+//              tile, `wgmma_sums` with `issue(sums, stage, group, step)`: starts the products of one stage, the first (step 0) without what
+//              was in the sums. An operand from registers is made there, with a fence of its own.
+//   finish     `finish(sums, tile, group)`: what becomes of the 64 rows of a group; fragments as wgmma.cuh says.
+
+#if ARCH == 90
+
+#define CONSUMERS 2u
+#define WGMMA_THREADS ((CONSUMERS + 1u) * WARP_GROUP)
+// Rows of tiles that are worked off together, column by column: their operands stay in cache while they are shared.
+#define TILES_TOGETHER 16u
+
+// A place in the ring: which stage is next, and the parity of its round.
+template <u32 STAGES_, u32 BYTES_>
+struct WgmmaStages {
+    static const u32 STAGES = STAGES_, BYTES = BYTES_, OWN = STAGES * (BYTES + 16u);
+    static_assert(BYTES % 1024u == 0u, "turned tiles start at multiples of 1,024 bytes");
+    u8* shared;
+    u32 at, parity;
+    __device__ __forceinline__ explicit WgmmaStages(u8* shared_) : shared(shared_), at(0u), parity(0u) {}
+    __device__ __forceinline__ u8* tile() const { return shared + at * BYTES; }
+    // The stage is full: arrivals and bytes of what copies. It is empty: an arrival of every warp that multiplies.
+    __device__ __forceinline__ u64* full() const { return (u64*)(shared + STAGES * BYTES) + at; }
+    __device__ __forceinline__ u64* empty() const { return full() + STAGES; }
+    __device__ __forceinline__ void next() {
+        at = at + 1u == STAGES ? 0u : at + 1u;
+        parity ^= at == 0u ? 1u : 0u;
+    }
+};
+
+// Tiles of a batch of matrices, all with the same stages.
+struct WgmmaTiles {
+    u32 down, across, batch, all_steps;
+    struct Tile { u32 batch, row, column; };
+    __device__ __forceinline__ u32 count() const { return batch * down * across; }
+    __device__ __forceinline__ u32 steps(const Tile&) const { return all_steps; }
+    __device__ __forceinline__ bool at(u32 id, Tile& t) const {
+        u32 each = down * across, rest = id % each, whole = TILES_TOGETHER * across;
+        u32 first = rest / whole * TILES_TOGETHER, height = min(down - first, TILES_TOGETHER), within = rest % whole;
+        t = {id / each, first + within % height, within / height};
+        return true;
+    }
+};
+
+// One operand's 128 bytes of k: a box of EXTENT rows, or, contiguous along m or n (`blocks`), a box per 64 of those.
+template <u32 EXTENT>
+__device__ __forceinline__ void wgmma_copy(u8* tile, const TensorMap* map, u64* barrier, bool blocks, u32 first, u32 k0, u32 batch) {
+    if (!blocks) {
+        tma_load(tile, map, barrier, k0, first, batch);
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < EXTENT / 64u; i++) tma_load(tile + i * WGMMA_BLOCK, map, barrier, first + i * 64u, k0, batch);
+    }
+}
+
+// Both operands by tensor maps, ROWS of a and then COLUMNS of b, 64 of k a stage. `batched`: the operand has planes.
+template <u32 ROWS, u32 COLUMNS>
+struct WgmmaMaps {
+    static const u32 THREADS = WARP, ARRIVALS = 1u;
+    const TensorMap *a, *b;
+    bool a_blocks, b_blocks, a_batched, b_batched;
+    __device__ __forceinline__ void begin() const {
+        if (threadIdx.x != 0u) return;
+        tma_prefetch(a);
+        tma_prefetch(b);
+    }
+    __device__ __forceinline__ void start(const WgmmaTiles::Tile&) const {}
+    __device__ __forceinline__ void end() const {}
+    template <class Stages>
+    __device__ __forceinline__ void stage(const Stages& place, const WgmmaTiles::Tile& t, u32 step) const {
+        if (threadIdx.x % WARP != 0u) return;
+        mbarrier_arrive_expect(place.full(), (ROWS + COLUMNS) * 128u);
+        wgmma_copy<ROWS>(place.tile(), a, place.full(), a_blocks, t.row * ROWS, step * 64u, a_batched ? t.batch : 0u);
+        wgmma_copy<COLUMNS>(place.tile() + ROWS * 128u, b, place.full(), b_blocks, t.column * COLUMNS, step * 64u, b_batched ? t.batch : 0u);
+    }
+};
+
+// The stages of a tile into the sums of this warp group; the product of one stage runs while the next is issued.
+template <class Stages, class Product, class Sums>
+__device__ __forceinline__ void wgmma_sums(Stages& place, const Product& product, u32 steps, u32 group, Sums& sums) {
+    u64* before = nullptr;
+    bool signals = threadIdx.x % WARP == 0u;
+    for (u32 step = 0; step < steps; step++) {
+        mbarrier_wait(place.full(), place.parity);
+        wgmma_fence();
+        product.issue(sums, place.tile(), group, step);
+        wgmma_commit();
+        // The products of the step before are done, so its stage may be filled again.
+        wgmma_wait<1>();
+        if (before && signals) mbarrier_arrive(before);
+        before = place.empty();
+        place.next();
+    }
+    wgmma_wait<0>();
+    wgmma_hold(sums);
+    if (signals) mbarrier_arrive(before);
+}
+
+// 64 rows of 16-bit a from its group's block, COLUMNS of b from byte B of the stage on, 64 of k.
+template <u32 COLUMNS, u32 B, bool A_BLOCKS, bool B_BLOCKS>
+struct WgmmaProduct {
+    typedef float Sums[COLUMNS / 2u];
+    __device__ __forceinline__ void issue(Sums& sums, const u8* stage, u32 group, u32 step) const {
+        // 64 rows of a are WGMMA_BLOCK bytes in both orders.
+        const u8* a = stage + group * WGMMA_BLOCK;
+#pragma unroll
+        for (u32 part = 0; part < 4u; part++)
+            wgmma<COLUMNS, A_BLOCKS, B_BLOCKS>(sums, wgmma_operand<A_BLOCKS>(a, wgmma_step<A_BLOCKS>(part)),
+                                               wgmma_operand<B_BLOCKS>(stage + B, wgmma_step<B_BLOCKS>(part)), step | part);
+    }
+    template <class Stages, class Tile>
+    __device__ __forceinline__ void sum(Stages& place, const Tile&, u32 steps, u32 group, Sums& sums) const {
+        wgmma_sums(place, *this, steps, group, sums);
+    }
+};
+
+template <class Stages, class Tiles, class Load>
+__device__ __forceinline__ void wgmma_produce(u8* shared, const Tiles& tiles, Load& load) {
+    Stages place(shared);
+    typename Tiles::Tile tile;
+    load.begin();
+    for (u32 id = blockIdx.x; id < tiles.count(); id += gridDim.x) {
+        if (!tiles.at(id, tile)) continue;
+        u32 steps = tiles.steps(tile);
+        load.start(tile);
+        for (u32 step = 0; step < steps; step++) {
+            // In the first round every stage is empty: parity 1 of a new barrier passes.
+            mbarrier_wait(place.empty(), place.parity ^ 1u);
+            load.stage(place, tile, step);
+            place.next();
+        }
+    }
+    load.end();
+}
+
+template <class Stages, class Tiles, class Product, class Finish>
+__device__ __forceinline__ void wgmma_consume(u8* shared, u32 group, const Tiles& tiles, const Product& product, const Finish& finish) {
+    Stages place(shared);
+    typename Tiles::Tile tile;
+    for (u32 id = blockIdx.x; id < tiles.count(); id += gridDim.x) {
+        if (!tiles.at(id, tile)) continue;
+        typename Product::Sums sums;
+        product.sum(place, tile, tiles.steps(tile), group, sums);
+        finish(sums, tile, group);
+    }
+}
+
+// The kernel: launch bounds of WGMMA_THREADS and one block per multiprocessor, without which setmaxnreg does nothing.
+template <class Stages, class Tiles, class Load, class Product, class Finish>
+__device__ __forceinline__ void wgmma_gemm(u8* shared, const Tiles& tiles, Load load, const Product& product, const Finish& finish) {
+    if (threadIdx.x == 0u) {
+        Stages place(shared);
+        for (u32 i = 0; i < Stages::STAGES; i++) {
+            mbarrier_init(place.full(), Load::ARRIVALS);
+            mbarrier_init(place.empty(), CONSUMERS * WARP_GROUP / WARP);
+            place.next();
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    u32 group = threadIdx.x / WARP_GROUP;
+    if (group == 0u) {
+        registers_down<40u>();
+        if (threadIdx.x < Load::THREADS) wgmma_produce<Stages>(shared, tiles, load);
+    } else {
+        registers_up<232u>();
+        wgmma_consume<Stages>(shared, group - 1u, tiles, product, finish);
+    }
+}
+
+#endif
