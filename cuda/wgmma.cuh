@@ -11,6 +11,11 @@
 //                  of warp w and lane 4 g + t in d[4 j + i]; a and b lie in shared memory as a descriptor says.
 //                  fence before the first use of registers, commit closes a group, wait<N> leaves N groups open; after it
 //                  `wgmma_hold` keeps the compiler from reading d too early.
+//   wgmma_registers  the same with a in registers, each warp's 16 rows in the order of mma_16816: fragments of d rounded in pairs
+//                  are fragments of a. They are written before the fence and left alone until the product was waited for.
+//   bulk_load      `bytes` (a multiple of 16) from global to shared memory, both at multiples of 16, counted by the barrier.
+//   named_*        barriers of threads by number, 1 to 15: named_barrier waits for `count` threads (whole warps), those that only
+//                  named_arrive among them.
 //   Tiles          of 16-bit elements, turned in 128 bytes as tensor maps write them: rows of 128 bytes whose chunk of 16 bytes c
 //                  lies at c ^ row % 8, from a multiple of 1,024 bytes. Along k: a row per m or n, 64 of k. Along m or n: a row
 //                  per k, blocks of 64 of m or n, `WGMMA_BLOCK` bytes (64 rows) apart. So no product needs a transposed copy.
@@ -21,7 +26,8 @@
 //   2. steps of 16 of k inside a turned row add 32 bytes to the start address, with base offset 0;
 //   3. boxes partly and wholly outside of a tensor count all their bytes;
 //   4. setmaxnreg to 40 and 232 from 168 registers, which needs 384 threads in the launch bounds and one block;
-//   5. a warp's wgmma.wait_group speaks for its own quarter of an operand only: every warp arrives for itself.
+//   5. a warp's wgmma.wait_group speaks for its own quarter of an operand only: every warp arrives for itself;
+//   6. a map whose planes overlap (plane stride below the row stride, as for the heads of [B, T, H, D]) is taken by the driver.
 
 // A tensor map: a kernel takes it as `const __grid_constant__ TensorMap`, after the buffers and before the parameter block.
 struct __align__(64) TensorMap { u64 opaque[16]; };
@@ -65,8 +71,15 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, u64
 // Between this thread's own writes to shared memory and the copy engine or tensor instructions that use them.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, u64* barrier, u32 bytes) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+
 // A barrier of `count` threads (a multiple of 32) with a number from 1 to 15; 0 is that of __syncthreads.
 __device__ __forceinline__ void named_barrier(u32 number, u32 count) { asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(count) : "memory"); }
+// Counts as one of them, and goes on.
+__device__ __forceinline__ void named_arrive(u32 number, u32 count) { asm volatile("bar.arrive %0, %1;" :: "r"(number), "r"(count) : "memory"); }
 
 template <u32 COUNT> __device__ __forceinline__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT)); }
 template <u32 COUNT> __device__ __forceinline__ void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT)); }
@@ -107,6 +120,20 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2u], u64 a, u64 b, u32 add)
         asm volatile("{\n.reg .pred sum;\nsetp.ne.u32 sum, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32." MMA_TYPE "." MMA_TYPE
                      " {" WGMMA_R0 "," WGMMA_R1 "," WGMMA_R2 "," WGMMA_R3 "}, %128, %129, sum, 1, 1, %131, %132;\n}"
                      : WGMMA_F64(d, 0), WGMMA_F64(d, 64) : "l"(a), "l"(b), "r"(add), "n"(A_BLOCKS ? 1 : 0), "n"(B_BLOCKS ? 1 : 0));
+    }
+}
+
+template <u32 N, bool B_BLOCKS>
+__device__ __forceinline__ void wgmma_registers(float (&d)[N / 2u], const u32 (&a)[4], u64 b, u32 add) {
+    static_assert(N == 64u || N == 128u, "one of the widths below");
+    if constexpr (N == 64u) {
+        asm volatile("{\n.reg .pred sum;\nsetp.ne.u32 sum, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." MMA_TYPE "." MMA_TYPE
+                     " {" WGMMA_R0 "}, {%32,%33,%34,%35}, %36, sum, 1, 1, %38;\n}"
+                     : WGMMA_F32(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(B_BLOCKS ? 1 : 0));
+    } else {
+        asm volatile("{\n.reg .pred sum;\nsetp.ne.u32 sum, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." MMA_TYPE "." MMA_TYPE
+                     " {" WGMMA_R0 "," WGMMA_R1 "}, {%64,%65,%66,%67}, %68, sum, 1, 1, %70;\n}"
+                     : WGMMA_F64(d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(B_BLOCKS ? 1 : 0));
     }
 }
 
