@@ -43,10 +43,22 @@ struct MemoryBarrier {
 struct Sums {
     const void* registers[WARP_GROUP_LANES];
     unsigned each, users;
-    std::vector<float> values;
+    std::vector<unsigned> values;
 };
-// `left`: four words of each lane that hold a, where it does not lie in memory.
-struct Product { uint64_t a, b; unsigned columns; bool a_blocks, b_blocks, add; float* sums; const unsigned* left; };
+// `left`: four words of each lane that hold a, where it does not lie in memory. `bytes`: signed bytes and i32 sums, else 16-bit
+// elements and f32 sums. `kept`: a holds two of four, and the lanes' metadata says which.
+struct Product {
+    uint64_t a, b;
+    unsigned columns;
+    bool a_blocks, b_blocks, add;
+    void* sums;
+    const unsigned* left;
+    bool bytes, kept;
+    unsigned selector, metadata;
+    std::vector<unsigned> all_metadata;
+    // Elements of k of one instruction: 32 bytes of a.
+    unsigned depth() const { return (bytes ? 32 : 16) * (kept ? 2 : 1); }
+};
 struct WarpGroup {
     bool fenced;
     std::vector<Sums> sums;
@@ -250,24 +262,26 @@ static void check_finished() {
 }
 
 // Element (index of m or n, k) of an operand in shared memory, by its descriptor.
-static float operand_value(uint64_t descriptor, bool blocks, unsigned index, unsigned k) {
+static double operand_value(uint64_t descriptor, bool blocks, bool bytes, unsigned index, unsigned k) {
     unsigned start = (unsigned)(descriptor & 0x3fff) << 4, leading = (unsigned)(descriptor >> 16 & 0x3fff) << 4, stride = (unsigned)(descriptor >> 32 & 0x3fff) << 4;
-    unsigned address = start;
+    unsigned address = start, size = bytes ? 1 : 2;
     if (blocks) address += index / 64 * leading + index % 64 * 2 + k / 8 * stride + k % 8 * 128;
-    else address += index / 8 * stride + index % 8 * 128 + k * 2;
+    else address += index / 8 * stride + index % 8 * 128 + k * size;
     address = turned(address);
-    if (address < SHARED_BASE || address + 2 > SHARED_BASE + dynamic_bytes) fail("an operand reaches to byte %d of %u of shared memory", (int)(address - SHARED_BASE), dynamic_bytes);
+    if (address < SHARED_BASE || address + size > SHARED_BASE + dynamic_bytes) fail("an operand reaches to byte %d of %u of shared memory", (int)(address - SHARED_BASE), dynamic_bytes);
+    if (bytes) return (signed char)dynamic[address - SHARED_BASE];
     unsigned short value;
     memcpy(&value, dynamic + (address - SHARED_BASE), 2);
     return element_value(value);
 }
 
-static void check_descriptor(uint64_t descriptor, bool blocks) {
+// `width`: bytes along k that one instruction reads.
+static void check_descriptor(uint64_t descriptor, bool blocks, unsigned width) {
     if (descriptor >> 62 != 1) fail("an operand's descriptor without the turn by 128 bytes");
     if (descriptor >> 49 & 7) fail("an operand's descriptor with a base offset");
     if (descriptor & ((3ull << 14) | (3ull << 30) | (3ull << 46) | (0x3ffull << 52))) fail("an operand's descriptor with bits that must be 0");
     unsigned start = (unsigned)(descriptor & 0x3fff) << 4;
-    if (blocks ? start % 1024 : start % 128 > 96 || start % 1024 >= 128) fail("an operand that starts at byte %u of a turned tile", start % 1024);
+    if (blocks ? start % 1024 : start % 128 + width > 128 || start % 1024 >= 128) fail("an operand that starts at byte %u of a turned tile", start % 1024);
 }
 
 static Sums* find_sums(WarpGroup& g, const void* first) {
@@ -281,7 +295,7 @@ static void use_sums(WarpGroup& g, void** lanes, unsigned each, const void* (*of
     Sums* s = find_sums(g, of(*(const Product*)lanes[0]));
     if (!s) {
         if (!g.fenced) fail("wgmma without wgmma.fence after its registers were used");
-        g.sums.push_back({{}, each, 0, std::vector<float>(WARP_GROUP_LANES * each)});
+        g.sums.push_back({{}, each, 0, std::vector<unsigned>(WARP_GROUP_LANES * each)});
         s = &g.sums.back();
         for (unsigned i = 0; i < WARP_GROUP_LANES; i++) {
             s->registers[i] = of(*(const Product*)lanes[i]);
@@ -293,27 +307,43 @@ static void use_sums(WarpGroup& g, void** lanes, unsigned each, const void* (*of
     s->users++;
 }
 
-// Element (row, k) of an operand in registers: those of each warp's 16 rows are the words of mma_16816.
-static float register_value(const Sums& s, unsigned row, unsigned k) {
-    unsigned lane = row / 16 * LANES + row % 8 * 4 + k % 8 / 2, word;
-    memcpy(&word, &s.values[lane * 4 + row % 16 / 8 + k / 8 * 2], 4);
+// Element (row, k) of an operand in registers: those of each warp's 16 rows are the words of mma_16816, of mma_16832_s8 for bytes.
+static double register_value(const Sums& s, bool bytes, unsigned row, unsigned k) {
+    unsigned each = bytes ? 4 : 2, lane = row / 16 * LANES + row % 8 * 4 + k / each % 4;
+    unsigned word = s.values[lane * 4 + row % 16 / 8 + k / (4 * each) * 2];
+    if (bytes) return (signed char)(word >> k % 4 * 8);
     return element_value((unsigned short)(word >> k % 2 * 16));
+}
+
+// Place of kept element j of a row in its four. 16-bit: of a quad, lane 2 SELECTOR has the first 16 columns, row g in the low half
+// and row g + 8 in the high one, and the next lane the others. Bytes: lanes 0 and 1 have the first 32 columns of rows g and g + 8,
+// lanes 2 and 3 the others.
+static unsigned place_value(const Product& p, unsigned row, unsigned j) {
+    unsigned quad = row / 16 * LANES + row % 8 * 4, lower = row % 16 / 8;
+    if (p.bytes) return p.all_metadata[quad + lower + j / 16 * 2] >> j % 16 * 2 & 3u;
+    return p.all_metadata[quad + 2 * p.selector + j / 8] >> (16 * lower + j % 8 * 2) & 3u;
 }
 
 static void run_product(WarpGroup& g, const Product& p) {
     Sums *s = find_sums(g, p.sums), *left = p.left ? find_sums(g, p.left) : nullptr;
-    std::vector<float> a(64 * 16), b(16 * p.columns);
-    for (unsigned k = 0; k < 16; k++) {
-        for (unsigned i = 0; i < 64; i++) a[i * 16 + k] = left ? register_value(*left, i, k) : operand_value(p.a, p.a_blocks, i, k);
-        for (unsigned j = 0; j < p.columns; j++) b[j * 16 + k] = operand_value(p.b, p.b_blocks, j, k);
+    unsigned depth = p.depth();
+    std::vector<double> a(64 * depth), b(depth * p.columns);
+    for (unsigned i = 0; i < 64; i++) {
+        for (unsigned j = 0; j < (p.kept ? depth / 2 : depth); j++) {
+            unsigned k = p.kept ? j / 2 * 4 + place_value(p, i, j) : j;
+            if (p.kept && j % 2 && place_value(p, i, j) <= place_value(p, i, j - 1)) fail("metadata of a row of 2:4 values does not ascend");
+            a[i * depth + k] = left ? register_value(*left, p.bytes, i, j) : operand_value(p.a, p.a_blocks, p.bytes, i, j);
+        }
     }
+    for (unsigned j = 0; j < p.columns; j++)
+        for (unsigned k = 0; k < depth; k++) b[j * depth + k] = operand_value(p.b, p.b_blocks, p.bytes, j, k);
     for (unsigned lane = 0; lane < WARP_GROUP_LANES; lane++) {
-        float* d = &s->values[lane * s->each];
+        unsigned* d = &s->values[lane * s->each];
         for (unsigned i = 0; i < s->each; i++) {
             unsigned row = lane / LANES * 16 + lane % LANES / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-            double sum = p.add ? d[i] : 0.0;
-            for (unsigned k = 0; k < 16; k++) sum += (double)a[row * 16 + k] * b[column * 16 + k];
-            d[i] = (float)sum;
+            double sum = !p.add ? 0.0 : p.bytes ? (double)(int)d[i] : (double)__uint_as_float(d[i]);
+            for (unsigned k = 0; k < depth; k++) sum += a[row * depth + k] * b[column * depth + k];
+            d[i] = p.bytes ? (unsigned)(long long)sum : __float_as_uint((float)sum);
         }
     }
     s->users--;
@@ -370,8 +400,10 @@ static void complete_wgmma(void** lanes, unsigned count) {
         auto q = (const Product*)lanes[i];
         if (q->a != p.a || q->b != p.b || q->add != p.add) fail("lanes of a warp group name different operands");
     }
-    if (!p.left) check_descriptor(p.a, p.a_blocks);
-    check_descriptor(p.b, p.b_blocks);
+    if (p.kept)
+        for (unsigned i = 0; i < count; i++) p.all_metadata.push_back(((const Product*)lanes[i])->metadata);
+    if (!p.left) check_descriptor(p.a, p.a_blocks, 32);
+    check_descriptor(p.b, p.b_blocks, p.kept ? 64 : 32);
     use_sums(g, lanes, p.columns / 2, [](const Product& p) -> const void* { return p.sums; });
     if (p.left) use_sums(g, lanes, 4, [](const Product& p) -> const void* { return p.left; });
     g.open.push_back(p);
@@ -424,4 +456,23 @@ template <unsigned N, bool B_BLOCKS>
 static inline void wgmma_registers(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, unsigned add) {
     host::Product p{0, b, N, false, B_BLOCKS, add != 0, d, a};
     host::group_collective(10, host::complete_wgmma, &p);
+}
+
+template <unsigned N>
+static inline void wgmma_s8(int (&d)[N / 2], unsigned long long a, unsigned long long b, unsigned add) {
+    host::Product p{a, b, N, false, false, add != 0, d, nullptr, true};
+    host::group_collective(11, host::complete_wgmma, &p);
+}
+
+template <unsigned N, unsigned SELECTOR>
+static inline void wgmma_sparse(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, unsigned metadata, unsigned add) {
+    static_assert(SELECTOR < 2, "a pair of the four lanes");
+    host::Product p{0, b, N, false, false, add != 0, d, a, false, true, SELECTOR, metadata};
+    host::group_collective(12, host::complete_wgmma, &p);
+}
+
+template <unsigned N>
+static inline void wgmma_sparse_s8(int (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, unsigned metadata, unsigned add) {
+    host::Product p{0, b, N, false, false, add != 0, d, a, true, true, 0, metadata};
+    host::group_collective(13, host::complete_wgmma, &p);
 }
