@@ -17,6 +17,8 @@
 #if ARCH == 90
 
 #define CONSUMERS 2u
+// Rows of outputs of a tile, and threads of a block.
+#define WGMMA_ROWS (CONSUMERS * 64u)
 #define WGMMA_THREADS ((CONSUMERS + 1u) * WARP_GROUP)
 // Rows of tiles that are worked off together, column by column: their operands stay in cache while they are shared.
 #define TILES_TOGETHER 16u
@@ -64,8 +66,8 @@ __device__ __forceinline__ void wgmma_copy(u8* tile, const TensorMap* map, u64* 
     }
 }
 
-// Both operands by tensor maps, ROWS of a and then COLUMNS of b, 64 of k a stage. `batched`: the operand has planes.
-template <u32 ROWS, u32 COLUMNS>
+// Both operands by tensor maps, ROWS of a and then COLUMNS of b, 128 bytes (DEPTH) of k a stage. `batched`: the operand has planes.
+template <u32 ROWS, u32 COLUMNS, u32 DEPTH = 64u>
 struct WgmmaMaps {
     static const u32 THREADS = WARP, ARRIVALS = 1u;
     const TensorMap *a, *b;
@@ -81,8 +83,8 @@ struct WgmmaMaps {
     __device__ __forceinline__ void stage(const Stages& place, const WgmmaTiles::Tile& t, u32 step) const {
         if (threadIdx.x % WARP != 0u) return;
         mbarrier_arrive_expect(place.full(), (ROWS + COLUMNS) * 128u);
-        wgmma_copy<ROWS>(place.tile(), a, place.full(), a_blocks, t.row * ROWS, step * 64u, a_batched ? t.batch : 0u);
-        wgmma_copy<COLUMNS>(place.tile() + ROWS * 128u, b, place.full(), b_blocks, t.column * COLUMNS, step * 64u, b_batched ? t.batch : 0u);
+        wgmma_copy<ROWS>(place.tile(), a, place.full(), a_blocks, t.row * ROWS, step * DEPTH, a_batched ? t.batch : 0u);
+        wgmma_copy<COLUMNS>(place.tile() + ROWS * 128u, b, place.full(), b_blocks, t.column * COLUMNS, step * DEPTH, b_batched ? t.batch : 0u);
     }
 };
 
@@ -122,6 +124,22 @@ struct WgmmaProduct {
     template <class Stages, class Tile>
     __device__ __forceinline__ void sum(Stages& place, const Tile&, u32 steps, u32 group, Sums& sums) const {
         wgmma_sums(place, *this, steps, group, sums);
+    }
+};
+
+// The same in any order of the operands, chosen for each tile: bit 0 of `orders` is A_BLOCKS, bit 1 B_BLOCKS.
+template <u32 COLUMNS, u32 B>
+struct WgmmaOrders {
+    typedef float Sums[COLUMNS / 2u];
+    u32 orders;
+    template <class Stages, class Tile>
+    __device__ __forceinline__ void sum(Stages& place, const Tile&, u32 steps, u32 group, Sums& sums) const {
+        switch (orders) {
+            case 0u: wgmma_sums(place, WgmmaProduct<COLUMNS, B, false, false>(), steps, group, sums); break;
+            case 1u: wgmma_sums(place, WgmmaProduct<COLUMNS, B, true, false>(), steps, group, sums); break;
+            case 2u: wgmma_sums(place, WgmmaProduct<COLUMNS, B, false, true>(), steps, group, sums); break;
+            default: wgmma_sums(place, WgmmaProduct<COLUMNS, B, true, true>(), steps, group, sums); break;
+        }
     }
 };
 
@@ -178,5 +196,73 @@ __device__ __forceinline__ void wgmma_gemm(u8* shared, const Tiles& tiles, Load 
         wgmma_consume<Stages>(shared, group - 1u, tiles, product, finish);
     }
 }
+
+// Where this lane's first fragment of a group's 64 rows starts.
+__device__ __forceinline__ u32 wgmma_row() { return threadIdx.x % WARP_GROUP / WARP * 16u + threadIdx.x % WARP / 4u; }
+__device__ __forceinline__ u32 wgmma_column() { return threadIdx.x % 4u * 2u; }
+
+#ifdef TENSOR_16
+
+// Two neighbouring values of a row of `columns`; zeros outside. Rows of whole eights: the pair is one word.
+__device__ __forceinline__ void wgmma_pair(float (&pair)[2], const E* line, u32 column, u32 columns, bool aligned) {
+    u32 word = 0u;
+    if (column < columns) word = aligned ? *(const u32*)(line + column) : pack_pair(line[column], column + 1u < columns ? line[column + 1u] : (E)0);
+    pair[0] = ld((E)word);
+    pair[1] = ld((E)(word >> 16));
+}
+
+// Sums to [rows, columns] without gaps, four fragments (32 columns) at a time: bias where there is one, what is there (`add`) and
+// the activation (0 none, 1 ReLU, 2 GELU) in f32.
+struct WgmmaStore {
+    const E* bias;
+    E* out;
+    u32 rows, columns, activation;
+    bool add;
+
+    template <u32 COUNT>
+    __device__ __forceinline__ void operator()(const float (&sums)[COUNT], u32 row, u32 column) const {
+        row += wgmma_row();
+        column += wgmma_column();
+        bool aligned = columns % 8u == 0u;
+#pragma unroll
+        for (u32 first = 0; first < COUNT / 4u; first += 4u) {
+            // Zeros stand for what is outside or absent; x + 0 is x, but for the sign of a zero.
+            float shift[4][2] = {};
+            if (bias) {
+#pragma unroll
+                for (u32 j = 0; j < 8u; j++) {
+                    u32 c = column + (first + j / 2u) * 8u + j % 2u;
+                    if (c < columns) shift[j / 2u][j % 2u] = ld(bias[c]);
+                }
+            }
+#pragma unroll
+            for (u32 half = 0; half < 2u; half++) {
+                u32 at = row + half * 8u, pairs[4];
+                bool inside = at < rows;
+                E* line = out + (u64)(inside ? at : 0u) * columns;
+#pragma unroll
+                for (u32 j = 0; j < 4u; j++) {
+                    float z[2] = {sums[(first + j) * 4u + half * 2u] + shift[j][0], sums[(first + j) * 4u + half * 2u + 1u] + shift[j][1]};
+                    if (add && inside) {
+                        float old[2];
+                        wgmma_pair(old, line, column + (first + j) * 8u, columns, aligned);
+                        z[0] += old[0];
+                        z[1] += old[1];
+                    }
+#pragma unroll
+                    for (u32 q = 0; q < 2u; q++) {
+                        // A NaN is not below 0 and stays.
+                        if (activation == 1u) z[q] = z[q] < 0.0f ? 0.0f : z[q];
+                        else if (activation == 2u) z[q] = z[q] * gelu_gate(z[q]);
+                    }
+                    pairs[j] = round_pair(z[0], z[1]);
+                }
+                gemm_store_row<4u>(line, pairs, inside, column + first * 8u, columns, aligned);
+            }
+        }
+    }
+};
+
+#endif
 
 #endif

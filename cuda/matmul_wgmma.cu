@@ -21,87 +21,24 @@ struct MatmulWgmmaParams {
     u32 down, across, batch;
 };
 
-#define TILE_ROWS 128u
-
-// Any order of the operands in one kernel, chosen per tile.
-template <u32 COLUMNS>
-struct MatmulProduct {
-    typedef float Sums[COLUMNS / 2u];
-    u32 orders;
-    template <class Stages, class Tile>
-    __device__ __forceinline__ void sum(Stages& place, const Tile& tile, u32 steps, u32 group, Sums& sums) const {
-        const u32 B = TILE_ROWS * 128u;
-        switch (orders) {
-            case 0u: wgmma_sums(place, WgmmaProduct<COLUMNS, B, false, false>(), steps, group, sums); break;
-            case 1u: wgmma_sums(place, WgmmaProduct<COLUMNS, B, true, false>(), steps, group, sums); break;
-            case 2u: wgmma_sums(place, WgmmaProduct<COLUMNS, B, false, true>(), steps, group, sums); break;
-            default: wgmma_sums(place, WgmmaProduct<COLUMNS, B, true, true>(), steps, group, sums); break;
-        }
-    }
-};
-
-// Bias, what is there and the activation in f32, four fragments (32 columns) at a time, on the way to memory.
-template <u32 COLUMNS>
-__device__ __forceinline__ void matmul_finish(const float (&sums)[COLUMNS / 2u], const E* bias, E* y, const MatmulWgmmaParams& p, u32 row, u32 column) {
-    u32 lane = threadIdx.x % WARP;
-    row += threadIdx.x % WARP_GROUP / WARP * 16u + lane / 4u;
-    column += lane % 4u * 2u;
-    bool aligned = p.columns % 8u == 0u;
-#pragma unroll
-    for (u32 j0 = 0; j0 < COLUMNS / 8u; j0 += 4u) {
-        // Zeros stand for what is outside of y or absent; x + 0 is x, but for the sign of a zero.
-        float shift[4][2] = {};
-        if (p.mode & 4u) {
-#pragma unroll
-            for (u32 j = 0; j < 8u; j++) {
-                u32 c = column + (j0 + j / 2u) * 8u + j % 2u;
-                if (c < p.columns) shift[j / 2u][j % 2u] = ld(bias[c]);
-            }
-        }
-#pragma unroll
-        for (u32 half = 0; half < 2u; half++) {
-            u32 at = row + half * 8u, pairs[4];
-            bool inside = at < p.rows;
-            E* line = y + (u64)(inside ? at : 0u) * p.columns;
-#pragma unroll
-            for (u32 j = 0; j < 4u; j++) {
-                u32 c = column + (j0 + j) * 8u;
-                float z[2] = {sums[(j0 + j) * 4u + half * 2u] + shift[j][0], sums[(j0 + j) * 4u + half * 2u + 1u] + shift[j][1]};
-                if ((p.mode & 8u) && inside && c < p.columns) {
-                    // Rows of whole eights: the pair is one word.
-                    u32 old = aligned ? *(const u32*)(line + c) : pack_pair(line[c], c + 1u < p.columns ? line[c + 1u] : (E)0);
-                    z[0] += ld((E)old);
-                    z[1] += ld((E)(old >> 16));
-                }
-#pragma unroll
-                for (u32 q = 0; q < 2u; q++) {
-                    if ((p.mode & 3u) == 1u) z[q] = z[q] < 0.0f ? 0.0f : z[q];
-                    else if ((p.mode & 3u) == 2u) z[q] = z[q] * gelu_gate(z[q]);
-                }
-                pairs[j] = round_pair(z[0], z[1]);
-            }
-            gemm_store_row<4u>(line, pairs, inside, column + j0 * 8u, p.columns, aligned);
-        }
-    }
-}
-
 template <u32 COLUMNS>
 struct MatmulFinish {
     const E* bias;
     E* y;
     const MatmulWgmmaParams& p;
     __device__ __forceinline__ void operator()(const float (&sums)[COLUMNS / 2u], const WgmmaTiles::Tile& t, u32 group) const {
-        matmul_finish<COLUMNS>(sums, bias, y + (u64)t.batch * p.rows * p.columns, p, t.row * TILE_ROWS + group * 64u, t.column * COLUMNS);
+        WgmmaStore store = {p.mode & 4u ? bias : nullptr, y + (u64)t.batch * p.rows * p.columns, p.rows, p.columns, p.mode & 3u, (p.mode & 8u) != 0u};
+        store(sums, t.row * WGMMA_ROWS + group * 64u, t.column * COLUMNS);
     }
 };
 
 template <u32 COLUMNS>
 __device__ __forceinline__ void matmul_wgmma(const E* bias, E* y, const TensorMap* a, const TensorMap* b, const MatmulWgmmaParams& p) {
-    typedef WgmmaStages<4u, (TILE_ROWS + COLUMNS) * 128u> Stages;
+    typedef WgmmaStages<4u, (WGMMA_ROWS + COLUMNS) * 128u> Stages;
     DYNAMIC_SHARED(shared);
     WgmmaTiles tiles = {p.down, p.across, p.batch, div_up(p.k, 64u)};
-    WgmmaMaps<TILE_ROWS, COLUMNS> load = {a, b, (p.mode & 64u) != 0u, (p.mode & 128u) != 0u, (p.mode & 16u) != 0u, (p.mode & 32u) != 0u};
-    wgmma_gemm<Stages>(shared, tiles, load, MatmulProduct<COLUMNS>{p.mode >> 6}, MatmulFinish<COLUMNS>{bias, y, p});
+    WgmmaMaps<WGMMA_ROWS, COLUMNS> load = {a, b, (p.mode & 64u) != 0u, (p.mode & 128u) != 0u, (p.mode & 16u) != 0u, (p.mode & 32u) != 0u};
+    wgmma_gemm<Stages>(shared, tiles, load, WgmmaOrders<COLUMNS, WGMMA_ROWS * 128u>{p.mode >> 6}, MatmulFinish<COLUMNS>{bias, y, p});
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
