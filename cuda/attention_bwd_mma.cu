@@ -97,15 +97,7 @@ attention_bwd_q_mma(const E* q, const E* k, const E* v, const u32* context, cons
         float score[1][STEP / 8][4], ds[1][STEP / 8][4];
         multiply<1, STEP>(score, query, stage);
         multiply<1, STEP>(ds, gradient, stage + STEP * PITCH);
-        if ((p.flags & 8u) != 0u) {
-#pragma unroll
-            for (u32 j = 0; j < STEP / 2u; j++) {
-                u32 r = j % 4u / 2u, row = row0 + r * 8u + lane / 4u, key = base + j / 4u * 8u + lane % 4u * 2u + j % 2u;
-                if (j % 8u == 0u) __syncwarp();
-                float* s = &score[0][j / 4u][j % 4u];
-                if (row < p.queries && key < n[r]) *s = *s * slope + ld(bias[row * p.keys + key]) * LOG2_E;
-            }
-        }
+        if ((p.flags & 8u) != 0u) add_bias<1, STEP>(score, bias, n, row0, base, slope, p);
         bool partly = base + STEP > least;
 #pragma unroll
         for (u32 j = 0; j < STEP / 2u; j++) {

@@ -2,6 +2,7 @@
 //! ever held in memory, forward or backward.
 
 mod cases;
+mod groups;
 mod plan;
 mod reference;
 mod tensor;
@@ -195,6 +196,8 @@ impl Op for Attention {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("attention_fwd", DType::FLOATS, cpu::attention),
+            groups::forward::<64>(),
+            groups::forward::<128>(),
             tensor::forward::<32>(),
             tensor::forward::<64>(),
             tensor::forward::<96>(),

@@ -4,19 +4,10 @@
 use super::plan::{extents, optional};
 use super::{Attention, AttentionBackward, Extents};
 use crate::dtype::DType;
-use crate::kernel::{Code, Constants, File, Kernel, Launch, Plan, Problem, Source};
+use crate::kernel::{Code, Constants, Kernel, Launch, Plan, Problem, Source, cuda_source};
 
-macro_rules! cuda {
-    ($name:literal) => {
-        Source {
-            wgsl: File { name: "", text: "" },
-            cuda: File { name: $name, text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/", $name)) },
-        }
-    };
-}
-
-const FORWARD: Source = cuda!("attention_mma.cu");
-const BACKWARD: Source = cuda!("attention_bwd_mma.cu");
+const FORWARD: Source = cuda_source!("attention_mma");
+const BACKWARD: Source = cuda_source!("attention_bwd_mma");
 
 /// Rows of queries in a forward block, of queries or keys in a backward block, of the statistics' block.
 const ROWS: usize = 128;
