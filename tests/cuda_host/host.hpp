@@ -457,6 +457,12 @@ static inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 #define __expf expf
 #define __logf logf
 template <class T> static inline T __ldg(const T* p) { return *p; }
+static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    uint64_t both = (uint64_t)y << 32 | x;
+    unsigned z = 0;
+    for (int i = 0; i < 4; i++) z |= (unsigned)(both >> ((selector >> (4 * i) & 7u) * 8) & 0xffu) << (8 * i);
+    return z;
+}
 static inline int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 4; i++) c += (int)(signed char)(a >> (8 * i)) * (int)(signed char)(b >> (8 * i));
     return c;
