@@ -88,6 +88,40 @@ struct WgmmaMaps {
     }
 };
 
+// Copies by threads into stages: every copying warp reports a stage once its own copies have come, OPEN stages later. As many
+// stay open as the ring can spare: a stage is only freed when the product of the next has been issued.
+template <class Stages>
+struct WgmmaReports {
+    static const u32 OPEN = Stages::STAGES - 2u;
+    Stages place;
+    u32 open;
+    __device__ __forceinline__ explicit WgmmaReports(u8* shared) : place(shared), open(0u) {}
+    __device__ __forceinline__ void report() {
+        // Products read what these threads have written.
+        proxy_fence();
+        __syncwarp();
+        if (threadIdx.x % WARP == 0u) mbarrier_arrive(place.full());
+        place.next();
+    }
+    // All copies of a stage have been started.
+    __device__ __forceinline__ void started() {
+        cp_async_commit();
+        if (open < OPEN) {
+            open++;
+            return;
+        }
+        cp_async_wait<(int)OPEN>();
+        report();
+    }
+    __device__ __forceinline__ void end() {
+        cp_async_wait<0>();
+        for (; open > 0u; open--) report();
+    }
+};
+
+// Where 16 bytes of a row of a turned tile lie.
+__device__ __forceinline__ u32 wgmma_place(u32 row, u32 chunk) { return row * 128u + ((chunk ^ (row & 7u)) << 4); }
+
 // The stages of a tile into the sums of this warp group; the product of one stage runs while the next is issued.
 template <class Stages, class Product, class Sums>
 __device__ __forceinline__ void wgmma_sums(Stages& place, const Product& product, u32 steps, u32 group, Sums& sums) {
@@ -189,10 +223,11 @@ __device__ __forceinline__ void wgmma_gemm(u8* shared, const Tiles& tiles, Load 
     __syncthreads();
     u32 group = threadIdx.x / WARP_GROUP;
     if (group == 0u) {
-        registers_down<40u>();
+        // Copies by threads keep addresses.
+        registers_down<Load::THREADS == WARP ? 40u : 56u>();
         if (threadIdx.x < Load::THREADS) wgmma_produce<Stages>(shared, tiles, load);
     } else {
-        registers_up<232u>();
+        registers_up<Load::THREADS == WARP ? 232u : 224u>();
         wgmma_consume<Stages>(shared, group - 1u, tiles, product, finish);
     }
 }

@@ -18,7 +18,13 @@ pub(super) fn shared(stages: usize, bytes: usize, own: usize) -> usize {
 
 /// 64 of k in a box of a 16-bit matrix [rows, columns] with a step from row to row: `extent` rows contiguous along k, or 64
 /// of k, each with 64 of m or n.
-pub(super) fn matrix(slot: usize, element: DType, [rows, columns]: [usize; 2], step: usize, extent: usize) -> TensorMap {
+pub(super) fn matrix(
+    slot: usize,
+    element: DType,
+    [rows, columns]: [usize; 2],
+    step: usize,
+    extent: usize,
+) -> TensorMap {
     let step = if rows > 1 { step } else { columns.next_multiple_of(8) };
     TensorMap { slot, element, dims: [columns, rows, 1], strides: [step, rows * step], rows: extent }
 }

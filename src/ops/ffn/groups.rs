@@ -35,9 +35,7 @@ fn fits_groups(p: &Problem) -> bool {
     fits(p)
         && problem(p).is_some_and(|(activation, e)| {
             let many = tiles(e.rows, e.f * activation.halves(), WIDE) >= groups::MULTIPROCESSORS;
-            e.rows > 0
-                && [e.d, e.f, e.d2].iter().all(|&n| n > 0 && n.is_multiple_of(8))
-                && (many || p.info.software)
+            e.rows > 0 && [e.d, e.f, e.d2].iter().all(|&n| n > 0 && n.is_multiple_of(8)) && (many || p.info.software)
         })
 }
 
