@@ -267,6 +267,8 @@ impl Op for AttentionBackward {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("attention_bwd", DType::FLOATS, cpu::attention_backward),
+            groups::backward::<64>(),
+            groups::backward::<128>(),
             tensor::backward::<32>(),
             tensor::backward::<64>(),
             tensor::backward::<96>(),

@@ -2,14 +2,16 @@
 //! sequence is a plane.
 
 use super::plan::{extents, optional};
-use super::{Attention, Extents};
+use super::tensor::{bias_shared, padded_rows, statistics_blocks};
+use super::{Attention, AttentionBackward, Extents};
 use crate::dtype::DType;
 use crate::kernel::{Code, Constants, Kernel, Launch, Plan, Problem, Source, TensorMap, cuda_source};
 use crate::ops::groups;
 
 const FORWARD: Source = cuda_source!("attention_wgmma");
+const BACKWARD: Source = cuda_source!("attention_bwd_wgmma");
 
-/// Rows of queries of a forward block, keys of a step.
+/// Rows of a block; keys of a forward step.
 const SPAN: usize = 128;
 /// Rows of a box, except for those of keys in the forward direction.
 const ROWS: usize = 64;
@@ -22,17 +24,30 @@ const fn constants(head: usize) -> Constants {
 const fn record(
     name: &'static str,
     source: Source,
+    entry: &'static str,
     head: usize,
     fits: fn(&Problem) -> bool,
     plan: fn(&Problem) -> Plan,
 ) -> Kernel {
     let tensor = &["wgmma.mma_async"];
-    let code = Code::Cuda { source, entry: name, constants: constants(head), arch: 90, tensor };
+    let code = Code::Cuda { source, entry, constants: constants(head), arch: 90, tensor };
     Kernel { name, code, dtypes: &[DType::F16, DType::Bf16], fits, plan }
 }
 
 pub(super) const fn forward<const HEAD: usize>() -> Kernel {
-    record("attention_fwd_wgmma", FORWARD, HEAD, fits_forward::<HEAD>, plan_forward::<HEAD>)
+    let name = "attention_fwd_wgmma";
+    record(name, FORWARD, name, HEAD, fits_forward::<HEAD>, plan_forward::<HEAD>)
+}
+
+pub(super) const fn backward<const HEAD: usize>() -> Kernel {
+    record(
+        "attention_bwd_wgmma",
+        BACKWARD,
+        "attention_bwd_kv_wgmma",
+        HEAD,
+        fits_backward::<HEAD>,
+        plan_backward::<HEAD>,
+    )
 }
 
 /// Boxes step by multiples of 16 bytes. A head dimension of at most 32 would leave half of a box empty, and few queries most of
@@ -56,10 +71,20 @@ fn fits_forward<const HEAD: usize>(p: &Problem) -> bool {
     fits(p, HEAD, |e| e.queries) && shared_fits(p, forward_shared(HEAD))
 }
 
+fn fits_backward<const HEAD: usize>(p: &Problem) -> bool {
+    fits(p, HEAD, |e| e.queries.min(e.keys)) && shared_fits(p, backward_shared(HEAD).max(bias_shared(HEAD)))
+}
+
 /// Queries, a ring of tiles of keys and values, two barriers and a number for each column.
 fn forward_shared(head: usize) -> usize {
     let tile = SPAN * head * 2;
     groups::shared(512 / head, tile, tile + 16 + head * 4)
+}
+
+/// Two tensors' rows, a ring of stages of two tiles of 64 rows and their statistics, two barriers and a number.
+fn backward_shared(head: usize) -> usize {
+    let tile = ROWS * head * 2;
+    groups::shared(4, 2 * tile + 1024, 4 * tile + 16 + 4)
 }
 
 /// Boxes of `rows` rows of a tensor [B, extent, H, D]. Planes overlap: one more starts at each head of each row, and only those
@@ -81,4 +106,35 @@ fn plan_forward<const HEAD: usize>(p: &Problem) -> Plan {
         .map(map(p, &e, 1, e.keys, SPAN))
         .map(map(p, &e, 2, e.keys, ROWS));
     Plan::of(launch)
+}
+
+fn plan_backward<const HEAD: usize>(p: &Problem) -> Plan {
+    let (Some(e), Some(op)) = (extents(p), p.op::<AttentionBackward>()) else { return Plan::default() };
+    let n = op.0.inputs();
+    let [context, lengths, bias] = optional(&op.0);
+    let (y, lse, dy, dq, dk, dv, dbias) = (n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6);
+    let stats = dbias + usize::from(op.0.bias);
+    let launch = |entry, blocks: usize| Launch::linear(blocks, 1, p.params()).entry(entry);
+    // Slots 0, 1, 2 and 6 of both streaming entries are q, k, v and dy.
+    let stream = |entry, rows: usize, outputs: &[usize]| {
+        let slots = [&[0, 1, 2, context, lengths, bias, dy, stats], outputs].concat();
+        launch(entry, e.batch * e.heads * rows.div_ceil(SPAN))
+            .shared(backward_shared(HEAD))
+            .slots(&slots)
+            .map(map(p, &e, 0, e.queries, ROWS))
+            .map(map(p, &e, 1, e.keys, ROWS))
+            .map(map(p, &e, 2, e.keys, ROWS))
+            .map(map(p, &e, 6, e.queries, ROWS))
+    };
+    let mut launches = vec![
+        launch("attention_bwd_rows_wgmma", statistics_blocks(&e)).slots(&[y, dy, lse, stats]),
+        stream("attention_bwd_q_wgmma", e.queries, &[dq]),
+        stream("attention_bwd_kv_wgmma", e.keys, &[dk, dv]),
+    ];
+    if op.0.bias {
+        let blocks = e.heads * e.queries.div_ceil(ROWS) * e.keys.div_ceil(ROWS);
+        let launch = launch("attention_bwd_bias_wgmma", blocks).shared(bias_shared(HEAD));
+        launches.push(launch.slots(&[0, 1, 2, context, lengths, bias, dy, stats, dbias]));
+    }
+    Plan::sequence(launches).scratch(2 * padded_rows(&e) * 4)
 }
