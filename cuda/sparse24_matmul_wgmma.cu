@@ -46,7 +46,7 @@ struct SparseWork {
     const u32* meta[2];
     u32 pitch, words, k;
 
-    __device__ __forceinline__ SparseWork(const SparseWeights& w, u32 row) : pitch(BYTES ? w.k / 2u : w.k), words(div_up(w.k, 32u)), k(w.k) {
+    __device__ __forceinline__ SparseWork(const SparseWeights& w, u32 row, Sums&) : pitch(BYTES ? w.k / 2u : w.k), words(div_up(w.k, 32u)), k(w.k) {
 #pragma unroll
         for (u32 i = 0u; i < 2u; i++) {
             u32 of_kept = row + i * 8u, of_meta = BYTES ? row + threadIdx.x % 2u * 8u : of_kept;

@@ -223,6 +223,34 @@ struct StoreElements {
     }
 };
 
+#if defined(ESPALIER_HOST) || defined(ELEMENT_F16) || defined(ELEMENT_BF16)
+// Four bits in the low places of a float of this exponent are its value plus them.
+#if defined(ELEMENT_F16)
+#define INT4_PAIR 0x64006400u
+#else
+#define INT4_PAIR 0x43004300u
+#endif
+
+// Byte `index` of a word as two levels in the element type: nibble minus 8, exactly. A permutation of the word and the word shifted
+// by one nibble puts one nibble of the byte in each half; what else it brings is masked.
+__device__ __forceinline__ u32 levels_of(u32 word, u32 index) {
+    u32 pair = (__byte_perm(word, word >> 4, index | (index + 4u) << 8) & 0x000f000fu) | INT4_PAIR;
+#if defined(ESPALIER_HOST)
+    float least = ld((u16)INT4_PAIR) + 8.0f;
+    return (u32)st(ld((u16)pair) - least) | (u32)st(ld((u16)(pair >> 16)) - least) << 16;
+#else
+    u32 y;
+#if defined(ELEMENT_F16)
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(y) : "r"(pair), "r"(0x64086408u));
+#else
+    // One times it, minus 136.
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(pair), "r"(0x3f803f80u), "r"(0xc308c308u));
+#endif
+    return y;
+#endif
+}
+#endif
+
 #if ARCH == 90
 // Rows of tokens by tensor map, DEPTH of k a stage.
 template <u32 TOKENS, u32 DEPTH>
@@ -243,6 +271,7 @@ struct TokenMap {
 };
 
 // The product of gemm_wgmma.cuh for weights in registers: `Work` holds what a thread knows of its rows of a tile.
+//   Work(weights, row, sums)  of this thread's first row
 //   load(read, step)      starts to read what a stage needs (anything beyond the weights is harmless), into a `Read`
 //   make(operands, read)  its operands, a warp together
 //   issue, finish         start the products of one stage; what is to be done when they are done
@@ -254,7 +283,7 @@ struct RegisterProduct {
     typename Work::Weights weights;
     template <class Stages>
     __device__ __forceinline__ void sum(Stages& place, const WgmmaTiles::Tile& t, u32 steps, u32 group, Sums& sums) const {
-        Work work(weights, t.row * WGMMA_ROWS + group * 64u + wgmma_row());
+        Work work(weights, t.row * WGMMA_ROWS + group * 64u + wgmma_row(), sums);
         typename Work::Read read[2];
         typename Work::Operands operands[2];
         bool signals = threadIdx.x % WARP == 0u;

@@ -336,7 +336,7 @@ fn cases() -> Vec<Case> {
     for size in [[1, 1, 4], [1, 7, 36], [2, 5, 12], [3, 9, 64], [4, 4, 68], [7, 13, 132], [33, 31, 96], [65, 64, 128]]
         .into_iter()
         // Several stages and tiles of the tensor kernels, ragged ends.
-        .chain([[5, 70, 2096], [6, 33, 2080], [135, 131, 352]])
+        .chain([[5, 70, 2096], [6, 33, 2080], [135, 131, 352], [262, 21, 96]])
     {
         let [m, _, k] = size;
         for bias in [false, true] {
