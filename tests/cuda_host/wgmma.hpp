@@ -269,6 +269,7 @@ static double operand_value(uint64_t descriptor, bool blocks, bool bytes, unsign
     else address += index / 8 * stride + index % 8 * 128 + k * size;
     address = turned(address);
     if (address < SHARED_BASE || address + size > SHARED_BASE + dynamic_bytes) fail("an operand reaches to byte %d of %u of shared memory", (int)(address - SHARED_BASE), dynamic_bytes);
+    if (unfenced[(address - SHARED_BASE) / 16]) fail("an operand that a thread has copied without a proxy fence behind it");
     if (bytes) return (signed char)dynamic[address - SHARED_BASE];
     unsigned short value;
     memcpy(&value, dynamic + (address - SHARED_BASE), 2);
@@ -426,7 +427,12 @@ static inline void tma_prefetch(const void*) {}
 static inline void tma_load(void* shared, const void* map, unsigned long long* barrier, unsigned x, unsigned y, unsigned z) {
     host::bulk_copy(shared, map, (uint64_t*)barrier, (int)x, (int)y, (int)z);
 }
-static inline void proxy_fence() {}
+static inline void proxy_fence() {
+    auto& own = host::threads[host::current].unfenced;
+    for (unsigned at : own)
+        if (host::unfenced[at] == host::current + 1) host::unfenced[at] = 0;
+    own.clear();
+}
 static inline void bulk_load(void* shared, const void* global, unsigned long long* barrier, unsigned bytes) {
     host::bulk_copy_bytes(shared, global, (uint64_t*)barrier, bytes);
 }
