@@ -79,8 +79,8 @@ __device__ __forceinline__ Visible visible_of(const u32* context, const u32* len
 
 // Rows of a block: `first` on, of `extent`, of one batch and head; the start of its row 0 in a [B, N, H, D] tensor.
 struct Place { u32 b, h, first; };
-__device__ __forceinline__ Place place_of(const AttentionParams& p, u32 extent, u32 rows, bool backwards) {
-    u32 tiles = div_up(extent, rows), item = linear_block(), tile = item % tiles, head = item / tiles;
+__device__ __forceinline__ Place place_of(const AttentionParams& p, u32 extent, u32 rows, bool backwards, u32 item = linear_block()) {
+    u32 tiles = div_up(extent, rows), tile = item % tiles, head = item / tiles;
     // With a causal mask the last queries have the most keys: they start first.
     return Place{head / p.heads, head % p.heads, (backwards ? tiles - 1u - tile : tile) * rows};
 }

@@ -116,12 +116,14 @@ __device__ __forceinline__ void consume_q(const BackwardShared& s, u32 group, co
     }
     float weight[1][STEP_ROWS / 8u][4], product[1][STEP_ROWS / 8u][4], sum[1][HEAD / 8][4];
     u32 slopes[STEP_ROWS / 16u][4];
+    // Keys that the group's last row sees.
+    u32 first = at.first + group * 64u, own = first < p.queries ? visible.count(min(first + 64u, p.queries) - 1u) : 0u, base = 0u;
+    BackwardShared::Ring place(s.ring), before = place;
     clear<1>(sum);
-    if (end > 0u) {
-        BackwardShared::Ring place(s.ring), before = place;
+    if (own > 0u) {
         mbarrier_wait(s.ready, 0u);
         mbarrier_wait(place.full(), place.parity);
-        for (u32 base = 0; base < end; base += STEP_ROWS) {
+        for (; base < own; base += STEP_ROWS) {
             wgmma_fence();
             start_scores<STEP_ROWS>(weight, s.first(group), place.tile());
             wgmma_commit();
@@ -152,6 +154,12 @@ __device__ __forceinline__ void consume_q(const BackwardShared& s, u32 group, co
         wgmma_commit();
         wgmma_wait<0>();
         hold(sum);
+        release(before.empty());
+    }
+    // What only the other group sees.
+    for (; base < end; base += STEP_ROWS, place.next()) {
+        mbarrier_wait(place.full(), place.parity);
+        release(place.empty());
     }
     const float factors[2] = {p.scale, p.scale};
     u32 lost = *s.lost;
@@ -168,7 +176,7 @@ attention_bwd_q_wgmma(const E*, const E*, const E*, const u32* context, const u3
     if (at.b >= p.batch) return;
     begin(s, ~0u);
     Visible visible = visible_of(context, lengths, p, at.b);
-    u32 end = visible.count(min(at.first + SPAN, p.queries) - 1u), group = threadIdx.x / WARP_GROUP;
+    u32 end = visible.count(min(at.first + SPAN, p.queries) - 1u), group = warp_group();
     if (group == 0u) {
         registers_down<24u>();
         u32 plane = plane_of(p, at, p.queries), key_plane = plane_of(p, at, p.keys), least = visible.count(at.first);
@@ -198,6 +206,12 @@ __device__ __forceinline__ void consume_kv(const BackwardShared& s, u32 group, c
         const u8* gradients = queries + TILE;
         const float* stats = (const float*)(gradients + TILE);
         mbarrier_wait(place.full(), place.parity);
+        if (at.first + group * 64u >= visible.count(min(base + STEP_ROWS, p.queries) - 1u)) {
+            // None of these queries sees a key of this group.
+            release(place.empty());
+            place.next();
+            continue;
+        }
         wgmma_fence();
         start_scores<STEP_ROWS>(weight, s.first(group), queries);
         wgmma_commit();
@@ -249,7 +263,7 @@ attention_bwd_kv_wgmma(const E*, const E*, const E*, const u32* context, const u
     begin(s, 0u);
     Visible visible = visible_of(context, lengths, p, at.b);
     // Steps start at multiples of 64: their rows of statistics are there up to the padding.
-    u32 seen = visible.count(p.queries - 1u), first = visible.first(at.first, p.queries) / STEP_ROWS * STEP_ROWS, group = threadIdx.x / WARP_GROUP;
+    u32 seen = visible.count(p.queries - 1u), first = visible.first(at.first, p.queries) / STEP_ROWS * STEP_ROWS, group = warp_group();
     if (at.first >= seen) first = p.queries;
     if (group == 0u) {
         registers_down<24u>();

@@ -15,6 +15,10 @@
 #define COPIERS 1u
 #define TURN 2u
 
+// The number of the thread's warp group, by a way from which the compiler sees that a warp does not part on it: branches on it may
+// then hold products, which run one by one in what it takes for divergent code.
+__device__ __forceinline__ u32 warp_group() { return __shfl_sync(ALL_LANES, threadIdx.x / WARP_GROUP, 0); }
+
 // The plane of a head in a tensor [B, extent, H, D].
 __device__ __forceinline__ u32 plane_of(const AttentionParams& p, const Place& at, u32 extent) { return at.b * extent * p.heads + at.h; }
 

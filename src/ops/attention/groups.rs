@@ -13,6 +13,8 @@ const BACKWARD: Source = cuda_source!("attention_bwd_wgmma");
 
 /// Rows of a block; keys of a forward step.
 const SPAN: usize = 128;
+/// The most keys of tiles that blocks walk over.
+const WALKED: usize = 4096;
 /// Rows of a box, except for those of keys in the forward direction.
 const ROWS: usize = 64;
 
@@ -75,10 +77,10 @@ fn fits_backward<const HEAD: usize>(p: &Problem) -> bool {
     fits(p, HEAD, |e| e.queries.min(e.keys)) && shared_fits(p, backward_shared(HEAD).max(bias_shared(HEAD)))
 }
 
-/// Queries, a ring of tiles of keys and values, two barriers and a number for each column.
+/// Queries, a ring of tiles of keys and values, three barriers, and a word for each tile of the ring and each column of it.
 fn forward_shared(head: usize) -> usize {
-    let tile = SPAN * head * 2;
-    groups::shared(512 / head, tile, tile + 16 + head * 4)
+    let (tile, ring) = (SPAN * head * 2, 512 / head);
+    groups::shared(ring, tile, tile + 3 * 8 + ring * (head + 1) * 4)
 }
 
 /// Two tensors' rows, a ring of stages of two tiles of 64 rows and their statistics, two barriers and a number.
@@ -99,7 +101,14 @@ fn plan_forward<const HEAD: usize>(p: &Problem) -> Plan {
     let (Some(e), Some(op)) = (extents(p), p.op::<Attention>()) else { return Plan::default() };
     let [context, lengths, bias] = optional(op);
     let (y, lse) = (op.inputs(), op.inputs() + 1);
-    let launch = Launch::linear(e.batch * e.heads * e.queries.div_ceil(SPAN), 1, p.params())
+    let tiles = e.batch * e.heads * e.queries.div_ceil(SPAN);
+    // Blocks that walk over tiles copy for the next one while they finish one; one block per tile spreads long ones better.
+    let launch = if e.keys <= WALKED {
+        Launch::new([groups::blocks(p, tiles), 1, 1], p.params())
+    } else {
+        Launch::linear(tiles, 1, p.params())
+    };
+    let launch = launch
         .shared(forward_shared(HEAD))
         .slots(&[0, 1, 2, context, lengths, bias, y, lse])
         .map(map(p, &e, 0, e.queries, ROWS))
