@@ -4,7 +4,9 @@ use std::path::Path;
 use std::process::Output;
 
 use assert_cmd::Command;
-use espalier::{Error, device};
+use espalier::ops::attention::{Attention, AttentionBackward, Mask};
+use espalier::rng::Stream;
+use espalier::{DType, Error, Tensor, device, dispatch};
 
 use crate::cuda::{harness, mutated, root};
 
@@ -36,6 +38,49 @@ fn warp_groups_multiply_as_the_reference_does() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }
 
+/// Products weigh hidden rows with 0, and 0 times NaN is NaN.
+#[test]
+fn what_attention_hides_may_be_nan() {
+    const ROWS: usize = 200;
+    const DIM: usize = 64;
+    let Some(device) = harness("cuda-host:90") else { return };
+    let op = Attention { mask: Mask::Causal, lengths: false, bias: false, scale: 0.125, query_offset: 0 };
+    // y, dq, dk and dv in rows, where one of q, k, v and dy has a NaN in some row.
+    let run = |which: usize, row: usize| {
+        let tensors = [0, 1, 2, 3].map(|i| {
+            let mut stream = Stream::new(i as u64 + 1, 0);
+            let mut values: Vec<f64> = (0..ROWS * DIM).map(|_| stream.normal()).collect();
+            if i == which {
+                values[row * DIM + 3] = f64::NAN;
+            }
+            Tensor::from_f64(&device, &[1, ROWS, 1, DIM], DType::Bf16, &values).unwrap()
+        });
+        let [q, k, v, dy] = &tensors;
+        let outputs = dispatch::run(&op, &[q, k, v]).unwrap();
+        let grads = dispatch::run(&AttentionBackward(op), &[q, k, v, &outputs[0], &outputs[1], dy]).unwrap();
+        let rows = |t: &Tensor| t.to_f64().unwrap().chunks(DIM).map(<[f64]>::to_vec).collect::<Vec<_>>();
+        [rows(&outputs[0]), rows(&grads[0]), rows(&grads[1]), rows(&grads[2])]
+    };
+    let clean = run(4, 0);
+    let check = |which: usize, row: usize, output: usize, sees: &dyn Fn(usize) -> bool| {
+        let got = &run(which, row)[output];
+        for (i, (got, clean)) in got.iter().zip(&clean[output]).enumerate() {
+            let right = if sees(i) { got.iter().any(|x| x.is_nan()) } else { got == clean };
+            assert!(right, "NaN in row {row} of input {which}, output {output}: row {i}");
+        }
+    };
+    for row in [3, 70, 150, 199] {
+        for input in [1, 2] {
+            check(input, row, 0, &|t| t >= row);
+            check(input, row, 1, &|t| t >= row);
+        }
+        for input in [0, 3] {
+            check(input, row, 2, &|s| s <= row);
+            check(input, row, 3, &|s| s <= row);
+        }
+    }
+}
+
 #[test]
 fn planted_bugs_in_warp_groups_are_caught() {
     if !host() {
@@ -65,6 +110,17 @@ const SPARSE_BYTES: OneCase = (
 );
 /// Groups that end within a stage.
 const FOUR_BITS: OneCase = ("matmul_int4", "MatmulInt4{group:96,bias:false} bf16[5,2112] u32[70,264] f32[70,22]");
+/// Tiles of queries that blocks walk over, more steps of keys than the ring has room for, keys that some rows do not see.
+const ATTENTION: OneCase = (
+    "attention",
+    "Attention{mask:Causal,lengths:true,bias:false,scale:0.125,query_offset:50} \
+     bf16[1,600,1,64] bf16[1,650,1,64] bf16[1,650,1,64] u32[1]",
+);
+const ATTENTION_BACKWARD: OneCase = (
+    "attention_bwd",
+    "AttentionBackward(Attention{mask:Causal,lengths:true,bias:false,scale:0.125,query_offset:50}) \
+     bf16[1,600,1,64] bf16[1,650,1,64] bf16[1,650,1,64] u32[1] bf16[1,600,1,64] f32[1,1,600] bf16[1,600,1,64]",
+);
 
 /// A change of a file under `cuda/`, which `case` must notice.
 struct Planted {
@@ -87,7 +143,9 @@ const fn planted(
 
 const LOOP: &str = "gemm_wgmma.cuh";
 const WEIGHTS: &str = "weights.cuh";
-const PLANTED: [Planted; 20] = [
+const FORWARD: &str = "attention_wgmma.cu";
+const BACKWARD: &str = "attention_bwd_wgmma.cu";
+const PLANTED: [Planted; 30] = [
     planted(
         "blocks of m and n a step of k apart",
         FLOATS,
@@ -156,4 +214,56 @@ const PLANTED: [Planted; 20] = [
         "group += 1u",
     ),
     planted("a part without its fence", FOUR_BITS, "quant_int4_wgmma.cu", "                wgmma_fence();\n", ""),
+    planted(
+        "values read before they have come",
+        ATTENTION,
+        FORWARD,
+        "mbarrier_wait(values.full(), values.parity);",
+        "",
+    ),
+    planted("queries replaced while they are read", ATTENTION, FORWARD, "mbarrier_wait(s.free, before % 2u ^ 1u);", ""),
+    planted(
+        "sums scaled before their product is done",
+        ATTENTION,
+        FORWARD,
+        "            wgmma_wait<0>();\n            hold(sum);\n            restores",
+        "            restores",
+    ),
+    planted("a turn that nobody takes", ATTENTION, FORWARD, "if (--left > 0u || group == 0u)", "if (--left < 99u)"),
+    planted(
+        "weights of other rows",
+        ATTENTION,
+        "attention_wgmma.cuh",
+        "weights[i / 4u][i % 4u] =",
+        "weights[i / 4u][(i ^ 1u) % 4u] =",
+    ),
+    planted(
+        "slopes weigh another step's keys",
+        ATTENTION_BACKWARD,
+        BACKWARD,
+        "start_sums<STEP_ROWS>(sum, slopes, before.tile(), 1u);",
+        "start_sums<STEP_ROWS>(sum, slopes, place.tile(), 1u);",
+    ),
+    planted("another row's statistics", ATTENTION_BACKWARD, BACKWARD, "weight, stats + STEP_ROWS", "weight, stats"),
+    planted(
+        "a stage given back too early",
+        ATTENTION_BACKWARD,
+        BACKWARD,
+        "release(old.empty())",
+        "release(before.empty())",
+    ),
+    planted(
+        "statistics that are not waited for",
+        ATTENTION_BACKWARD,
+        BACKWARD,
+        "(STATS ? 2u * STEP_ROWS * 4u : 0u)",
+        "0u",
+    ),
+    planted(
+        "a product read before it is done",
+        ATTENTION_BACKWARD,
+        BACKWARD,
+        "        wgmma_wait<1>();\n        hold(product);",
+        "        hold(product);",
+    ),
 ];
