@@ -79,8 +79,8 @@ __device__ __forceinline__ Visible visible_of(const u32* context, const u32* len
 
 // Rows of a block: `first` on, of `extent`, of one batch and head; the start of its row 0 in a [B, N, H, D] tensor.
 struct Place { u32 b, h, first; };
-__device__ __forceinline__ Place place_of(const AttentionParams& p, u32 extent, u32 rows, bool backwards) {
-    u32 tiles = div_up(extent, rows), item = linear_block(), tile = item % tiles, head = item / tiles;
+__device__ __forceinline__ Place place_of(const AttentionParams& p, u32 extent, u32 rows, bool backwards, u32 item = linear_block()) {
+    u32 tiles = div_up(extent, rows), tile = item % tiles, head = item / tiles;
     // With a causal mask the last queries have the most keys: they start first.
     return Place{head / p.heads, head % p.heads, (backwards ? tiles - 1u - tile : tile) * rows};
 }
@@ -226,6 +226,93 @@ __device__ __forceinline__ void add_rows(float sum[M][HEAD / 8][4], const float 
         }
     }
 }
+
+// The helpers below take the scores of 16 M rows of a warp, or those of its rows that a warp group has (M = 1), against N keys
+// from `base` on. Row r of the thread's 2 M is row0 + 8 r + g.
+
+// Scores with what the bias adds, both times log2 e: a score of keys that a row does not see keeps its value.
+template <int M, int N>
+__device__ __forceinline__ void add_bias(float score[M][N / 8][4], const E* bias, const u32 n[2 * M], u32 row0, u32 base, float slope, const AttentionParams& p) {
+    u32 lane = threadIdx.x % WARP, first = base + lane % 4u * 2u;
+#pragma unroll
+    for (u32 r = 0; r < 2u * M; r++) {
+        u32 row = row0 + r * 8u + lane / 4u;
+        int seen = row < p.queries ? (int)n[r] - (int)first : 0;
+        const E* line = bias + (u64)row * p.keys + first;
+#pragma unroll
+        for (u32 j = 0; j < N / 4u; j++) {
+            u32 key = j / 2u * 8u + j % 2u;
+            // A few loads at a time: registers are for the sums.
+            if (j % 8u == 0u) __syncwarp();
+            float* s = &score[r / 2u][j / 2u][r % 2u * 2u + j % 2u];
+            if ((int)key < seen) *s = *s * slope + ld(line[key]) * LOG2_E;
+        }
+    }
+}
+
+// Scores ready for exponents: sign and bias, and minus infinity for what is hidden. Every row sees the first `least` keys.
+template <int M, int N>
+__device__ __forceinline__ void finish_scores(float score[M][N / 8][4], const E* bias, const u32 n[2 * M], u32 row0, u32 base, u32 least, const AttentionParams& p) {
+    u32 lane = threadIdx.x % WARP;
+    if (p.scale < 0.0f) {
+#pragma unroll
+        for (u32 j = 0; j < M * N / 2u; j++) score[j / 4u % M][j / (4u * M)][j % 4u] *= -1.0f;
+    }
+    if ((p.flags & 8u) != 0u) add_bias<M, N>(score, bias, n, row0, base, fabsf(p.scale) * LOG2_E, p);
+    if (base + N > least) {
+#pragma unroll
+        for (u32 j = 0; j < M * N / 2u; j++) {
+            u32 m = j / 4u % M, part = j / (4u * M), key = base + part * 8u + lane % 4u * 2u + j % 2u;
+            if (key >= n[m * 2u + j % 4u / 2u]) score[m][part][j % 4u] = MINUS_INFINITY;
+        }
+    }
+}
+
+// The online softmax of 2 M rows of a thread. Exponents are base 2. Without a bias products enter them times `factor`; with one
+// they are scaled before the maximum.
+template <int M>
+struct Softmax {
+    float factor, largest[2 * M], total[2 * M];
+
+    __device__ __forceinline__ explicit Softmax(const AttentionParams& p) : factor((p.flags & 8u) != 0u ? 1.0f : fmaxf(fabsf(p.scale) * LOG2_E, 1.2e-38f)) {
+#pragma unroll
+        for (int r = 0; r < 2 * M; r++) {
+            largest[r] = (p.flags & 8u) != 0u ? MASKED * LOG2_E : MASKED;
+            total[r] = 0.0f;
+        }
+    }
+
+    // Scores of row r become weights. Returns by what the row's older weights are to be multiplied.
+    template <int N>
+    __device__ __forceinline__ float weigh(float score[M][N / 8][4], int r) {
+        float high = largest[r];
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) high = fmaxf(high, fmaxf(score[r / 2][j][r % 2 * 2], score[r / 2][j][r % 2 * 2 + 1]));
+        high = fmaxf(high, __shfl_xor_sync(ALL_LANES, high, 1));
+        high = fmaxf(high, __shfl_xor_sync(ALL_LANES, high, 2));
+        float correction = power2((largest[r] - high) * factor), shift = high * factor, part = 0.0f;
+        largest[r] = high;
+#pragma unroll
+        for (int j = 0; j < N / 8; j++)
+#pragma unroll
+            for (int i = r % 2 * 2; i < r % 2 * 2 + 2; i++) part += score[r / 2][j][i] = power2(score[r / 2][j][i] * factor - shift);
+        total[r] = total[r] * correction + part;
+        return correction;
+    }
+
+    // 1 / total of each row, 0 for one that sees nothing; lse, where the head's first row stands at `lse`.
+    __device__ __forceinline__ void finish(float inverse[2 * M], float* lse, const u32 n[2 * M], u32 row0, u32 queries) {
+        u32 lane = threadIdx.x % WARP;
+#pragma unroll
+        for (u32 r = 0; r < 2u * M; r++) {
+            total[r] += __shfl_xor_sync(ALL_LANES, total[r], 1);
+            total[r] += __shfl_xor_sync(ALL_LANES, total[r], 2);
+            inverse[r] = n[r] > 0u ? 1.0f / total[r] : 0.0f;
+            u32 row = row0 + r * 8u + lane / 4u;
+            if (lane % 4u == 0u && row < queries) lse[row] = n[r] > 0u ? largest[r] * factor * LN_2 + logf(total[r]) : MASKED;
+        }
+    }
+};
 
 template <int M>
 __device__ __forceinline__ void clear(float sum[M][HEAD / 8][4]) {

@@ -16,32 +16,9 @@
 
 #if defined(HEAD) && (ARCH >= 80 || defined(ESPALIER_HOST))
 
-// What the other entries need of a query row: lse in base 2 and delta, both shifted; rows past the end hold zeros.
-__device__ __forceinline__ u32 padded_rows(const AttentionParams& p) { return div_up(p.queries, 64u) * 64u; }
-
 extern "C" __global__ void __launch_bounds__(128)
 attention_bwd_rows_mma(const E* y, const E* dy, const float* lse, float* stats, AttentionParams p) {
-    // Eight lanes a row.
-    u32 padded = padded_rows(p), total = p.batch * p.heads * padded, item = linear_block() * 16u + threadIdx.x / 8u;
-    u32 t = item % padded, head = item / padded;
-    bool there = item < total && t < p.queries;
-    float delta = 0.0f;
-    if (there) {
-        u64 row = (((u64)(head / p.heads) * p.queries + t) * p.heads + head % p.heads) * p.dim;
-        for (u32 d = threadIdx.x % 8u * 8u; d < p.dim; d += 64u) {
-            uint4 a = *(const uint4*)(y + row + d), b = *(const uint4*)(dy + row + d);
-            u32 left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                delta += ld((u16)left[i]) * ld((u16)right[i]);
-                delta += ld((u16)(left[i] >> 16)) * ld((u16)(right[i] >> 16));
-            }
-        }
-    }
-    for (int offset = 1; offset < 8; offset *= 2) delta += __shfl_xor_sync(ALL_LANES, delta, offset);
-    if (threadIdx.x % 8u != 0u || item >= total) return;
-    stats[item] = there ? lse[(u64)head * p.queries + t] * LOG2_E - SHIFT : 0.0f;
-    stats[(u64)total + item] = delta * UNSHIFT;
+    attention_rows(y, dy, lse, stats, p);
 }
 
 // dq of BACK rows; keys and values stream past in two stages.
@@ -97,23 +74,9 @@ attention_bwd_q_mma(const E* q, const E* k, const E* v, const u32* context, cons
         float score[1][STEP / 8][4], ds[1][STEP / 8][4];
         multiply<1, STEP>(score, query, stage);
         multiply<1, STEP>(ds, gradient, stage + STEP * PITCH);
-        if ((p.flags & 8u) != 0u) {
-#pragma unroll
-            for (u32 j = 0; j < STEP / 2u; j++) {
-                u32 r = j % 4u / 2u, row = row0 + r * 8u + lane / 4u, key = base + j / 4u * 8u + lane % 4u * 2u + j % 2u;
-                if (j % 8u == 0u) __syncwarp();
-                float* s = &score[0][j / 4u][j % 4u];
-                if (row < p.queries && key < n[r]) *s = *s * slope + ld(bias[row * p.keys + key]) * LOG2_E;
-            }
-        }
-        bool partly = base + STEP > least;
-#pragma unroll
-        for (u32 j = 0; j < STEP / 2u; j++) {
-            u32 r = j % 4u / 2u, key = base + j / 4u * 8u + lane % 4u * 2u + j % 2u;
-            bool live = !partly || key < n[r];
-            float weight = power2(score[0][j / 4u][j % 4u] * factor - lse[r]), x = ds[0][j / 4u][j % 4u];
-            ds[0][j / 4u][j % 4u] = live ? weight * (x * UNSHIFT - delta[r]) : 0.0f;
-        }
+        if ((p.flags & 8u) != 0u) add_bias<1, STEP>(score, bias, n, row0, base, slope, p);
+        weigh_rows<STEP>(score, lse, factor, n, base, least);
+        slope_rows<STEP>(ds, score, delta);
 #pragma unroll
         for (u32 j = 0; j < STEP / 16u; j++) {
             u32 key = base + j * 16u;
@@ -131,7 +94,7 @@ attention_bwd_q_mma(const E* q, const E* k, const E* v, const u32* context, cons
 
 // dk and dv of BACK key rows; queries and their gradients stream past in two stages. Scores are held transposed, so that
 // they are the left operand of the second product as they are.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, HEAD == 32 || HEAD == 96 && ARCH != 90 ? 3 : 2)
 attention_bwd_kv_mma(const E* q, const E* k, const E* v, const u32* context, const u32* lengths, const E* bias, const E* dy,
                      const float* stats, E* dk, E* dv, AttentionParams p) {
     DYNAMIC_SHARED(bytes);
@@ -144,7 +107,7 @@ attention_bwd_kv_mma(const E* q, const E* k, const E* v, const u32* context, con
     u32 seen = visible.count(p.queries - 1u);
     u32 lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16u, key0 = at.first + own;
     u32 key[2] = {key0 + lane / 4u, key0 + 8u + lane / 4u};
-    float sum_k[1][HEAD / 8][4], sum_v[1][HEAD / 8][4], slope = p.scale * LOG2_E, factor = (p.flags & 8u) != 0u ? 1.0f : slope;
+    float sum_k[1][HEAD / 8][4], sum_v[1][HEAD / 8][4];
     clear<1>(sum_k);
     clear<1>(sum_v);
     bias += (u64)at.h * p.queries * p.keys;
@@ -185,29 +148,8 @@ attention_bwd_kv_mma(const E* q, const E* k, const E* v, const u32* context, con
         float weight[1][STEP / 8][4], ds[1][STEP / 8][4];
         multiply<1, STEP>(weight, left_k, stage);
         multiply<1, STEP>(ds, left_v, stage + STEP * PITCH);
-        if ((p.flags & 8u) != 0u) {
-#pragma unroll
-            for (u32 j = 0; j < STEP / 2u; j++) {
-                u32 r = j % 4u / 2u, t = base + j / 4u * 8u + lane % 4u * 2u + j % 2u;
-                if (j % 8u == 0u) __syncwarp();
-                float* w = &weight[0][j / 4u][j % 4u];
-                if (t < p.queries && key[r] < visible.count(t)) *w = *w * slope + ld(bias[t * p.keys + key[r]]) * LOG2_E;
-            }
-        }
-        bool partly = base + STEP > p.queries || key0 + 16u > visible.count(base);
-#pragma unroll
-        for (u32 j = 0; j < STEP / 4u; j++) {
-            u32 n = j / 2u, i = j % 2u, column = n * 8u + lane % 4u * 2u + i, t = base + column;
-            float lse = stat[column], delta = stat[STEP + column];
-            u32 sees = t < p.queries ? visible.count(t) : 0u;
-#pragma unroll
-            for (u32 r = 0; r < 2u; r++) {
-                bool live = !partly || key[r] < sees;
-                float *w = &weight[0][n][r * 2u + i], *x = &ds[0][n][r * 2u + i];
-                *w = live ? power2(*w * factor - lse) : 0.0f;
-                *x = live ? *w * (*x * UNSHIFT - delta) : 0.0f;
-            }
-        }
+        weigh_columns<STEP>(weight, stat, bias, key0, base, visible, p);
+        slope_columns<STEP>(ds, weight, stat + STEP);
 #pragma unroll
         for (u32 j = 0; j < STEP / 16u; j++) {
             u32 t = base + j * 16u;
@@ -227,68 +169,11 @@ attention_bwd_kv_mma(const E* q, const E* k, const E* v, const u32* context, con
     store_rows<16>(dv + start, v_tile + own * PITCH, key0, p.keys, p);
 }
 
-// dbias of BACK queries and BACK keys of one head, summed over the batch in order.
 extern "C" __global__ void __launch_bounds__(128)
 attention_bwd_bias_mma(const E* q, const E* k, const E* v, const u32* context, const u32* lengths, const E* bias, const E* dy,
                        const float* stats, E* dbias, AttentionParams p) {
     DYNAMIC_SHARED(bytes);
-    E *q_tile = (E*)bytes, *dy_tile = q_tile + BACK * PITCH, *k_tile = dy_tile + BACK * PITCH, *v_tile = k_tile + BACK * PITCH;
-    u32 across = div_up(p.keys, BACK), down = div_up(p.queries, BACK), item = linear_block();
-    u32 first_key = item % across * BACK, first = item / across % down * BACK, h = item / across / down;
-    if (h >= p.heads) return;
-    u32 lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16u, padded = padded_rows(p);
-    float slope = p.scale * LOG2_E, sum[BACK / 8][4] = {};
-    bias += (u64)h * p.queries * p.keys;
-    dbias += (u64)h * p.queries * p.keys;
-    for (u32 b = 0; b < p.batch; b++) {
-        Visible visible = visible_of(context, lengths, p, b);
-        u32 end = visible.count(min(first + BACK, p.queries) - 1u);
-        if (first_key >= end) continue;
-        u64 start = start_of(p, b, h, p.queries), key_start = start_of(p, b, h, p.keys);
-        // All warps are done with the last sequence.
-        __syncthreads();
-        load_rows<BACK>(q_tile, q + start, first, p.queries, p);
-        load_rows<BACK>(dy_tile, dy + start, first, p.queries, p);
-        load_rows<BACK>(k_tile, k + key_start, first_key, end, p);
-        load_rows<BACK>(v_tile, v + key_start, first_key, end, p);
-        cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();
-        Left<1, false> query, gradient;
-        query.rows = q_tile + own * PITCH;
-        gradient.rows = dy_tile + own * PITCH;
-        u32 n[2];
-        float lse[2], delta[2];
-#pragma unroll
-        for (u32 r = 0; r < 2u; r++) {
-            u32 t = first + own + r * 8u + lane / 4u;
-            u64 item = ((u64)b * p.heads + h) * padded + t;
-            n[r] = t < p.queries ? visible.count(t) : 0u;
-            lse[r] = stats[item];
-            delta[r] = stats[(u64)p.batch * p.heads * padded + item];
-        }
-        // Half of the keys at a time: registers are for the sums.
-#pragma unroll
-        for (u32 part = 0; part < BACK; part += 32u) {
-            float score[1][4][4], slopes[1][4][4];
-            __syncwarp();
-            multiply<1, 32, 1>(score, query, k_tile + part * PITCH);
-            multiply<1, 32, 1>(slopes, gradient, v_tile + part * PITCH);
-#pragma unroll
-            for (u32 j = 0; j < 16u; j++) {
-                u32 r = j % 4u / 2u, t = first + own + r * 8u + lane / 4u, key = first_key + part + j / 4u * 8u + lane % 4u * 2u + j % 2u;
-                if (key < n[r]) {
-                    float exponent = score[0][j / 4u][j % 4u] * slope - lse[r] + ld(bias[t * p.keys + key]) * LOG2_E;
-                    sum[part / 8u + j / 4u][j % 4u] += power2(exponent) * (slopes[0][j / 4u][j % 4u] * UNSHIFT - delta[r]);
-                }
-            }
-        }
-    }
-#pragma unroll
-    for (u32 j = 0; j < BACK / 2u; j++) {
-        u32 t = first + own + j % 4u / 2u * 8u + lane / 4u, key = first_key + j / 4u * 8u + lane % 4u * 2u + j % 2u;
-        if (t < p.queries && key < p.keys) dbias[t * p.keys + key] = st(sum[j / 4u][j % 4u]);
-    }
+    attention_bias(bytes, q, k, v, context, lengths, bias, dy, stats, dbias, p);
 }
 
 #endif

@@ -29,17 +29,12 @@ attention_fwd_mma(const E* q, const E* k, const E* v, const u32* context, const 
     // Keys that the first and the last row of this warp see; nothing for a warp past the end.
     u32 least = visible.count(row0), most = row0 < p.queries ? visible.count(min(row0 + 32u, p.queries) - 1u) : 0u;
     u32 n[4];
-    float largest[4], total[4], sum[2][HEAD / 8][4];
+    float sum[2][HEAD / 8][4];
+    Softmax<2> softmax(p);
 #pragma unroll
-    for (u32 r = 0; r < 4u; r++) {
-        n[r] = visible.count(min(row0 + r * 8u + lane / 4u, p.queries - 1u));
-        largest[r] = (p.flags & 8u) != 0u ? MASKED * LOG2_E : MASKED;
-        total[r] = 0.0f;
-    }
+    for (u32 r = 0; r < 4u; r++) n[r] = visible.count(min(row0 + r * 8u + lane / 4u, p.queries - 1u));
     clear<2>(sum);
     bias += (u64)at.h * p.queries * p.keys;
-    // Exponents are base 2. Without a bias products enter them times `factor`; with one they are scaled before the maximum.
-    float slope = fabsf(p.scale) * LOG2_E, factor = (p.flags & 8u) != 0u ? 1.0f : fmaxf(slope, 1.2e-38f);
 
     load_rows<ROWS>(q_tile, q + start, at.first, p.queries, p);
     load_rows<KEYS>(k_tile, k + key_start, 0u, end, p);
@@ -62,41 +57,10 @@ attention_fwd_mma(const E* q, const E* k, const E* v, const u32* context, const 
         if (base + KEYS < end) load_rows<KEYS>(k_tile, k + key_start, base + KEYS, end, p);
         cp_async_commit();
         if (!busy) continue;
-        if (p.scale < 0.0f) {
-#pragma unroll
-            for (u32 j = 0; j < KEYS; j++) score[j % 8u / 4u][j / 8u][j % 4u] *= -1.0f;
-        }
-        if ((p.flags & 8u) != 0u) {
-#pragma unroll
-            for (u32 j = 0; j < KEYS; j++) {
-                u32 r = j % 8u / 4u * 2u + j % 4u / 2u, row = row0 + r * 8u + lane / 4u, key = base + j / 8u * 8u + lane % 4u * 2u + j % 2u;
-                // A few loads at a time: registers are for the sums.
-                if (j % 8u == 0u) __syncwarp();
-                float* s = &score[j % 8u / 4u][j / 8u][j % 4u];
-                if (row < p.queries && key < n[r]) *s = *s * slope + ld(bias[row * p.keys + key]) * LOG2_E;
-            }
-        }
-        if (base + KEYS > least) {
-#pragma unroll
-            for (u32 j = 0; j < KEYS; j++) {
-                u32 r = j % 8u / 4u * 2u + j % 4u / 2u, key = base + j / 8u * 8u + lane % 4u * 2u + j % 2u;
-                if (key >= n[r]) score[j % 8u / 4u][j / 8u][j % 4u] = MINUS_INFINITY;
-            }
-        }
+        finish_scores<2, KEYS>(score, bias, n, row0, base, least, p);
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-            float high = largest[r];
-#pragma unroll
-            for (int j = 0; j < KEYS / 8; j++) high = fmaxf(high, fmaxf(score[r / 2][j][r % 2 * 2], score[r / 2][j][r % 2 * 2 + 1]));
-            high = fmaxf(high, __shfl_xor_sync(ALL_LANES, high, 1));
-            high = fmaxf(high, __shfl_xor_sync(ALL_LANES, high, 2));
-            float correction = power2((largest[r] - high) * factor), shift = high * factor, part = 0.0f;
-            largest[r] = high;
-#pragma unroll
-            for (int j = 0; j < KEYS / 8; j++)
-#pragma unroll
-                for (int i = r % 2 * 2; i < r % 2 * 2 + 2; i++) part += score[r / 2][j][i] = power2(score[r / 2][j][i] * factor - shift);
-            total[r] = total[r] * correction + part;
+            float correction = softmax.weigh<KEYS>(score, r);
 #pragma unroll
             for (int d = 0; d < HEAD / 8; d++) {
                 sum[r / 2][d][r % 2 * 2] *= correction;
@@ -115,15 +79,7 @@ attention_fwd_mma(const E* q, const E* k, const E* v, const u32* context, const 
     cp_async_wait<0>();
     __syncthreads();
     float inverse[4];
-#pragma unroll
-    for (u32 r = 0; r < 4u; r++) {
-        total[r] += __shfl_xor_sync(ALL_LANES, total[r], 1);
-        total[r] += __shfl_xor_sync(ALL_LANES, total[r], 2);
-        inverse[r] = n[r] > 0u ? 1.0f / total[r] : 0.0f;
-        u32 row = row0 + r * 8u + lane / 4u;
-        if (lane % 4u == 0u && row < p.queries)
-            lse_out[((u64)at.b * p.heads + at.h) * p.queries + row] = n[r] > 0u ? largest[r] * factor * LN_2 + logf(total[r]) : MASKED;
-    }
+    softmax.finish(inverse, lse_out + ((u64)at.b * p.heads + at.h) * p.queries, n, row0, p.queries);
     put_rows(q_tile + own * PITCH, sum[0], inverse[0], inverse[1]);
     put_rows(q_tile + (own + 16u) * PITCH, sum[1], inverse[2], inverse[3]);
     __syncwarp();

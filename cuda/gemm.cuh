@@ -220,22 +220,6 @@ __device__ __forceinline__ void gemm(const A& source_a, const B& source_b, u32 r
     gemm_finish<Shape>(sums, row, column, shared, finish);
 }
 
-// Four lanes of a quad hold words of four neighbouring fragments of one row; each lane gets all four words of one fragment.
-__device__ __forceinline__ void quad_transpose(u32 w[4]) {
-    u32 t = threadIdx.x % 4u;
-#pragma unroll
-    for (u32 by = 1u; by < 4u; by *= 2u) {
-        bool upper = t & by;
-#pragma unroll
-        for (u32 i = 0; i < 4u; i++) {
-            if (i & by) continue;
-            u32 got = __shfl_xor_sync(ALL_LANES, upper ? w[i] : w[i | by], by);
-            if (upper) w[i] = got;
-            else w[i | by] = got;
-        }
-    }
-}
-
 // Stores COUNT neighbouring fragments of one row as pairs: 16 bytes per lane where rows are aligned. All lanes of the warp come
 // here together. Aligned rows have room for whole eights: a pair inside of `columns` takes the rest of its eight with it.
 template <u32 COUNT>

@@ -96,6 +96,22 @@ __device__ __forceinline__ float block_max(float x, float* tile) {
     return x;
 }
 
+// Turns four words of each of the four lanes of a quad: lane t gets word t of all four, in the order of the lanes.
+__device__ __forceinline__ void quad_transpose(u32 w[4]) {
+    u32 t = threadIdx.x % 4u;
+#pragma unroll
+    for (u32 by = 1u; by < 4u; by *= 2u) {
+        bool upper = t & by;
+#pragma unroll
+        for (u32 i = 0; i < 4u; i++) {
+            if (i & by) continue;
+            u32 got = __shfl_xor_sync(ALL_LANES, upper ? w[i] : w[i | by], by);
+            if (upper) w[i] = got;
+            else w[i | by] = got;
+        }
+    }
+}
+
 // Dynamic shared memory: `DYNAMIC_SHARED(bytes);` declares an aligned array of bytes.
 #ifdef ESPALIER_HOST
 #define DYNAMIC_SHARED(name) u8* name = host::dynamic_shared()

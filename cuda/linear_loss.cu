@@ -301,15 +301,6 @@ extern "C" __global__ void __launch_bounds__(64)
     expectations[row] = expectation;
 }
 
-// dz of a word; factor: of the loss, over the temperature.
-__device__ __forceinline__ float kl_slope(float zs, float zt, float lse_s, float lse_t, float expectation, const LinearParams& p) {
-    float log_q = zs * p.inverse - lse_s, log_p = zt * p.inverse - lse_t, slope = expf(log_q);
-    if (p.direction == 0u) slope -= expf(log_p);
-    if (p.direction == 1u) slope *= log_q - log_p - expectation;
-    if (p.direction == 2u) slope *= (p.factor - 1.0f) * log_mixture(p.factor, log_p - log_q).y - expectation;
-    return slope;
-}
-
 extern "C" __global__ void __launch_bounds__(64)
     kl_slopes(float* zs, const float* zt, const float* weight, const float* lse_s, const float* lse_t, const float* expectation, const float* dloss,
               LinearParams p) {

@@ -10,6 +10,7 @@
 //                  b: (2t, g) (2t+8, g) (2t+16, g) (2t+24, g);  metadata: 16 bits (16 columns) of row g low and of row
 //                  g+8 high, lane t = 0 or 2 (selector 0 or 1) for the first 16 columns, t = 1 or 3 for the others
 //   ldmatrix_x4    four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8
+//   movmatrix      an 8x8 matrix of 16-bit values, row g in lanes 4g .. 4g + 3, turned over its diagonal
 //   cp_async_16    16 bytes from global to shared memory, the bytes from `valid` on zero; commit closes a group, wait<N> leaves N open
 
 #if defined(ESPALIER_HOST)
@@ -56,6 +57,12 @@ __device__ __forceinline__ void ldmatrix_x4(u32 r[4], const void* shared) {
 __device__ __forceinline__ void ldmatrix_x4_trans(u32 r[4], const void* shared) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(shared)));
+}
+
+__device__ __forceinline__ u32 movmatrix(u32 x) {
+    u32 y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
 }
 
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int valid) {

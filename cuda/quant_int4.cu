@@ -47,33 +47,6 @@ extern "C" __global__ void __launch_bounds__(64) matmul_int4_fwd(const E* x, con
 typedef weights::Tile<128, 128, 4, 2, 1, 4, 2> Int4Tile;
 typedef weights::Tile<32, 16, 1, 1, 4, 6, 2> Int4FewTile;
 
-// Four bits in the low places of a float of this exponent are its value plus them.
-#if defined(ELEMENT_F16)
-#define INT4_PAIR 0x64006400u
-#else
-#define INT4_PAIR 0x43004300u
-#endif
-
-// Byte `index` of a word as two levels in the element type: nibble minus 8, exactly. A permutation of the word and the word shifted
-// by one nibble puts one nibble of the byte in each half; what else it brings is masked.
-__device__ __forceinline__ u32 levels_of(u32 word, u32 index) {
-    u32 high = word >> 4;
-#if defined(ESPALIER_HOST)
-    u32 pair = ((word >> (8u * index) & 0x0fu) | (high >> (8u * index) & 0x0fu) << 16) | INT4_PAIR;
-    float least = ld((u16)INT4_PAIR) + 8.0f;
-    return (u32)st(ld((u16)pair) - least) | (u32)st(ld((u16)(pair >> 16)) - least) << 16;
-#else
-    u32 pair = (__byte_perm(word, high, index | (index + 4u) << 8) & 0x000f000fu) | INT4_PAIR, y;
-#if defined(ELEMENT_F16)
-    asm("sub.f16x2 %0, %1, %2;" : "=r"(y) : "r"(pair), "r"(0x64086408u));
-#else
-    // One times it, minus 136.
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(pair), "r"(0x3f803f80u), "r"(0xc308c308u));
-#endif
-    return y;
-#endif
-}
-
 // Within 32 of k the order of products is ours to choose: lane t takes k = 8t .. 8t + 7, which is one word of nibbles (as ldmatrix
 // hands them out) and one 16-byte read of x. A scale is applied to the f32 sum of 32 products, so weights stay exact integers.
 template <class T>
@@ -108,7 +81,7 @@ struct Int4Operands : weights::Operands<T> {
                 u32 words[4];
                 ldmatrix_x4(words, this->w_tile(stage) + weights::chunk_at<T::CHUNKS>(this->warp_row + mi * 16u + lane, half));
 #pragma unroll
-                for (u32 i = 0u; i < 16u; i++) a[mi + i / 8u][i / 4u % 2u][i % 4u] = levels_of(words[i / 8u * 2u + i % 2u], i / 2u % 4u);
+                for (u32 i = 0u; i < 16u; i++) a[mi + i / 8u][i / 4u % 2u][i % 4u] = weights::levels_of(words[i / 8u * 2u + i % 2u], i / 2u % 4u);
             }
 #pragma unroll
             for (u32 i = 0u; i < 2u * T::MI; i++) scale[i / 2u][i % 2u] = next[i / 2u][i % 2u];

@@ -6,6 +6,9 @@
 // values of 16 bits or 128 bytes) and the CHUNKS 16-byte chunks of every weight's row that belong to them. Warps share a slice as
 // ROW_WARPS x TOKEN_WARPS; where there are several slices each set of warps sums its own, and they are added in order at the end:
 // with few tokens a block needs many warps on few rows.
+//
+// On warp groups (sm_90a) weights are an operand in registers: each thread reads its own from memory, 16 bytes at a time, and tokens
+// have all of shared memory for themselves, 128 bytes of k a stage of gemm_wgmma.cuh's ring.
 
 #if ARCH >= 80 || defined(ESPALIER_HOST)
 namespace weights {
@@ -184,10 +187,11 @@ struct StoreScaled {
     const float *xs, *ws, *bias;
     float* y;
     u32 n;
-    __device__ __forceinline__ float value(u32 i, u32 j, int sum) const {
-        float v = (float)sum * xs[i] * ws[j];
-        return bias ? __fadd_rn(v, bias[j]) : v;
+    __device__ __forceinline__ float scaled(int sum, float x, float w, float more) const {
+        float v = (float)sum * x * w;
+        return bias ? __fadd_rn(v, more) : v;
     }
+    __device__ __forceinline__ float value(u32 i, u32 j, int sum) const { return scaled(sum, xs[i], ws[j], bias ? bias[j] : 0.0f); }
     __device__ __forceinline__ void operator()(u32 i, u32 j, const int sum[4]) const {
         float* to = y + (u64)i * n + j;
         if (n % 4u == 0u) {
@@ -218,6 +222,162 @@ struct StoreElements {
             if (j + c < n) to[c] = value(j + c, sum[c]);
     }
 };
+
+#if defined(ESPALIER_HOST) || defined(ELEMENT_F16) || defined(ELEMENT_BF16)
+// Four bits in the low places of a float of this exponent are its value plus them.
+#if defined(ELEMENT_F16)
+#define INT4_PAIR 0x64006400u
+#else
+#define INT4_PAIR 0x43004300u
+#endif
+
+// Byte `index` of a word as two levels in the element type: nibble minus 8, exactly. A permutation of the word and the word shifted
+// by one nibble puts one nibble of the byte in each half; what else it brings is masked.
+__device__ __forceinline__ u32 levels_of(u32 word, u32 index) {
+    u32 pair = (__byte_perm(word, word >> 4, index | (index + 4u) << 8) & 0x000f000fu) | INT4_PAIR;
+#if defined(ESPALIER_HOST)
+    float least = ld((u16)INT4_PAIR) + 8.0f;
+    return (u32)st(ld((u16)pair) - least) | (u32)st(ld((u16)(pair >> 16)) - least) << 16;
+#else
+    u32 y;
+#if defined(ELEMENT_F16)
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(y) : "r"(pair), "r"(0x64086408u));
+#else
+    // One times it, minus 136.
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(pair), "r"(0x3f803f80u), "r"(0xc308c308u));
+#endif
+    return y;
+#endif
+}
+#endif
+
+#if ARCH == 90
+// Rows of tokens by tensor map, DEPTH of k a stage.
+template <u32 TOKENS, u32 DEPTH>
+struct TokenMap {
+    static const u32 THREADS = WARP, ARRIVALS = 1u;
+    const TensorMap* x;
+    __device__ __forceinline__ void begin() const {
+        if (threadIdx.x == 0u) tma_prefetch(x);
+    }
+    __device__ __forceinline__ void start(const WgmmaTiles::Tile&) const {}
+    __device__ __forceinline__ void end() const {}
+    template <class Stages>
+    __device__ __forceinline__ void stage(const Stages& place, const WgmmaTiles::Tile& t, u32 step) const {
+        if (threadIdx.x % WARP != 0u) return;
+        mbarrier_arrive_expect(place.full(), TOKENS * 128u);
+        tma_load(place.tile(), x, place.full(), step * DEPTH, t.column * TOKENS, 0u);
+    }
+};
+
+// The product of gemm_wgmma.cuh for weights in registers: `Work` holds what a thread knows of its rows of a tile.
+//   Work(weights, row, sums)  of this thread's first row
+//   load(read, step)      starts to read what a stage needs (anything beyond the weights is harmless), into a `Read`
+//   make(operands, read)  its operands, a warp together
+//   issue, finish         start the products of one stage; what is to be done when they are done
+// While a stage is multiplied the operands of the next one are made, and memory is two stages ahead. Two warp groups take turns, so
+// that tensor instructions go on while one of them waits for its own.
+template <class Work>
+struct RegisterProduct {
+    typedef typename Work::Sums Sums;
+    typename Work::Weights weights;
+    template <class Stages>
+    __device__ __forceinline__ void sum(Stages& place, const WgmmaTiles::Tile& t, u32 steps, u32 group, Sums& sums) const {
+        Work work(weights, t.row * WGMMA_ROWS + group * 64u + wgmma_row(), sums);
+        typename Work::Read read[2];
+        typename Work::Operands operands[2];
+        bool signals = threadIdx.x % WARP == 0u;
+        work.load(read[0], 0u);
+        work.load(read[1], 1u);
+        work.make(operands[0], read[0]);
+        work.load(read[0], 2u);
+        for (u32 first = 0u; first < steps; first += 2u) {
+            // By twos, so that registers need not move: a move would wait for what is being read.
+#pragma unroll
+            for (u32 i = 0u; i < 2u; i++) {
+                if (first + i == steps) break;
+                mbarrier_wait(place.full(), place.parity);
+                wgmma_fence();
+                work.issue(sums, operands[i], place.tile(), first + i);
+                wgmma_commit();
+                work.make(operands[i ^ 1u], read[i ^ 1u]);
+                work.load(read[i ^ 1u], first + i + 3u);
+                wgmma_wait<0>();
+                work.finish(sums);
+                if (signals) mbarrier_arrive(place.empty());
+                place.next();
+            }
+        }
+    }
+};
+
+// Sums are [weights, tokens] here: a thread's pairs lie in neighbouring rows of y. Eight lanes fill 32 bytes of a row.
+template <u32 TOKENS>
+struct FinishScaled {
+    StoreScaled to;
+    u32 m;
+    __device__ __forceinline__ void operator()(const int (&sums)[TOKENS / 2u], const WgmmaTiles::Tile& t, u32 group) const {
+        u32 row = t.row * WGMMA_ROWS + group * 64u + wgmma_row(), token = t.column * TOKENS + wgmma_column();
+        float w[2], more[2];
+#pragma unroll
+        for (u32 half = 0u; half < 2u; half++) {
+            bool inside = row + half * 8u < to.n;
+            w[half] = inside ? to.ws[row + half * 8u] : 0.0f;
+            more[half] = inside && to.bias ? to.bias[row + half * 8u] : 0.0f;
+        }
+#pragma unroll
+        for (u32 j = 0u; j < TOKENS / 4u; j++) {
+            u32 at = token + j / 2u * 8u + j % 2u;
+            if (at >= m) continue;
+            float x = to.xs[at];
+            float* y = to.y + (u64)at * to.n + row;
+#pragma unroll
+            for (u32 half = 0u; half < 2u; half++)
+                if (row + half * 8u < to.n) y[half * 8u] = to.scaled(sums[j / 2u * 4u + half * 2u + j % 2u], x, w[half], more[half]);
+        }
+    }
+};
+
+#ifdef TENSOR_16
+// Rounded, then turned: two lanes fill 32 bytes of a row.
+template <u32 TOKENS>
+struct FinishElements {
+    StoreElements to;
+    u32 m;
+    __device__ __forceinline__ void operator()(const float (&sums)[TOKENS / 2u], const WgmmaTiles::Tile& t, u32 group) const {
+        u32 lane = threadIdx.x % WARP, first = t.row * WGMMA_ROWS + group * 64u + threadIdx.x % WARP_GROUP / WARP * 16u;
+        float more[2];
+#pragma unroll
+        for (u32 half = 0u; half < 2u; half++) {
+            u32 row = first + half * 8u + lane / 4u;
+            more[half] = to.bias && row < to.n ? ld(to.bias[row]) : 0.0f;
+        }
+#pragma unroll
+        for (u32 j = 0u; j < TOKENS / 8u; j += 2u) {
+            u32 words[4];
+#pragma unroll
+            for (u32 i = 0u; i < 4u; i++) {
+                const float* pair = sums + (j + i / 2u) * 4u + i % 2u * 2u;
+                words[i] = movmatrix(round_pair(pair[0] + more[i % 2u], pair[1] + more[i % 2u]));
+            }
+            // Of words 0 to 3 (eight tokens, then eight others, each with eight weights and then eight more) a lane gets the one
+            // of its number, whole: eight weights of one token.
+            quad_transpose(words);
+            u32 token = t.column * TOKENS + (j + lane % 4u / 2u) * 8u + lane / 4u, row = first + lane % 2u * 8u;
+            if (token >= m || row >= to.n) continue;
+            E* y = to.y + (u64)token * to.n + row;
+            if (to.n % 8u == 0u) {
+                *(uint4*)y = make_uint4(words[0], words[1], words[2], words[3]);
+            } else {
+#pragma unroll
+                for (u32 i = 0u; i < 8u; i++)
+                    if (row + i < to.n) y[i] = (E)(words[i / 2u] >> i % 2u * 16u);
+            }
+        }
+    }
+};
+#endif
+#endif
 
 }  // namespace weights
 #endif

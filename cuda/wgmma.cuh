@@ -11,6 +11,16 @@
 //                  of warp w and lane 4 g + t in d[4 j + i]; a and b lie in shared memory as a descriptor says.
 //                  fence before the first use of registers, commit closes a group, wait<N> leaves N groups open; after it
 //                  `wgmma_hold` keeps the compiler from reading d too early.
+//   wgmma_registers  the same with a in registers, each warp's 16 rows in the order of mma_16816: fragments of d rounded in pairs
+//                  are fragments of a. They are written before the fence and left alone until the product was waited for.
+//   wgmma_s8       signed bytes and i32 sums, 32 of k, both operands along k, which lie in tiles as 16-bit elements do
+//   wgmma_sparse   a[64, 32] with two of four kept, the kept ones in registers as above: as mma_sp_16832, metadata and SELECTOR too;
+//                  b is read 32 of k (64 bytes) at a time, along k
+//   wgmma_sparse_s8  a[64, 64] of signed bytes, the kept ones in registers in the order of mma_16832_s8; every lane gives metadata,
+//                  32 bits (32 columns) of rows g and g + 8 by t = 0 and 1 for the first 32 columns, by t = 2 and 3 for the others
+//   bulk_load      `bytes` (a multiple of 16) from global to shared memory, both at multiples of 16, counted by the barrier.
+//   named_*        barriers of threads by number, 1 to 15: named_barrier waits for `count` threads (whole warps), those that only
+//                  named_arrive among them.
 //   Tiles          of 16-bit elements, turned in 128 bytes as tensor maps write them: rows of 128 bytes whose chunk of 16 bytes c
 //                  lies at c ^ row % 8, from a multiple of 1,024 bytes. Along k: a row per m or n, 64 of k. Along m or n: a row
 //                  per k, blocks of 64 of m or n, `WGMMA_BLOCK` bytes (64 rows) apart. So no product needs a transposed copy.
@@ -21,7 +31,11 @@
 //   2. steps of 16 of k inside a turned row add 32 bytes to the start address, with base offset 0;
 //   3. boxes partly and wholly outside of a tensor count all their bytes;
 //   4. setmaxnreg to 40 and 232 from 168 registers, which needs 384 threads in the launch bounds and one block;
-//   5. a warp's wgmma.wait_group speaks for its own quarter of an operand only: every warp arrives for itself.
+//   5. a warp's wgmma.wait_group speaks for its own quarter of an operand only: every warp arrives for itself;
+//   6. a map whose planes overlap (plane stride below the row stride, as for the heads of [B, T, H, D]) is taken by the driver;
+//   7. bytes lie in turned tiles as 16-bit elements do, with the same descriptors: 32 of k are 32 bytes;
+//   8. metadata of 2:4 operands lies in the lanes as said above (one non-zero group at a time against the dense product; CUTLASS's
+//      tables agree), and such an instruction reads 64 bytes of k of b.
 
 // A tensor map: a kernel takes it as `const __grid_constant__ TensorMap`, after the buffers and before the parameter block.
 struct __align__(64) TensorMap { u64 opaque[16]; };
@@ -65,8 +79,15 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, u64
 // Between this thread's own writes to shared memory and the copy engine or tensor instructions that use them.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, u64* barrier, u32 bytes) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+
 // A barrier of `count` threads (a multiple of 32) with a number from 1 to 15; 0 is that of __syncthreads.
 __device__ __forceinline__ void named_barrier(u32 number, u32 count) { asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(count) : "memory"); }
+// Counts as one of them, and goes on.
+__device__ __forceinline__ void named_arrive(u32 number, u32 count) { asm volatile("bar.arrive %0, %1;" :: "r"(number), "r"(count) : "memory"); }
 
 template <u32 COUNT> __device__ __forceinline__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT)); }
 template <u32 COUNT> __device__ __forceinline__ void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT)); }
@@ -75,36 +96,93 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int OPEN> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(OPEN) : "memory"); }
 
-template <u32 COUNT> __device__ __forceinline__ void wgmma_hold(float (&d)[COUNT]) {
+__device__ __forceinline__ void wgmma_hold(float& d) { asm volatile("" : "+f"(d) :: "memory"); }
+__device__ __forceinline__ void wgmma_hold(int& d) { asm volatile("" : "+r"(d) :: "memory"); }
+template <class T, u32 COUNT> __device__ __forceinline__ void wgmma_hold(T (&d)[COUNT]) {
 #pragma unroll
-    for (u32 i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i]) :: "memory");
+    for (u32 i = 0; i < COUNT; i++) wgmma_hold(d[i]);
 }
 
-#define WGMMA_F4(d, i) "+f"((d)[i]), "+f"((d)[i + 1]), "+f"((d)[i + 2]), "+f"((d)[i + 3])
-#define WGMMA_F16(d, i) WGMMA_F4(d, i), WGMMA_F4(d, i + 4), WGMMA_F4(d, i + 8), WGMMA_F4(d, i + 12)
-#define WGMMA_F32(d, i) WGMMA_F16(d, i), WGMMA_F16(d, i + 16)
-#define WGMMA_F64(d, i) WGMMA_F32(d, i), WGMMA_F32(d, i + 32)
+// Operands of sums ("+f" or "+r"), and their places in the text.
+#define WGMMA_4(type, d, i) type((d)[i]), type((d)[i + 1]), type((d)[i + 2]), type((d)[i + 3])
+#define WGMMA_16(type, d, i) WGMMA_4(type, d, i), WGMMA_4(type, d, i + 4), WGMMA_4(type, d, i + 8), WGMMA_4(type, d, i + 12)
+#define WGMMA_32(type, d, i) WGMMA_16(type, d, i), WGMMA_16(type, d, i + 16)
+#define WGMMA_64(type, d, i) WGMMA_32(type, d, i), WGMMA_32(type, d, i + 32)
+#define WGMMA_128(type, d) WGMMA_64(type, d, 0), WGMMA_64(type, d, 64)
 #define WGMMA_R0 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define WGMMA_R1 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define WGMMA_R2 "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define WGMMA_R3 "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
+#define WGMMA_N64 " {" WGMMA_R0 "}, "
+#define WGMMA_N128 " {" WGMMA_R0 "," WGMMA_R1 "}, "
+#define WGMMA_N256 " {" WGMMA_R0 "," WGMMA_R1 "," WGMMA_R2 "," WGMMA_R3 "}, "
+// An instruction whose predicate `sum` is operand number `add`, other than 0.
+#define WGMMA_TEXT(add, instruction, n, operands) \
+    "{\n.reg .pred sum;\nsetp.ne.u32 sum, %" #add ", 0;\nwgmma.mma_async" instruction WGMMA_N##n operands ";\n}"
+#define WGMMA_TYPES "f32." MMA_TYPE "." MMA_TYPE
 
 // d = a b (+ d where `add` is not 0). A_BLOCKS, B_BLOCKS: the operand is contiguous along m, along n.
 template <u32 N, bool A_BLOCKS, bool B_BLOCKS>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2u], u64 a, u64 b, u32 add) {
     static_assert(N == 64u || N == 128u || N == 256u, "one of the widths below");
     if constexpr (N == 64u) {
-        asm volatile("{\n.reg .pred sum;\nsetp.ne.u32 sum, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." MMA_TYPE "." MMA_TYPE
-                     " {" WGMMA_R0 "}, %32, %33, sum, 1, 1, %35, %36;\n}"
-                     : WGMMA_F32(d, 0) : "l"(a), "l"(b), "r"(add), "n"(A_BLOCKS ? 1 : 0), "n"(B_BLOCKS ? 1 : 0));
+        asm volatile(WGMMA_TEXT(34, ".sync.aligned.m64n64k16." WGMMA_TYPES, 64, "%32, %33, sum, 1, 1, %35, %36")
+                     : WGMMA_32("+f", d, 0) : "l"(a), "l"(b), "r"(add), "n"(A_BLOCKS ? 1 : 0), "n"(B_BLOCKS ? 1 : 0));
     } else if constexpr (N == 128u) {
-        asm volatile("{\n.reg .pred sum;\nsetp.ne.u32 sum, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." MMA_TYPE "." MMA_TYPE
-                     " {" WGMMA_R0 "," WGMMA_R1 "}, %64, %65, sum, 1, 1, %67, %68;\n}"
-                     : WGMMA_F64(d, 0) : "l"(a), "l"(b), "r"(add), "n"(A_BLOCKS ? 1 : 0), "n"(B_BLOCKS ? 1 : 0));
+        asm volatile(WGMMA_TEXT(66, ".sync.aligned.m64n128k16." WGMMA_TYPES, 128, "%64, %65, sum, 1, 1, %67, %68")
+                     : WGMMA_64("+f", d, 0) : "l"(a), "l"(b), "r"(add), "n"(A_BLOCKS ? 1 : 0), "n"(B_BLOCKS ? 1 : 0));
     } else {
-        asm volatile("{\n.reg .pred sum;\nsetp.ne.u32 sum, %130, 0;\nwgmma.mma_async.sync.aligned.m64n256k16.f32." MMA_TYPE "." MMA_TYPE
-                     " {" WGMMA_R0 "," WGMMA_R1 "," WGMMA_R2 "," WGMMA_R3 "}, %128, %129, sum, 1, 1, %131, %132;\n}"
-                     : WGMMA_F64(d, 0), WGMMA_F64(d, 64) : "l"(a), "l"(b), "r"(add), "n"(A_BLOCKS ? 1 : 0), "n"(B_BLOCKS ? 1 : 0));
+        asm volatile(WGMMA_TEXT(130, ".sync.aligned.m64n256k16." WGMMA_TYPES, 256, "%128, %129, sum, 1, 1, %131, %132")
+                     : WGMMA_128("+f", d) : "l"(a), "l"(b), "r"(add), "n"(A_BLOCKS ? 1 : 0), "n"(B_BLOCKS ? 1 : 0));
+    }
+}
+
+template <u32 N, bool B_BLOCKS>
+__device__ __forceinline__ void wgmma_registers(float (&d)[N / 2u], const u32 (&a)[4], u64 b, u32 add) {
+    static_assert(N == 64u || N == 128u, "one of the widths below");
+    if constexpr (N == 64u) {
+        asm volatile(WGMMA_TEXT(37, ".sync.aligned.m64n64k16." WGMMA_TYPES, 64, "{%32,%33,%34,%35}, %36, sum, 1, 1, %38")
+                     : WGMMA_32("+f", d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(B_BLOCKS ? 1 : 0));
+    } else {
+        asm volatile(WGMMA_TEXT(69, ".sync.aligned.m64n128k16." WGMMA_TYPES, 128, "{%64,%65,%66,%67}, %68, sum, 1, 1, %70")
+                     : WGMMA_64("+f", d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(B_BLOCKS ? 1 : 0));
+    }
+}
+
+template <u32 N>
+__device__ __forceinline__ void wgmma_s8(int (&d)[N / 2u], u64 a, u64 b, u32 add) {
+    static_assert(N == 128u || N == 256u, "one of the widths below");
+    if constexpr (N == 128u) {
+        asm volatile(WGMMA_TEXT(66, ".sync.aligned.m64n128k32.s32.s8.s8", 128, "%64, %65, sum")
+                     : WGMMA_64("+r", d, 0) : "l"(a), "l"(b), "r"(add));
+    } else {
+        asm volatile(WGMMA_TEXT(130, ".sync.aligned.m64n256k32.s32.s8.s8", 256, "%128, %129, sum")
+                     : WGMMA_128("+r", d) : "l"(a), "l"(b), "r"(add));
+    }
+}
+
+template <u32 N, u32 SELECTOR>
+__device__ __forceinline__ void wgmma_sparse(float (&d)[N / 2u], const u32 (&a)[4], u64 b, u32 metadata, u32 add) {
+    static_assert(N == 128u || N == 256u, "one of the widths below");
+    if constexpr (N == 128u) {
+        asm volatile(WGMMA_TEXT(70, ".sp.sync.aligned.m64n128k32." WGMMA_TYPES, 128, "{%64,%65,%66,%67}, %68, %69, %71, sum, 1, 1, 0")
+                     : WGMMA_64("+f", d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "r"(add), "n"(SELECTOR));
+    } else {
+        asm volatile(WGMMA_TEXT(134, ".sp.sync.aligned.m64n256k32." WGMMA_TYPES, 256, "{%128,%129,%130,%131}, %132, %133, %135, sum, 1, 1, 0")
+                     : WGMMA_128("+f", d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "r"(add), "n"(SELECTOR));
+    }
+}
+
+template <u32 N>
+__device__ __forceinline__ void wgmma_sparse_s8(int (&d)[N / 2u], const u32 (&a)[4], u64 b, u32 metadata, u32 add) {
+    static_assert(N == 128u || N == 256u, "one of the widths below");
+    if constexpr (N == 128u) {
+        asm volatile(WGMMA_TEXT(70, ".sp.sync.aligned.m64n128k64.s32.s8.s8", 128, "{%64,%65,%66,%67}, %68, %69, 0, sum")
+                     : WGMMA_64("+r", d, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "r"(add));
+    } else {
+        asm volatile(WGMMA_TEXT(134, ".sp.sync.aligned.m64n256k64.s32.s8.s8", 256, "{%128,%129,%130,%131}, %132, %133, 0, sum")
+                     : WGMMA_128("+r", d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "r"(add));
     }
 }
 

@@ -67,6 +67,20 @@ macro_rules! source {
 }
 pub(crate) use source;
 
+/// A rung in a file of its own: `cuda/STEM.cu` alone.
+macro_rules! cuda_source {
+    ($stem:literal) => {
+        $crate::kernel::Source {
+            wgsl: $crate::kernel::File { name: "", text: "" },
+            cuda: $crate::kernel::File {
+                name: concat!($stem, ".cu"),
+                text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/", $stem, ".cu")),
+            },
+        }
+    };
+}
+pub(crate) use cuda_source;
+
 /// A kernel's entry in one file.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry {

@@ -2,6 +2,7 @@
 //! ever held in memory, forward or backward.
 
 mod cases;
+mod groups;
 mod plan;
 mod reference;
 mod tensor;
@@ -195,6 +196,8 @@ impl Op for Attention {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("attention_fwd", DType::FLOATS, cpu::attention),
+            groups::forward::<64>(),
+            groups::forward::<128>(),
             tensor::forward::<32>(),
             tensor::forward::<64>(),
             tensor::forward::<96>(),
@@ -264,6 +267,8 @@ impl Op for AttentionBackward {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("attention_bwd", DType::FLOATS, cpu::attention_backward),
+            groups::backward::<64>(),
+            groups::backward::<128>(),
             tensor::backward::<32>(),
             tensor::backward::<64>(),
             tensor::backward::<96>(),

@@ -1,6 +1,7 @@
 //! The feed-forward block of a transformer, both matrices and the activation in one op, forward and backward.
 
 mod cases;
+mod groups;
 mod plan;
 mod reference;
 
@@ -110,6 +111,7 @@ impl Op for Ffn {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("ffn_fwd", DType::FLOATS, cpu::ffn),
+            groups::FORWARD,
             plan::FORWARD_TENSOR,
             plan::FORWARD_TENSOR_SMALL,
             plan::FORWARD,
@@ -174,6 +176,7 @@ impl Op for FfnBackward {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("ffn_bwd", DType::FLOATS, cpu::ffn_backward),
+            groups::BACKWARD,
             plan::BACKWARD_TENSOR,
             plan::BACKWARD_TENSOR_SMALL,
             plan::BACKWARD,

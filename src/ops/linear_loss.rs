@@ -3,6 +3,7 @@
 
 mod cases;
 mod entropy;
+mod groups;
 mod kl;
 mod plan;
 mod predict;

@@ -9,6 +9,7 @@ pub mod ceiling;
 pub mod distill;
 pub mod embed;
 pub mod ffn;
+mod groups;
 pub mod large;
 pub mod layout;
 pub mod linear_loss;

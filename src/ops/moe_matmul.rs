@@ -1,5 +1,6 @@
 //! Mixture of experts, products: every sorted row times the weight of its expert.
 
+mod groups;
 mod plan;
 
 use std::any::Any;
@@ -115,6 +116,8 @@ impl Op for GroupedMatmul {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("grouped_matmul_fwd", DType::FLOATS, cpu::grouped_matmul),
+            groups::FORWARD_WIDE,
+            groups::FORWARD_NARROW,
             plan::FORWARD_TENSOR,
             plan::FORWARD_TENSOR_SMALL,
             plan::FORWARD,
@@ -286,6 +289,8 @@ impl Op for GroupedBackwardInput {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("grouped_matmul_bwd_input", DType::FLOATS, cpu::grouped_backward_input),
+            groups::INPUT_WIDE,
+            groups::INPUT_NARROW,
             plan::BACKWARD_INPUT_TENSOR,
             plan::BACKWARD_INPUT_TENSOR_SMALL,
             plan::BACKWARD_INPUT,
@@ -345,6 +350,8 @@ impl Op for GroupedBackwardWeight {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("grouped_matmul_bwd_weight", DType::FLOATS, cpu::grouped_backward_weight),
+            groups::WEIGHT_WIDE,
+            groups::WEIGHT_NARROW,
             plan::BACKWARD_WEIGHT_TENSOR,
             plan::BACKWARD_WEIGHT_TENSOR_SMALL,
             plan::BACKWARD_WEIGHT,
@@ -374,7 +381,7 @@ fn params(rows: usize, n: usize, d: usize, k: usize, gather: bool, experts: usiz
 
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    // Widths that are multiples of eight take tensor tiles: one with few rows, one with several tiles each way.
+    // Widths that are multiples of eight take tensor tiles: one with few rows, two with several tiles each way.
     for (m, experts, k, n, d) in [
         (1, 1, 1, 1_usize, 1),
         (1, 8, 2, 5, 7),
@@ -384,6 +391,7 @@ fn cases() -> Vec<Case> {
         (40, 6, 3, 17, 64),
         (130, 3, 1, 32, 31),
         (140, 2, 2, 136, 168),
+        (150, 3, 2, 264, 392),
     ] {
         let (rows, route) = (m * k, routing(m, k, experts));
         let sorted = |case: Case| {

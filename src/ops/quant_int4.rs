@@ -4,13 +4,13 @@ use std::any::Any;
 
 use super::matmul::Matmul;
 use super::quant::{BLOCK, Granularity, Grid, SOURCE as QUANT_SOURCE, Scheme, map_params, range_launches, ranges};
-use super::quant_matmul::{FEW_TOKENS, Tile};
+use super::quant_matmul::{FEW_TOKENS, NARROW, Tile, fills, token_launch};
 use super::reduce::{Axis, Reduce, ReduceFunction};
 use super::unary::Cast;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, cuda_source, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
@@ -18,6 +18,8 @@ use crate::tensor::Tensor;
 pub static FAMILY: Family = Family { name: "quant_int4", cases, source: Some(SOURCE) };
 
 const SOURCE: Source = source!("quant_int4");
+/// The rung on warp groups stands in a file of its own.
+const GROUPS: Source = cuda_source!("quant_int4_wgmma");
 
 /// w `[n, k]` to `packed u32 [n, k/8]` and `scales f32 [n, k/group]`: symmetric narrow levels -7 ..= 7 by the rule of
 /// `quant.rs`, stored plus 8, the lowest column in the lowest four bits. `group` is a multiple of 8 that divides k.
@@ -188,6 +190,7 @@ impl Op for MatmulInt4 {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("matmul_int4_fwd", DType::FLOATS, cpu::matmul_int4),
+            WARP_GROUPS,
             tensor("matmul_int4_fwd_few_mma", few_tokens, |p| plan_tensor(p, FEW)),
             tensor("matmul_int4_fwd_mma", whole_chunks, |p| plan_tensor(p, MANY)),
             wgsl("matmul_int4_fwd", DType::FLOATS, plan_matmul),
@@ -243,6 +246,20 @@ const fn tensor(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Proble
     Kernel { name, code, dtypes: &[DType::F16, DType::Bf16], fits, plan }
 }
 
+const WARP_GROUPS: Kernel = Kernel {
+    name: "matmul_int4_fwd_wgmma",
+    code: Code::Cuda {
+        source: GROUPS,
+        entry: "matmul_int4_fwd_wgmma",
+        constants: &[],
+        arch: 90,
+        tensor: &["wgmma.mma_async"],
+    },
+    dtypes: &[DType::F16, DType::Bf16],
+    fits: fits_groups,
+    plan: plan_groups,
+};
+
 const MANY: Tile = Tile::new([128, 128], 256, 1, 4, 2);
 const FEW: Tile = Tile::new([32, 16], 128, 4, 6, 2);
 
@@ -255,9 +272,22 @@ fn few_tokens(p: &Problem) -> bool {
     whole_chunks(p) && p.outputs[0].dims()[0] <= FEW_TOKENS
 }
 
+fn fits_groups(p: &Problem) -> bool {
+    let outputs = [1, 0].map(|axis| p.outputs[0].dims()[axis]);
+    whole_chunks(p) && p.inputs[0].shape.last() > 0 && fills(p, outputs, NARROW)
+}
+
+fn plan_groups(p: &Problem) -> Plan {
+    Plan::of(token_launch(p, NARROW, p.params()).slots(&slots(p)))
+}
+
+/// Without a bias its slot holds x, which is not read there.
+fn slots(p: &Problem) -> [usize; 5] {
+    [0, 1, 2, if p.inputs.len() == 4 { 3 } else { 0 }, p.inputs.len()]
+}
+
 fn plan_tensor(p: &Problem, tile: Tile) -> Plan {
-    let bias = if p.inputs.len() == 4 { 3 } else { 0 };
-    Plan::of(tile.launch(p).slots(&[0, 1, 2, bias, p.inputs.len()]))
+    Plan::of(tile.launch(p).slots(&slots(p)))
 }
 
 /// Arguments: w, packed, scales, then scratch: ranges, parts of ranges, zero points (all 0).
@@ -275,11 +305,9 @@ fn plan_unpack(p: &Problem) -> Plan {
     Plan::of(Launch::linear(p.inputs[0].count(), BLOCK, p.params()).trips(8))
 }
 
-/// Without a bias its slot holds x, which is not read there.
 fn plan_matmul(p: &Problem) -> Plan {
-    let bias = if p.inputs.len() == 4 { 3 } else { 0 };
     let launch = Launch::linear(p.outputs[0].count(), BLOCK, p.params());
-    Plan::of(launch.slots(&[0, 1, 2, bias, p.inputs.len()]).trips(p.inputs[0].dims()[1]))
+    Plan::of(launch.slots(&slots(p)).trips(p.inputs[0].dims()[1]))
 }
 
 /// Words of eight nibbles 1 ..= 15.

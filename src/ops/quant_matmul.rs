@@ -2,16 +2,19 @@
 
 use std::any::Any;
 
+use super::groups::{self, MULTIPROCESSORS};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, source};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, cuda_source, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Op, Tolerance};
 use crate::shape::{self, Meta};
 
 pub static FAMILY: Family = Family { name: "quant_matmul", cases, source: Some(SOURCE) };
 
 const SOURCE: Source = source!("quant_matmul");
+/// The rungs on warp groups stand in a file of their own.
+const GROUPS: Source = cuda_source!("quant_matmul_wgmma");
 const BLOCK: u32 = 64;
 /// Longest reduction whose sums of products of -128 fit i32.
 pub(super) const MAX_K: usize = (1 << 17) - 1;
@@ -69,6 +72,8 @@ impl Op for MatmulInt8 {
         const F32: &[DType] = &[DType::F32];
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("matmul_int8_fwd", F32, cpu::matmul_int8),
+            warp_groups("matmul_int8_fwd_wgmma", |p| fits_groups(p, WIDE), |p| plan_groups(p, WIDE)),
+            warp_groups("matmul_int8_narrow_wgmma", |p| fits_groups(p, NARROW), |p| plan_groups(p, NARROW)),
             tensor("matmul_int8_fwd_few_mma", few_tokens, |p| plan_tensor(p, FEW)),
             tensor("matmul_int8_fwd_mma", whole_chunks, |p| plan_tensor(p, MANY)),
             wgsl("matmul_int8_fwd_v3", "matmul_int8_fwd_v3", four_rows, plan_v3),
@@ -112,6 +117,11 @@ const fn tensor(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Proble
     Kernel { name, code, dtypes: &[DType::F32], fits, plan }
 }
 
+const fn warp_groups(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) -> Plan) -> Kernel {
+    let code = Code::Cuda { source: GROUPS, entry: name, constants: &[], arch: 90, tensor: &["wgmma.mma_async"] };
+    Kernel { name, code, dtypes: &[DType::F32], fits, plan }
+}
+
 /// The tiles of `cuda/weights.cuh`: weights by tokens of a block, its threads, and the bytes of its pipeline.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
@@ -139,6 +149,55 @@ impl Tile {
 pub(super) const FEW_TOKENS: usize = 32;
 pub(super) const MANY: Tile = Tile::new([128, 128], 256, 1, 3, 8);
 pub(super) const FEW: Tile = Tile::new([32, 16], 128, 4, 4, 8);
+
+/// Rows and columns of a tile of two warp groups.
+pub(super) type GroupTile = [usize; 2];
+pub(super) const WIDE: GroupTile = [128, 256];
+pub(super) const NARROW: GroupTile = [128, 128];
+
+/// Tiles of outputs, down and across.
+pub(super) fn group_tiles([rows, columns]: [usize; 2], tile: GroupTile) -> [usize; 2] {
+    [rows.div_ceil(tile[0]), columns.div_ceil(tile[1])]
+}
+
+/// Whether tiles of `outputs` fill the multiprocessors: all of them for wide ones, half for narrow ones, below which the
+/// small tiles of `mma` spread better. Few tokens have rungs of their own. Software adapters are never full.
+pub(super) fn fills(p: &Problem, outputs: [usize; 2], tile: GroupTile) -> bool {
+    let wanted = if tile == WIDE { MULTIPROCESSORS } else { MULTIPROCESSORS / 2 };
+    let [down, across] = group_tiles(outputs, tile);
+    let full = outputs[1] > tile[1] / 2 && down * across >= wanted;
+    p.info.software || full && p.outputs[0].dims()[0] > FEW_TOKENS
+}
+
+/// Warp groups on weights in registers: tiles of weights by tokens, the tokens (the first input) by a tensor map.
+pub(super) fn token_launch(p: &Problem, tile: GroupTile, params: Params) -> Launch {
+    let [m, n] = [0, 1].map(|axis| p.outputs[0].dims()[axis]);
+    let (element, k) = (p.inputs[0].dtype, p.inputs[0].shape.last());
+    let stages = if tile == WIDE { 6 } else { 8 };
+    let [down, across] = group_tiles([n, m], tile);
+    Launch::new([groups::blocks(p, down * across), 1, 1], params.u(down).u(across))
+        .map(groups::matrix(0, element, [m, k], k, tile[1]))
+        .shared(groups::shared(stages, tile[1] * 128, 0))
+}
+
+fn fits_groups(p: &Problem, tile: GroupTile) -> bool {
+    let [m, n] = [0, 1].map(|axis| p.outputs[0].dims()[axis]);
+    whole_chunks(p) && p.inputs[0].shape.last() > 0 && fills(p, [m, n], tile)
+}
+
+fn plan_groups(p: &Problem, tile: GroupTile) -> Plan {
+    const STAGES: usize = 4;
+    let [m, n] = [0, 1].map(|axis| p.outputs[0].dims()[axis]);
+    let (k, bias) = (p.inputs[0].shape.last(), p.inputs.len() == 5);
+    let [down, across] = group_tiles([m, n], tile);
+    let params = Params::new().u(m).u(n).u(k).flag(bias).u(down).u(across);
+    let launch = Launch::new([groups::blocks(p, down * across), 1, 1], params)
+        .slots(&[0, 1, 2, 3, if bias { 4 } else { 3 }, p.inputs.len()])
+        .map(groups::matrix(0, DType::I8, [m, k], k, tile[0]))
+        .map(groups::matrix(2, DType::I8, [n, k], k, tile[1]))
+        .shared(groups::shared(STAGES, (tile[0] + tile[1]) * 128, 0));
+    Plan::of(launch)
+}
 
 /// Rows start on 16 bytes.
 fn whole_chunks(p: &Problem) -> bool {

@@ -3,13 +3,13 @@
 use std::any::Any;
 
 use super::matmul::Matmul;
-use super::quant_matmul::{self, FEW_TOKENS, MAX_K, Tile};
+use super::quant_matmul::{self, FEW_TOKENS, GroupTile, MAX_K, NARROW, Tile, WIDE, fills};
 use super::reduce::{Axis, Reduce, ReduceFunction};
 use super::sparse24_pack::{Decompress24, Gather24, compressed, meta_words, places, random_meta};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, cuda_source, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
@@ -17,6 +17,8 @@ use crate::tensor::Tensor;
 pub static FAMILY: Family = Family { name: "sparse24_matmul", cases, source: Some(SOURCE) };
 
 const SOURCE: Source = source!("sparse24_matmul");
+/// The rungs on warp groups stand in a file of their own.
+const GROUPS: Source = cuda_source!("sparse24_matmul_wgmma");
 const BLOCK: u32 = 64;
 
 /// y = x W^T (+ bias) with W `[n, k]` compressed: x `[m, k]`, values `[n, k/2]`, `meta u32 [n, ceil(k/32)]`, bias `[n]`;
@@ -78,6 +80,13 @@ impl Op for MatmulSparse24 {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("matmul_sparse24_fwd", DType::FLOATS, cpu::matmul_sparse24),
+            warp_groups("matmul_sparse24_fwd_wgmma", FLOAT.0, |p| fits_floats(p, WIDE), |p| plan_groups(p, WIDE)),
+            warp_groups(
+                "matmul_sparse24_narrow_wgmma",
+                FLOAT.0,
+                |p| fits_floats(p, NARROW),
+                |p| plan_groups(p, NARROW),
+            ),
             tensor("matmul_sparse24_fwd_few_mma", FLOAT, few_floats, |p| plan_floats(p, FEW)),
             tensor("matmul_sparse24_fwd_mma", FLOAT, whole_floats, |p| plan_floats(p, MANY)),
             Kernel { fits: four_rows, ..wgsl("matmul_sparse24_fwd_v2", DType::FLOATS, plan_rows) },
@@ -161,6 +170,13 @@ impl Op for MatmulSparse24Int8 {
         const F32: &[DType] = &[DType::F32];
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("matmul_sparse24_int8_fwd", F32, cpu::matmul_sparse24_int8),
+            warp_groups("matmul_sparse24_int8_fwd_wgmma", F32, |p| fits_bytes(p, WIDE), |p| plan_groups(p, WIDE)),
+            warp_groups(
+                "matmul_sparse24_int8_narrow_wgmma",
+                F32,
+                |p| fits_bytes(p, NARROW),
+                |p| plan_groups(p, NARROW),
+            ),
             tensor("matmul_sparse24_int8_fwd_few_mma", BYTES, few_bytes, |p| plan_bytes(p, quant_matmul::FEW)),
             tensor("matmul_sparse24_int8_fwd_mma", BYTES, whole_bytes, |p| plan_bytes(p, quant_matmul::MANY)),
             wgsl("matmul_sparse24_int8_fwd", F32, plan_int8),
@@ -207,6 +223,16 @@ const fn tensor(
     Kernel { name, code, dtypes, fits, plan }
 }
 
+const fn warp_groups(
+    name: &'static str,
+    dtypes: &'static [DType],
+    fits: fn(&Problem) -> bool,
+    plan: fn(&Problem) -> Plan,
+) -> Kernel {
+    let code = Code::Cuda { source: GROUPS, entry: name, constants: &[], arch: 90, tensor: &["wgmma.mma_async.sp"] };
+    Kernel { name, code, dtypes, fits, plan }
+}
+
 const MANY: Tile = Tile::new([128, 128], 256, 1, 4, 4);
 const FEW: Tile = Tile::new([32, 16], 128, 4, 5, 4);
 
@@ -227,25 +253,48 @@ fn few_bytes(p: &Problem) -> bool {
     whole_bytes(p) && p.outputs[0].dims()[0] <= FEW_TOKENS
 }
 
+/// Without a bias its slot holds x (bytes: ws), which is not read there.
+fn float_slots(p: &Problem) -> [usize; 5] {
+    [0, 1, 2, if p.inputs.len() == 4 { 3 } else { 0 }, p.inputs.len()]
+}
+
+fn byte_slots(p: &Problem) -> [usize; 7] {
+    [0, 1, 2, 3, 4, if p.inputs.len() == 6 { 5 } else { 4 }, p.inputs.len()]
+}
+
 fn plan_floats(p: &Problem, tile: Tile) -> Plan {
-    let bias = if p.inputs.len() == 4 { 3 } else { 0 };
-    Plan::of(tile.launch(p).slots(&[0, 1, 2, bias, p.inputs.len()]))
+    Plan::of(tile.launch(p).slots(&float_slots(p)))
 }
 
 fn plan_bytes(p: &Problem, tile: Tile) -> Plan {
-    let bias = if p.inputs.len() == 6 { 5 } else { 4 };
-    Plan::of(tile.launch(p).slots(&[0, 1, 2, 3, 4, bias, p.inputs.len()]))
+    Plan::of(tile.launch(p).slots(&byte_slots(p)))
+}
+
+/// Weights by tokens, which the tiles of a group are as well.
+fn outputs(p: &Problem) -> [usize; 2] {
+    [1, 0].map(|axis| p.outputs[0].dims()[axis])
+}
+
+fn fits_floats(p: &Problem, tile: GroupTile) -> bool {
+    whole_floats(p) && p.inputs[0].shape.last() > 0 && fills(p, outputs(p), tile)
+}
+
+fn fits_bytes(p: &Problem, tile: GroupTile) -> bool {
+    whole_bytes(p) && p.inputs[0].shape.last() > 0 && fills(p, outputs(p), tile)
+}
+
+fn plan_groups(p: &Problem, tile: GroupTile) -> Plan {
+    let bytes = p.inputs[0].dtype == DType::I8;
+    let slots = if bytes { byte_slots(p).to_vec() } else { float_slots(p).to_vec() };
+    Plan::of(quant_matmul::token_launch(p, tile, p.params()).slots(&slots))
 }
 
 fn four_rows(p: &Problem) -> bool {
     p.outputs[0].dims()[0] >= 4
 }
 
-/// Without a bias its slot holds x, which is not read there.
 fn float_launch(p: &Problem, items: usize) -> Plan {
-    let bias = if p.inputs.len() == 4 { 3 } else { 0 };
-    let slots = [0, 1, 2, bias, p.inputs.len()];
-    Plan::of(Launch::linear(items, BLOCK, p.params()).slots(&slots).trips(p.inputs[0].dims()[1] / 4))
+    Plan::of(Launch::linear(items, BLOCK, p.params()).slots(&float_slots(p)).trips(p.inputs[0].dims()[1] / 4))
 }
 
 fn plan_elements(p: &Problem) -> Plan {
@@ -258,10 +307,8 @@ fn plan_rows(p: &Problem) -> Plan {
 }
 
 fn plan_int8(p: &Problem) -> Plan {
-    let bias = if p.inputs.len() == 6 { 5 } else { 4 };
-    let slots = [0, 1, 2, 3, 4, bias, p.inputs.len()];
     let launch = Launch::linear(p.outputs[0].count(), BLOCK, p.params());
-    Plan::of(launch.slots(&slots).trips(p.inputs[0].dims()[1] / 4))
+    Plan::of(launch.slots(&byte_slots(p)).trips(p.inputs[0].dims()[1] / 4))
 }
 
 fn cases() -> Vec<Case> {
@@ -289,7 +336,7 @@ fn cases() -> Vec<Case> {
     for size in [[1, 1, 4], [1, 7, 36], [2, 5, 12], [3, 9, 64], [4, 4, 68], [7, 13, 132], [33, 31, 96], [65, 64, 128]]
         .into_iter()
         // Several stages and tiles of the tensor kernels, ragged ends.
-        .chain([[5, 70, 2096], [6, 33, 2080], [135, 131, 352]])
+        .chain([[5, 70, 2096], [6, 33, 2080], [135, 131, 352], [262, 21, 96]])
     {
         let [m, _, k] = size;
         for bias in [false, true] {

@@ -67,6 +67,8 @@ struct Thread {
     // Asynchronous copies that were issued and not waited for, and the open groups among them.
     std::vector<std::vector<Copy>> groups;
     std::vector<Copy> open;
+    // Its finished copies, as 16 bytes of dynamic shared memory, that no proxy fence has followed.
+    std::vector<unsigned> unfenced;
 };
 
 struct Range { const unsigned char* start; size_t bytes; };
@@ -79,6 +81,8 @@ static Thread threads[MOST_THREADS];
 static unsigned char* stacks;
 static unsigned char* dynamic;
 static unsigned dynamic_bytes;
+// Per 16 bytes of dynamic shared memory: the thread (plus 1) whose copy has written them without a proxy fence since.
+static unsigned short unfenced[MOST_SHARED / 16];
 static unsigned current;
 // Barriers of threads that the block has passed.
 static unsigned passed;
@@ -193,6 +197,7 @@ static void start(unsigned index) {
     t.state = State::Ready;
     t.groups.clear();
     t.open.clear();
+    t.unfenced.clear();
     auto top = (void**)(stacks + (index + 1) * STACK);
 #if defined(__x86_64__)
     // As after a call: the return address lies at a multiple of 16, so the fiber starts with the stack it expects.
@@ -271,6 +276,7 @@ static void run_block(unsigned count, unsigned order) {
     reset_groups(order);
     if (__start_espalier_shared) memset(__start_espalier_shared, 0xff, __stop_espalier_shared - __start_espalier_shared);
     if (dynamic_bytes) memset(dynamic, 0xff, dynamic_bytes);
+    memset(unfenced, 0, sizeof unfenced);
     for (unsigned i = 0; i < count; i++) start(i);
     for (unsigned round = 0;; round++) {
         // Orders: upwards, downwards, and a walk by an odd step, so that no kernel relies on one.
@@ -326,6 +332,10 @@ static void copy_wait(unsigned left_open) {
         for (const Copy& c : groups.front()) {
             memset(c.shared, 0, 16);
             memcpy(c.shared, c.global, c.valid);
+            size_t at = ((unsigned char*)c.shared - dynamic) / 16;
+            if (!dynamic_bytes || (unsigned char*)c.shared < dynamic || at >= dynamic_bytes / 16 || unfenced[at] == current + 1) continue;
+            unfenced[at] = (unsigned short)(current + 1);
+            threads[current].unfenced.push_back((unsigned)at);
         }
         groups.erase(groups.begin());
     }
@@ -457,6 +467,12 @@ static inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 #define __expf expf
 #define __logf logf
 template <class T> static inline T __ldg(const T* p) { return *p; }
+static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    uint64_t both = (uint64_t)y << 32 | x;
+    unsigned z = 0;
+    for (int i = 0; i < 4; i++) z |= (unsigned)(both >> ((selector >> (4 * i) & 7u) * 8) & 0xffu) << (8 * i);
+    return z;
+}
 static inline int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 4; i++) c += (int)(signed char)(a >> (8 * i)) * (int)(signed char)(b >> (8 * i));
     return c;

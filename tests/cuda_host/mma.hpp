@@ -118,6 +118,16 @@ static void complete_ldmatrix(void** lanes, unsigned count) {
     }
 }
 
+struct Turned { unsigned value; };
+
+static void complete_movmatrix(void** lanes, unsigned count) {
+    whole_warp(count);
+    unsigned short values[8][8];
+    for (unsigned lane = 0; lane < LANES; lane++) memcpy(values[lane / 4] + lane % 4 * 2, &((const Turned*)lanes[lane])->value, 4);
+    for (unsigned lane = 0; lane < LANES; lane++)
+        ((Turned*)lanes[lane])->value = values[lane % 4 * 2][lane / 4] | (unsigned)values[lane % 4 * 2 + 1][lane / 4] << 16;
+}
+
 }  // namespace host
 
 static inline void mma_16816(float d[4], const unsigned a[4], const unsigned b[2]) {
@@ -142,6 +152,11 @@ static inline void ldmatrix_x4_trans(unsigned r[4], const void* shared) {
     host::check_aligned(shared, 16);
     host::Matrices m{r, (const unsigned char*)shared};
     host::collective(5, host::complete_ldmatrix<true>, &m);
+}
+static inline unsigned movmatrix(unsigned x) {
+    host::Turned m{x};
+    host::collective(6, host::complete_movmatrix, &m);
+    return m.value;
 }
 static inline void cp_async_16(void* shared, const void* global, int valid) { host::copy_async(shared, global, valid); }
 static inline void cp_async_commit() { host::copy_commit(); }

@@ -24,7 +24,8 @@ struct Map {
 };
 static const uint64_t MAP_MARK = 0x504d524f534e4554ull, BARRIER_MARK = 0x72656972726162ull;
 
-struct BulkCopy { unsigned char* to; Map map; int at[3]; };
+// A box of a map, or `bytes` from an address where they are not 0.
+struct BulkCopy { unsigned char* to; Map map; int at[3]; const void* from; unsigned bytes; };
 
 struct MemoryBarrier {
     uint64_t* place;
@@ -38,13 +39,26 @@ struct MemoryBarrier {
     bool published;
 };
 
-// Sums that a thread of a warp group may not touch: their values are kept here, NaN stands in the registers.
+// Sums, and operands in registers, that a thread of a warp group may not touch: their values are kept here, NaN stands in the registers.
 struct Sums {
-    float* registers[WARP_GROUP_LANES];
+    const void* registers[WARP_GROUP_LANES];
     unsigned each, users;
-    std::vector<float> values;
+    std::vector<unsigned> values;
 };
-struct Product { uint64_t a, b; unsigned columns; bool a_blocks, b_blocks, add; float* sums; };
+// `left`: four words of each lane that hold a, where it does not lie in memory. `bytes`: signed bytes and i32 sums, else 16-bit
+// elements and f32 sums. `kept`: a holds two of four, and the lanes' metadata says which.
+struct Product {
+    uint64_t a, b;
+    unsigned columns;
+    bool a_blocks, b_blocks, add;
+    void* sums;
+    const unsigned* left;
+    bool bytes, kept;
+    unsigned selector, metadata;
+    std::vector<unsigned> all_metadata;
+    // Elements of k of one instruction: 32 bytes of a.
+    unsigned depth() const { return (bytes ? 32 : 16) * (kept ? 2 : 1); }
+};
 struct WarpGroup {
     bool fenced;
     std::vector<Sums> sums;
@@ -53,12 +67,15 @@ struct WarpGroup {
 };
 
 static std::vector<MemoryBarrier> barriers;
+// Threads that have arrived at a numbered barrier without waiting, and the width they gave.
+static unsigned named_arrived[16], named_width[16];
 static WarpGroup warp_groups[MOST_THREADS / WARP_GROUP_LANES];
 static bool copies_at_once;
 
 static void reset_groups(unsigned order) {
     barriers.clear();
     for (auto& g : warp_groups) g = {};
+    for (auto& n : named_arrived) n = 0;
     copies_at_once = order % 2;
 }
 
@@ -110,11 +127,13 @@ static void copy_box(const BulkCopy& c) {
 }
 
 static long box_bytes(const Map& m) { return (long)m.box[0] * m.box[1] * m.box[2] * m.element_bytes; }
+static long copied_bytes(const BulkCopy& c) { return c.bytes ? (long)c.bytes : box_bytes(c.map); }
 
 static void run_copies(MemoryBarrier& b) {
     for (const BulkCopy& c : b.copies) {
-        copy_box(c);
-        b.bytes -= box_bytes(c.map);
+        if (c.bytes) memcpy(c.to, c.from, c.bytes);
+        else copy_box(c);
+        b.bytes -= copied_bytes(c);
     }
     b.copies.clear();
     end_phase(b);
@@ -128,8 +147,15 @@ static void arrive(uint64_t* place, unsigned bytes) {
     if (b.copies.empty()) end_phase(b);
 }
 
+static void start_copy(const BulkCopy& c, uint64_t* place) {
+    MemoryBarrier& b = barrier_at(place);
+    if (!b.published) fail("a copy to an mbarrier without the fence after its initialization");
+    b.copies.push_back(c);
+    if (copies_at_once) run_copies(b);
+}
+
 static void bulk_copy(void* to, const void* map, uint64_t* place, int x, int y, int z) {
-    BulkCopy c;
+    BulkCopy c = {};
     check_aligned(map, 64);
     memcpy(&c.map, map, sizeof c.map);
     if (c.map.mark != MAP_MARK) fail("no tensor map");
@@ -137,10 +163,19 @@ static void bulk_copy(void* to, const void* map, uint64_t* place, int x, int y, 
     c.at[0] = x, c.at[1] = y, c.at[2] = z;
     // The turn by 128 bytes repeats every 1,024.
     if (shared_offset(to, (size_t)box_bytes(c.map)) % 1024) fail("a turned tile at byte %u of shared memory: no multiple of 1,024", shared_offset(to, 1) - SHARED_BASE);
-    MemoryBarrier& b = barrier_at(place);
-    if (!b.published) fail("a copy to an mbarrier without the fence after its initialization");
-    b.copies.push_back(c);
-    if (copies_at_once) run_copies(b);
+    start_copy(c, place);
+}
+
+static void bulk_copy_bytes(void* to, const void* from, uint64_t* place, unsigned bytes) {
+    check_aligned(to, 16);
+    check_aligned(from, 16);
+    if (!bytes || bytes % 16) fail("a bulk copy of %u bytes", bytes);
+    shared_offset(to, bytes);
+    BulkCopy c = {};
+    c.to = (unsigned char*)to;
+    c.from = from;
+    c.bytes = bytes;
+    start_copy(c, place);
 }
 
 static bool passes(const Thread& t) { return (barrier_at((uint64_t*)t.operands).phase & 1u) != t.line; }
@@ -165,14 +200,22 @@ static void named_wait(unsigned number, unsigned count) {
     yield();
 }
 
+static void named_arrival(unsigned number, unsigned count) {
+    if (number > 15 || count == 0 || count % LANES || count > blockDim.x) fail("a barrier with number %u of %u threads", number, count);
+    if (named_arrived[number] && named_width[number] != count) fail("barrier %u of %u threads and of %u", number, named_width[number], count);
+    named_width[number] = count;
+    if (++named_arrived[number] > count) fail("more than %u threads have come to barrier %u", count, number);
+}
+
 static bool complete_named(unsigned count) {
     for (unsigned i = 0; i < count; i++) {
         if (threads[i].state != State::Named) continue;
-        unsigned number = threads[i].line, width = threads[i].width, come = 0;
+        unsigned number = threads[i].line, width = threads[i].width, come = named_arrived[number];
         for (unsigned j = 0; j < count; j++) come += threads[j].state == State::Named && threads[j].line == number && threads[j].width == width;
         if (come > width) fail("%u threads at barrier %u of %u", come, number, width);
         if (come < width) continue;
         passed++;
+        named_arrived[number] = 0;
         for (unsigned j = 0; j < count; j++)
             if (threads[j].state == State::Named && threads[j].line == number) threads[j].state = State::Ready;
         return true;
@@ -210,6 +253,8 @@ static void report_waits(unsigned count) {
 }
 
 static void check_finished() {
+    for (unsigned i = 0; i < 16; i++)
+        if (named_arrived[i]) fail("the block has ended while %u threads have arrived at barrier %u", named_arrived[i], i);
     for (const auto& b : barriers)
         if (!b.copies.empty() || b.bytes) fail("the block has ended with copies in flight");
     for (const auto& g : warp_groups)
@@ -217,43 +262,93 @@ static void check_finished() {
 }
 
 // Element (index of m or n, k) of an operand in shared memory, by its descriptor.
-static float operand_value(uint64_t descriptor, bool blocks, unsigned index, unsigned k) {
+static double operand_value(uint64_t descriptor, bool blocks, bool bytes, unsigned index, unsigned k) {
     unsigned start = (unsigned)(descriptor & 0x3fff) << 4, leading = (unsigned)(descriptor >> 16 & 0x3fff) << 4, stride = (unsigned)(descriptor >> 32 & 0x3fff) << 4;
-    unsigned address = start;
+    unsigned address = start, size = bytes ? 1 : 2;
     if (blocks) address += index / 64 * leading + index % 64 * 2 + k / 8 * stride + k % 8 * 128;
-    else address += index / 8 * stride + index % 8 * 128 + k * 2;
+    else address += index / 8 * stride + index % 8 * 128 + k * size;
     address = turned(address);
-    if (address < SHARED_BASE || address + 2 > SHARED_BASE + dynamic_bytes) fail("an operand reaches to byte %d of %u of shared memory", (int)(address - SHARED_BASE), dynamic_bytes);
+    if (address < SHARED_BASE || address + size > SHARED_BASE + dynamic_bytes) fail("an operand reaches to byte %d of %u of shared memory", (int)(address - SHARED_BASE), dynamic_bytes);
+    if (unfenced[(address - SHARED_BASE) / 16]) fail("an operand that a thread has copied without a proxy fence behind it");
+    if (bytes) return (signed char)dynamic[address - SHARED_BASE];
     unsigned short value;
     memcpy(&value, dynamic + (address - SHARED_BASE), 2);
     return element_value(value);
 }
 
-static void check_descriptor(uint64_t descriptor, bool blocks) {
+// `width`: bytes along k that one instruction reads.
+static void check_descriptor(uint64_t descriptor, bool blocks, unsigned width) {
     if (descriptor >> 62 != 1) fail("an operand's descriptor without the turn by 128 bytes");
     if (descriptor >> 49 & 7) fail("an operand's descriptor with a base offset");
     if (descriptor & ((3ull << 14) | (3ull << 30) | (3ull << 46) | (0x3ffull << 52))) fail("an operand's descriptor with bits that must be 0");
     unsigned start = (unsigned)(descriptor & 0x3fff) << 4;
-    if (blocks ? start % 1024 : start % 128 > 96 || start % 1024 >= 128) fail("an operand that starts at byte %u of a turned tile", start % 1024);
+    if (blocks ? start % 1024 : start % 128 + width > 128 || start % 1024 >= 128) fail("an operand that starts at byte %u of a turned tile", start % 1024);
+}
+
+static Sums* find_sums(WarpGroup& g, const void* first) {
+    for (Sums& s : g.sums)
+        if (s.registers[0] == first) return &s;
+    return nullptr;
+}
+
+// Takes `each` words of every lane away from the threads, until the products that use them are done.
+static void use_sums(WarpGroup& g, void** lanes, unsigned each, const void* (*of)(const Product&)) {
+    Sums* s = find_sums(g, of(*(const Product*)lanes[0]));
+    if (!s) {
+        if (!g.fenced) fail("wgmma without wgmma.fence after its registers were used");
+        g.sums.push_back({{}, each, 0, std::vector<unsigned>(WARP_GROUP_LANES * each)});
+        s = &g.sums.back();
+        for (unsigned i = 0; i < WARP_GROUP_LANES; i++) {
+            s->registers[i] = of(*(const Product*)lanes[i]);
+            memcpy(&s->values[i * each], s->registers[i], each * 4);
+            memset((void*)s->registers[i], 0xff, each * 4);
+        }
+    }
+    if (s->each != each) fail("registers are used in two ways at once");
+    s->users++;
+}
+
+// Element (row, k) of an operand in registers: those of each warp's 16 rows are the words of mma_16816, of mma_16832_s8 for bytes.
+static double register_value(const Sums& s, bool bytes, unsigned row, unsigned k) {
+    unsigned each = bytes ? 4 : 2, lane = row / 16 * LANES + row % 8 * 4 + k / each % 4;
+    unsigned word = s.values[lane * 4 + row % 16 / 8 + k / (4 * each) * 2];
+    if (bytes) return (signed char)(word >> k % 4 * 8);
+    return element_value((unsigned short)(word >> k % 2 * 16));
+}
+
+// Place of kept element j of a row in its four. 16-bit: of a quad, lane 2 SELECTOR has the first 16 columns, row g in the low half
+// and row g + 8 in the high one, and the next lane the others. Bytes: lanes 0 and 1 have the first 32 columns of rows g and g + 8,
+// lanes 2 and 3 the others.
+static unsigned place_value(const Product& p, unsigned row, unsigned j) {
+    unsigned quad = row / 16 * LANES + row % 8 * 4, lower = row % 16 / 8;
+    if (p.bytes) return p.all_metadata[quad + lower + j / 16 * 2] >> j % 16 * 2 & 3u;
+    return p.all_metadata[quad + 2 * p.selector + j / 8] >> (16 * lower + j % 8 * 2) & 3u;
 }
 
 static void run_product(WarpGroup& g, const Product& p) {
-    auto s = std::find_if(g.sums.begin(), g.sums.end(), [&](const Sums& s) { return s.registers[0] == p.sums; });
-    std::vector<float> a(64 * 16), b(16 * p.columns);
-    for (unsigned k = 0; k < 16; k++) {
-        for (unsigned i = 0; i < 64; i++) a[i * 16 + k] = operand_value(p.a, p.a_blocks, i, k);
-        for (unsigned j = 0; j < p.columns; j++) b[j * 16 + k] = operand_value(p.b, p.b_blocks, j, k);
+    Sums *s = find_sums(g, p.sums), *left = p.left ? find_sums(g, p.left) : nullptr;
+    unsigned depth = p.depth();
+    std::vector<double> a(64 * depth), b(depth * p.columns);
+    for (unsigned i = 0; i < 64; i++) {
+        for (unsigned j = 0; j < (p.kept ? depth / 2 : depth); j++) {
+            unsigned k = p.kept ? j / 2 * 4 + place_value(p, i, j) : j;
+            if (p.kept && j % 2 && place_value(p, i, j) <= place_value(p, i, j - 1)) fail("metadata of a row of 2:4 values does not ascend");
+            a[i * depth + k] = left ? register_value(*left, p.bytes, i, j) : operand_value(p.a, p.a_blocks, p.bytes, i, j);
+        }
     }
+    for (unsigned j = 0; j < p.columns; j++)
+        for (unsigned k = 0; k < depth; k++) b[j * depth + k] = operand_value(p.b, p.b_blocks, p.bytes, j, k);
     for (unsigned lane = 0; lane < WARP_GROUP_LANES; lane++) {
-        float* d = &s->values[lane * s->each];
+        unsigned* d = &s->values[lane * s->each];
         for (unsigned i = 0; i < s->each; i++) {
             unsigned row = lane / LANES * 16 + lane % LANES / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-            double sum = p.add ? d[i] : 0.0;
-            for (unsigned k = 0; k < 16; k++) sum += (double)a[row * 16 + k] * b[column * 16 + k];
-            d[i] = (float)sum;
+            double sum = !p.add ? 0.0 : p.bytes ? (double)(int)d[i] : (double)__uint_as_float(d[i]);
+            for (unsigned k = 0; k < depth; k++) sum += a[row * depth + k] * b[column * depth + k];
+            d[i] = p.bytes ? (unsigned)(long long)sum : __float_as_uint((float)sum);
         }
     }
     s->users--;
+    if (left) left->users--;
 }
 
 // Hands finished sums back; nobody may have written over the NaN that stood for them.
@@ -267,8 +362,8 @@ static void return_sums(WarpGroup& g) {
         for (unsigned lane = 0; lane < WARP_GROUP_LANES; lane++) {
             auto bytes = (const unsigned char*)s.registers[lane];
             for (unsigned i = 0; i < s.each * 4; i++)
-                if (bytes[i] != 0xff) fail("sums were written while a product was adding to them");
-            memcpy(s.registers[lane], &s.values[lane * s.each], s.each * 4);
+                if (bytes[i] != 0xff) fail("registers were written while a product was using them");
+            memcpy((void*)s.registers[lane], &s.values[lane * s.each], s.each * 4);
         }
         g.sums.erase(g.sums.begin() + at);
         // Registers are the threads' own again.
@@ -306,24 +401,12 @@ static void complete_wgmma(void** lanes, unsigned count) {
         auto q = (const Product*)lanes[i];
         if (q->a != p.a || q->b != p.b || q->add != p.add) fail("lanes of a warp group name different operands");
     }
-    check_descriptor(p.a, p.a_blocks);
-    check_descriptor(p.b, p.b_blocks);
-    auto s = std::find_if(g.sums.begin(), g.sums.end(), [&](const Sums& s) { return s.registers[0] == p.sums; });
-    if (s == g.sums.end()) {
-        if (!g.fenced) fail("wgmma without wgmma.fence after its registers were used");
-        Sums taken;
-        taken.each = p.columns / 2;
-        taken.users = 0;
-        taken.values.resize(WARP_GROUP_LANES * taken.each);
-        for (unsigned i = 0; i < count; i++) {
-            taken.registers[i] = ((const Product*)lanes[i])->sums;
-            memcpy(&taken.values[i * taken.each], taken.registers[i], taken.each * 4);
-            memset(taken.registers[i], 0xff, taken.each * 4);
-        }
-        g.sums.push_back(std::move(taken));
-        s = g.sums.end() - 1;
-    }
-    s->users++;
+    if (p.kept)
+        for (unsigned i = 0; i < count; i++) p.all_metadata.push_back(((const Product*)lanes[i])->metadata);
+    if (!p.left) check_descriptor(p.a, p.a_blocks, 32);
+    check_descriptor(p.b, p.b_blocks, p.kept ? 64 : 32);
+    use_sums(g, lanes, p.columns / 2, [](const Product& p) -> const void* { return p.sums; });
+    if (p.left) use_sums(g, lanes, 4, [](const Product& p) -> const void* { return p.left; });
     g.open.push_back(p);
 }
 
@@ -344,8 +427,17 @@ static inline void tma_prefetch(const void*) {}
 static inline void tma_load(void* shared, const void* map, unsigned long long* barrier, unsigned x, unsigned y, unsigned z) {
     host::bulk_copy(shared, map, (uint64_t*)barrier, (int)x, (int)y, (int)z);
 }
-static inline void proxy_fence() {}
+static inline void proxy_fence() {
+    auto& own = host::threads[host::current].unfenced;
+    for (unsigned at : own)
+        if (host::unfenced[at] == host::current + 1) host::unfenced[at] = 0;
+    own.clear();
+}
+static inline void bulk_load(void* shared, const void* global, unsigned long long* barrier, unsigned bytes) {
+    host::bulk_copy_bytes(shared, global, (uint64_t*)barrier, bytes);
+}
 static inline void named_barrier(unsigned number, unsigned count) { host::named_wait(number, count); }
+static inline void named_arrive(unsigned number, unsigned count) { host::named_arrival(number, count); }
 
 template <unsigned COUNT>
 static inline void registers_change() {
@@ -358,10 +450,35 @@ template <unsigned COUNT> static inline void registers_up() { registers_change<C
 static inline void wgmma_fence() { host::group_collective(6, host::complete_fence, nullptr); }
 static inline void wgmma_commit() { host::group_collective(7, host::complete_commit, nullptr); }
 template <int OPEN> static inline void wgmma_wait() { host::group_collective(8, host::complete_group_wait<OPEN>, nullptr); }
-template <unsigned COUNT> static inline void wgmma_hold(float (&)[COUNT]) {}
+template <class T> static inline void wgmma_hold(T&) {}
 
 template <unsigned N, bool A_BLOCKS, bool B_BLOCKS>
 static inline void wgmma(float (&d)[N / 2], unsigned long long a, unsigned long long b, unsigned add) {
-    host::Product p{a, b, N, A_BLOCKS, B_BLOCKS, add != 0, d};
+    host::Product p{a, b, N, A_BLOCKS, B_BLOCKS, add != 0, d, nullptr};
     host::group_collective(9, host::complete_wgmma, &p);
+}
+
+template <unsigned N, bool B_BLOCKS>
+static inline void wgmma_registers(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, unsigned add) {
+    host::Product p{0, b, N, false, B_BLOCKS, add != 0, d, a};
+    host::group_collective(10, host::complete_wgmma, &p);
+}
+
+template <unsigned N>
+static inline void wgmma_s8(int (&d)[N / 2], unsigned long long a, unsigned long long b, unsigned add) {
+    host::Product p{a, b, N, false, false, add != 0, d, nullptr, true};
+    host::group_collective(11, host::complete_wgmma, &p);
+}
+
+template <unsigned N, unsigned SELECTOR>
+static inline void wgmma_sparse(float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, unsigned metadata, unsigned add) {
+    static_assert(SELECTOR < 2, "a pair of the four lanes");
+    host::Product p{0, b, N, false, false, add != 0, d, a, false, true, SELECTOR, metadata};
+    host::group_collective(12, host::complete_wgmma, &p);
+}
+
+template <unsigned N>
+static inline void wgmma_sparse_s8(int (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, unsigned metadata, unsigned add) {
+    host::Product p{0, b, N, false, false, add != 0, d, a, true, true, 0, metadata};
+    host::group_collective(13, host::complete_wgmma, &p);
 }

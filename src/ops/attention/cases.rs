@@ -94,6 +94,9 @@ pub fn cases() -> Vec<Case> {
             both(op((Mask::Causal, true, true), dim, 0), [2, 70, 67, 2, dim], dtype, false);
         }
         both(op((Mask::Causal, true, false), 48, 40), [2, 1, 41, 3, 48], dtype, false);
+        // Rings of tiles go round, for queries and for keys.
+        both(op((Mask::Causal, true, false), 64, 50), [1, 600, 650, 1, 64], dtype, false);
+        both(op((Mask::None, false, true), 128, 0), [1, 330, 410, 1, 128], dtype, false);
     }
     // Several blocks of keys, and loops beyond the 65,535 iterations that one driver allows.
     both(op((Mask::Prefix, true, false), 8, 0), [1, 300, 300, 1, 8], DType::F32, false);

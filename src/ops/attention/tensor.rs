@@ -4,19 +4,10 @@
 use super::plan::{extents, optional};
 use super::{Attention, AttentionBackward, Extents};
 use crate::dtype::DType;
-use crate::kernel::{Code, Constants, File, Kernel, Launch, Plan, Problem, Source};
+use crate::kernel::{Code, Constants, Kernel, Launch, Plan, Problem, Source, cuda_source};
 
-macro_rules! cuda {
-    ($name:literal) => {
-        Source {
-            wgsl: File { name: "", text: "" },
-            cuda: File { name: $name, text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/", $name)) },
-        }
-    };
-}
-
-const FORWARD: Source = cuda!("attention_mma.cu");
-const BACKWARD: Source = cuda!("attention_bwd_mma.cu");
+const FORWARD: Source = cuda_source!("attention_mma");
+const BACKWARD: Source = cuda_source!("attention_bwd_mma");
 
 /// Rows of queries in a forward block, of queries or keys in a backward block, of the statistics' block.
 const ROWS: usize = 128;
@@ -84,7 +75,7 @@ const fn stream_shared(head: usize) -> usize {
     rows(2 * BACK + 4 * step, head) + 4 * step * 4
 }
 
-const fn bias_shared(head: usize) -> usize {
+pub(super) const fn bias_shared(head: usize) -> usize {
     rows(4 * BACK, head)
 }
 
@@ -98,8 +89,13 @@ fn plan_forward<const HEAD: usize>(p: &Problem) -> Plan {
 }
 
 /// Rows of statistics: queries to whole tiles, so that a tile is one aligned copy.
-fn padded_rows(e: &Extents) -> usize {
+pub(super) fn padded_rows(e: &Extents) -> usize {
     e.batch * e.heads * e.queries.next_multiple_of(BACK)
+}
+
+/// Blocks of the statistics' entry.
+pub(super) fn statistics_blocks(e: &Extents) -> usize {
+    padded_rows(e) / STATISTICS
 }
 
 fn plan_backward<const HEAD: usize>(p: &Problem) -> Plan {
@@ -111,7 +107,7 @@ fn plan_backward<const HEAD: usize>(p: &Problem) -> Plan {
     let launch = |entry, blocks: usize| Launch::linear(blocks, 1, p.params()).entry(entry);
     let heads = e.batch * e.heads;
     let mut launches = vec![
-        launch("attention_bwd_rows_mma", padded_rows(&e) / STATISTICS).slots(&[y, dy, lse, stats]),
+        launch("attention_bwd_rows_mma", statistics_blocks(&e)).slots(&[y, dy, lse, stats]),
         launch("attention_bwd_q_mma", heads * e.queries.div_ceil(BACK))
             .shared(stream_shared(HEAD))
             .slots(&[0, 1, 2, context, lengths, bias, dy, stats, dq]),

@@ -35,7 +35,7 @@ const fn wgsl(name: &'static str, entry: &'static str, plan: fn(&Problem) -> Pla
 /// Outputs of one workgroup of a product, per axis.
 const TILE: usize = 64;
 
-fn problem(p: &Problem) -> Option<(FfnActivation, Extents)> {
+pub(super) fn problem(p: &Problem) -> Option<(FfnActivation, Extents)> {
     let (activation, at) = match (p.op::<Ffn>(), p.op::<FfnBackward>()) {
         (Some(op), _) => (op.activation, [0, 1, 3]),
         (_, Some(op)) => (op.activation, [0, 1, 2]),
@@ -45,7 +45,7 @@ fn problem(p: &Problem) -> Option<(FfnActivation, Extents)> {
 }
 
 /// One invocation runs through all of k (d, f or the rows), one launch covers every output, scratch fits a binding.
-fn fits(p: &Problem) -> bool {
+pub(super) fn fits(p: &Problem) -> bool {
     problem(p).is_some_and(|(activation, e)| {
         let hidden = e.f * activation.halves();
         let longest = e.rows.max(e.d).max(hidden).max(e.d2);
@@ -173,7 +173,7 @@ fn tensor_params(activation: FfnActivation, e: &Extents) -> Params {
 }
 
 /// Bytes of a 16-bit matrix whose rows start at multiples of 16 bytes.
-fn aligned(rows: usize, columns: usize) -> usize {
+pub(super) fn aligned(rows: usize, columns: usize) -> usize {
     rows * columns.next_multiple_of(8) * 2
 }
 

@@ -3,7 +3,7 @@
 use std::any::Any;
 
 use super::plan::Rung;
-use super::{check_chunk, check_heads, check_rows, logits, plan, row, through};
+use super::{check_chunk, check_heads, check_rows, groups, logits, plan, row, through};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -70,6 +70,7 @@ impl Op for LinearCrossEntropy {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("linear_cross_entropy_fwd", DType::FLOATS, cpu::linear_cross_entropy),
+            groups::forward("linear_cross_entropy_fwd_wgmma", "entropy_tiles_wgmma", groups::entropy),
             plan::tensor("linear_cross_entropy_fwd_mma", |p| plan::entropy(p, Rung::Large)),
             plan::tensor_small("linear_cross_entropy_fwd_small_mma", |p| plan::entropy(p, Rung::Small)),
             plan::kernel("linear_cross_entropy_fwd", |p| plan::entropy(p, Rung::Registers)),
@@ -125,6 +126,7 @@ impl Op for LinearCrossEntropyBackward {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("linear_cross_entropy_bwd", DType::FLOATS, cpu::linear_cross_entropy_backward),
+            groups::backward("linear_cross_entropy_bwd_wgmma", "entropy_planes_wgmma", groups::entropy_backward),
             plan::tensor("linear_cross_entropy_bwd_mma", |p| plan::entropy_backward(p, Rung::Large)),
             plan::tensor_small("linear_cross_entropy_bwd_small_mma", |p| plan::entropy_backward(p, Rung::Small)),
             plan::kernel("linear_cross_entropy_bwd", |p| plan::entropy_backward(p, Rung::Registers)),

@@ -3,7 +3,7 @@
 use std::any::Any;
 
 use super::plan::Rung;
-use super::{check_chunk, check_heads, check_rows, logits, plan, row, through};
+use super::{check_chunk, check_heads, check_rows, groups, logits, plan, row, through};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -90,6 +90,7 @@ impl Op for LinearKl {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("linear_kl_fwd", DType::FLOATS, cpu::linear_kl),
+            groups::forward("linear_kl_fwd_wgmma", "kl_tiles_wgmma", groups::kl),
             plan::tensor("linear_kl_fwd_mma", |p| plan::kl(p, Rung::Large)),
             plan::tensor_small("linear_kl_fwd_small_mma", |p| plan::kl(p, Rung::Small)),
             plan::kernel("linear_kl_fwd", |p| plan::kl(p, Rung::Registers)),
@@ -158,6 +159,7 @@ impl Op for LinearKlBackward {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("linear_kl_bwd", DType::FLOATS, cpu::linear_kl_backward),
+            groups::backward("linear_kl_bwd_wgmma", "kl_planes_wgmma", groups::kl_backward),
             plan::tensor("linear_kl_bwd_mma", |p| plan::kl_backward(p, Rung::Large)),
             plan::tensor_small("linear_kl_bwd_small_mma", |p| plan::kl_backward(p, Rung::Small)),
             plan::kernel("linear_kl_bwd", |p| plan::kl_backward(p, Rung::Registers)),

@@ -4,7 +4,7 @@ use std::any::Any;
 
 use super::entropy::cost;
 use super::plan::Rung;
-use super::{check_chunk, check_heads, check_rows, logits, plan, row};
+use super::{check_chunk, check_heads, check_rows, groups, logits, plan, row};
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -56,6 +56,7 @@ impl Op for LinearPredict {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("linear_predict_fwd", DType::FLOATS, cpu::linear_predict),
+            groups::forward("linear_predict_fwd_wgmma", "entropy_tiles_wgmma", groups::predict),
             plan::tensor("linear_predict_fwd_mma", |p| plan::predict(p, Rung::Large)),
             plan::tensor_small("linear_predict_fwd_small_mma", |p| plan::predict(p, Rung::Small)),
             plan::kernel("linear_predict_fwd", |p| plan::predict(p, Rung::Registers)),

@@ -3,18 +3,15 @@
 use super::{Epilogue, Layout, Matmul};
 use crate::device::Class;
 use crate::dtype::DType;
-use crate::kernel::{Code, File, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, TensorMap, always, source};
+use crate::kernel::{
+    Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, TensorMap, always, cuda_source, source,
+};
+use crate::ops::groups;
 
 pub(super) const SOURCE: Source = source!("matmul");
 
 /// The rungs on warp groups stand in a file of their own.
-const GROUPS: Source = Source {
-    wgsl: File { name: "", text: "" },
-    cuda: File {
-        name: "matmul_wgmma.cu",
-        text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/matmul_wgmma.cu")),
-    },
-};
+const GROUPS: Source = cuda_source!("matmul_wgmma");
 
 /// Rows and columns of output per workgroup of 8 x 8 invocations.
 type Tile = (usize, usize);
@@ -169,7 +166,6 @@ fn fits_groups(p: &Problem, tile: Tile) -> bool {
     })
 }
 
-/// Blocks that walk over all tiles: one per multiprocessor. On the host two, so that a block has several tiles.
 fn groups_plan(p: &Problem, entry: &'static str, tile: Tile) -> Plan {
     const STAGES: usize = 4;
     const BLOCK: usize = 64;
@@ -178,7 +174,6 @@ fn groups_plan(p: &Problem, entry: &'static str, tile: Tile) -> Plan {
     };
     let [a, b] = rows(&l);
     let [down, across, all] = tiles(&l, tile);
-    let blocks = all.min(if p.info.software { 2 } else { LARGE_TILES });
     let flag = |set: bool, bit: usize| usize::from(set) << bit;
     let mode = mode(&op) | flag(a.dims[2] > 1, 4) | flag(b.dims[2] > 1, 5) | flag(a.blocks, 6) | flag(b.blocks, 7);
     let params = Params::new().u(l.m).u(l.n).u(l.k).u(mode).u(down).u(across).u(l.batch);
@@ -186,13 +181,12 @@ fn groups_plan(p: &Problem, entry: &'static str, tile: Tile) -> Plan {
         let rows = if r.blocks { BLOCK } else { extent };
         TensorMap { slot, element: p.element, dims: r.dims, strides: r.strides, rows }
     };
-    let launch = Launch::new([blocks as u32, 1, 1], params)
+    let launch = Launch::new([groups::blocks(p, all), 1, 1], params)
         .entry(entry)
         .slots(&slots(p, &op))
         .map(map(0, &a, tile.0))
         .map(map(1, &b, tile.1))
-        // The tiles, then two barriers of eight bytes per stage, to a multiple of the tiles' alignment.
-        .shared(STAGES * (tile.0 + tile.1) * BLOCK * 2 + 1024);
+        .shared(groups::shared(STAGES, (tile.0 + tile.1) * BLOCK * 2, 0));
     Plan::of(launch)
 }
 

@@ -41,7 +41,7 @@ const SMALL_TILE: usize = 64;
 const LARGE_TILES: usize = 132;
 
 /// Rows, n, d and experts of any of the three products.
-fn extents(p: &Problem) -> [usize; 4] {
+pub(super) fn extents(p: &Problem) -> [usize; 4] {
     let words = p.params();
     [0, 1, 2, 5].map(|i| words.words()[i] as usize)
 }
