@@ -8,6 +8,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::events::EventWriter;
+use super::graphs::Graphs;
 use super::lifecycle::{Method, Micro};
 use super::metrics_log::{MetricEvent, MetricsLog};
 use super::optimizer::{Optimizer, Outcome, Settings};
@@ -46,6 +47,8 @@ pub struct Job<'a> {
     pub validate_every: u64,
     /// 0: only when stopped.
     pub checkpoint_every: u64,
+    /// Shapes of micro-batches whose step is captured at most (see `graphs`).
+    pub graphs: usize,
     pub keep_checkpoints: usize,
     /// Holds metrics.jsonl, tb/ and checkpoints/ of this stage.
     pub folder: &'a Path,
@@ -56,6 +59,8 @@ pub struct Job<'a> {
 #[derive(Clone, Debug, Default)]
 pub struct Summary {
     pub steps: u64,
+    /// Steps of this session that were replayed.
+    pub replayed: u64,
     /// Of all sessions that the stage took.
     pub seconds: f64,
     /// Of the sessions before this one, as their last checkpoint has it.
@@ -204,18 +209,21 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
     let (mut log, logged) = Log::open(job, done)?;
     let curve = logged_curve(&logged);
     let mut summary = Summary { steps: done, earlier_seconds, curve, ..Summary::default() };
+    let mut graphs = Graphs::new(job.graphs);
     let started = Instant::now();
     for step_index in done..job.steps {
         let micros = job.source.micro_batches(step_index)?;
         let rate = optimizer.learning_rate(job.steps);
         optimizer.begin(weight(&micros), job.steps)?;
-        queue(model, &mut optimizer, &micros, methods, (job.dropout, job.seed))?;
+        summary.tokens += micros.iter().map(|m| m.tokens as u64).sum::<u64>();
+        let dropout = (job.dropout, job.seed);
+        let mut queue = |o: &mut Optimizer, micros: &[Micro]| queue(model, o, micros, methods, dropout);
+        graphs.step(model.device().as_ref(), &mut optimizer, micros, &mut queue)?;
         let now = step_index + 1;
         for method in methods.iter_mut() {
             method.on_update(now, model, &mut optimizer)?;
         }
-        summary.tokens += micros.iter().map(|m| m.tokens as u64).sum::<u64>();
-        summary.steps = now;
+        (summary.steps, summary.replayed) = (now, graphs.replayed);
         log.bar.set_position(now);
         let stop = STOP.load(Relaxed);
         let due = |every: u64| every > 0 && now % every == 0;
