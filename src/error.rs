@@ -47,6 +47,10 @@ pub enum Error {
     #[error("{device}: {operation} failed: {log}")]
     Driver { device: String, operation: &'static str, log: String },
 
+    /// Work cannot be captured for replay; it has not run, and runs as well without.
+    #[error("{device} cannot capture this work: {reason}")]
+    Capture { device: String, reason: Uncapturable },
+
     #[error("device {device} is not available: {reason}")]
     NotAvailable { device: String, reason: String },
 
@@ -90,6 +94,28 @@ pub enum Error {
     Failed { what: &'static str, failed: usize, total: usize },
 }
 
+/// Why work cannot be captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Uncapturable {
+    #[error("the device captures nothing")]
+    Device,
+    #[error("another capture is under way")]
+    Nested,
+    #[error("it reads device memory on the host")]
+    Download,
+    #[error("it writes device memory from the host")]
+    Upload,
+    #[error("it waits for the device")]
+    Wait,
+    #[error("it needs {0} bytes that the pool does not hold")]
+    Memory(usize),
+    #[error("{0} of its allocations outlive it")]
+    Outlives(usize),
+    #[error("the driver ended it with error {0}")]
+    Driver(u32),
+}
+
 impl Error {
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
         Self::Io { path: path.as_ref().to_path_buf(), source }
@@ -113,6 +139,7 @@ impl Error {
             Self::OutOfMemory { .. } => "E-MEMORY",
             Self::DeviceLost { .. } => "E-DEVICE-LOST",
             Self::Driver { .. } => "E-DRIVER",
+            Self::Capture { .. } => "E-CAPTURE",
             Self::NotAvailable { .. } => "E-NO-DEVICE",
             Self::File { .. } => "E-FILE",
             Self::Io { .. } => "E-IO",
@@ -135,6 +162,7 @@ impl Error {
             Self::OutOfMemory { .. }
             | Self::DeviceLost { .. }
             | Self::Driver { .. }
+            | Self::Capture { .. }
             | Self::NotAvailable { .. }
             | Self::Compile { .. }
             | Self::Launch { .. } => 4,

@@ -4,11 +4,12 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use super::pool::{Loan, Pool, Stats};
-use super::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits};
+use super::capture::{Recorder, Recording};
+use super::pool::{Held, Loan, Pool, Stats};
+use super::{Binding, Buffer, Class, Device, Features, Graph, Info, Kind, Limits};
 use crate::cpu::Args;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Uncapturable};
 use crate::kernel::{Code, Kernel, Launch};
 
 /// Cache-line and AVX-512 alignment with room for page-friendly tiles.
@@ -45,7 +46,26 @@ pub struct CpuDevice {
     pool: Arc<Pool<Memory>>,
     threads: rayon::ThreadPool,
     launches: AtomicU64,
+    recorder: Recorder<Self>,
 }
+
+/// Captured work.
+struct Captured {
+    recording: Recording<CpuDevice>,
+    _memory: Held<Memory>,
+}
+
+/// An argument whose range was proved.
+#[derive(Clone, Copy)]
+struct Span {
+    base: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: points into a `Memory` that outlives it: an argument of the call at hand, or kept by the recording that holds it.
+unsafe impl Send for Span {}
+// SAFETY: as above; only kernels that run in order access what it points to.
+unsafe impl Sync for Span {}
 
 impl CpuDevice {
     /// `threads`: `None` takes every core.
@@ -69,7 +89,8 @@ impl CpuDevice {
             features: Features { f16: true, i16: true, ..Features::default() },
             probes: Vec::new(),
         };
-        Ok(Self { info, pool: Arc::new(Pool::new()), threads: pool, launches: AtomicU64::new(0) })
+        let (pool, threads) = (Arc::new(Pool::new()), pool);
+        Ok(Self { info, pool, threads, launches: AtomicU64::new(0), recorder: Recorder::new() })
     }
 
     /// Start of `bytes` bytes at `offset` of a buffer, bounds checked.
@@ -78,6 +99,16 @@ impl CpuDevice {
         memory.check(offset, bytes)?;
         // SAFETY: the range lies within the allocation, checked above.
         Ok(unsafe { memory.base.as_ptr().add(offset) })
+    }
+
+    /// Runs `work`, or takes it down where a capture is under way. Memory lent in the capture is the pool's to keep.
+    fn queue<'b>(
+        &self,
+        buffers: impl Iterator<Item = &'b Buffer>,
+        work: impl Fn(&Self) -> Result<()> + Send + Sync + 'static,
+    ) -> Result<()> {
+        let lent_before = |b: &&Buffer| b.leaf(&self.info).is_ok_and(|memory: &Loan<Memory>| !memory.captured());
+        self.recorder.record(buffers.filter(lent_before), work).map_or(Ok(()), |work| work(self))
     }
 }
 
@@ -106,6 +137,7 @@ impl Device for CpuDevice {
     }
 
     fn upload(&self, target: &Buffer, offset: usize, data: &[u8]) -> Result<()> {
+        self.recorder.refuse(&self.info, Uncapturable::Upload)?;
         let base = self.at(target, offset, data.len())?;
         // SAFETY: `at` proved the range; `data` is host memory that cannot overlap device memory handed out as Buffer.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), base, data.len()) };
@@ -113,6 +145,7 @@ impl Device for CpuDevice {
     }
 
     fn download(&self, source: &Buffer, offset: usize, data: &mut [u8]) -> Result<()> {
+        self.recorder.refuse(&self.info, Uncapturable::Download)?;
         let base = self.at(source, offset, data.len())?;
         // SAFETY: as in `upload`.
         unsafe { std::ptr::copy_nonoverlapping(base, data.as_mut_ptr(), data.len()) };
@@ -120,10 +153,13 @@ impl Device for CpuDevice {
     }
 
     fn copy(&self, source: &Buffer, from: usize, target: &Buffer, to: usize, bytes: usize) -> Result<()> {
-        let (source, target) = (self.at(source, from, bytes)?, self.at(target, to, bytes)?);
-        // SAFETY: both ranges proved; `copy` allows overlap.
-        unsafe { std::ptr::copy(source, target, bytes) };
-        Ok(())
+        let spans = [self.at(source, from, bytes)?, self.at(target, to, bytes)?].map(|base| Span { base, bytes });
+        self.queue([source, target].into_iter(), move |_| {
+            let [source, target] = spans;
+            // SAFETY: both ranges proved; `copy` allows overlap.
+            unsafe { std::ptr::copy(source.base, target.base, target.bytes) };
+            Ok(())
+        })
     }
 
     fn launch(&self, kernel: &Kernel, element: DType, launch: &Launch, arguments: &[Binding]) -> Result<()> {
@@ -133,19 +169,38 @@ impl Device for CpuDevice {
                 reason: format!("{} is no CPU kernel", kernel.name),
             });
         };
-        let mut args = Args::new(launch.params.words(), element, &self.threads);
-        for b in arguments {
-            let base = self.at(b.buffer, b.offset, b.bytes)?;
-            // SAFETY: the range is inside a live buffer (borrowed by `arguments` for the whole call), 4-aligned by
-            // `Tensor`, initialized, and `dispatch` lets no written argument overlap another one.
-            unsafe { args.push(base, b.bytes) };
-        }
+        let span = |b: &Binding| self.at(b.buffer, b.offset, b.bytes).map(|base| Span { base, bytes: b.bytes });
+        let spans: Vec<Span> = arguments.iter().map(span).collect::<Result<_>>()?;
+        let params = launch.params;
         self.launches.fetch_add(1, Relaxed);
-        run(&args)
+        self.queue(arguments.iter().map(|b| b.buffer), move |device| {
+            let mut args = Args::new(params.words(), element, &device.threads);
+            for span in &spans {
+                // SAFETY: the range is inside a live buffer (borrowed by `arguments` for the whole call, or kept with what
+                // was captured), 4-aligned by `Tensor`, initialized, and `dispatch` lets no written argument overlap
+                // another one.
+                unsafe { args.push(span.base, span.bytes) };
+            }
+            run(&args)
+        })
     }
 
     fn sync(&self) -> Result<()> {
-        Ok(())
+        self.recorder.refuse(&self.info, Uncapturable::Wait)
+    }
+
+    fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        self.recorder.begin(&self.info)?;
+        self.pool.begin_capture();
+        let done = work();
+        let (memory, outliving) = self.pool.end_capture();
+        let ((), recording) = self.recorder.end(&self.info, done, outliving)?;
+        Ok(Graph::new(Captured { recording, _memory: memory }))
+    }
+
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        self.recorder.refuse(&self.info, Uncapturable::Nested)?;
+        graph.leaf::<Captured>(&self.info)?.recording.replay(self)
     }
 
     fn stats(&self) -> Stats {

@@ -1,5 +1,6 @@
 //! Devices know kernels, not ops: they allocate, copy, launch and time.
 
+mod capture;
 mod cpu;
 pub mod cuda;
 mod null;
@@ -11,9 +12,10 @@ use std::any::Any;
 use std::sync::Arc;
 
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Uncapturable};
 use crate::kernel::{Kernel, Launch};
 
+pub use capture::Graph;
 pub use cpu::CpuDevice;
 #[cfg(unix)]
 pub use cuda::CudaHostDevice;
@@ -240,6 +242,20 @@ pub trait Device: Send + Sync {
 
     /// Waits until everything queued has run, and reports what went wrong with it.
     fn sync(&self) -> Result<()>;
+
+    /// Takes down what `work` queues instead of running it. The graph replays it with the same memory as often as wanted, in
+    /// order with everything else that is queued; that memory stays as it is while the graph lives.
+    ///
+    /// # Errors
+    /// `Error::Capture` where `work` cannot be captured. None of it has run then.
+    fn capture(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        Err(capture::refusal(self.info(), Uncapturable::Device))
+    }
+
+    /// Queues captured work of this device.
+    fn replay(&self, _graph: &Graph) -> Result<()> {
+        Err(capture::refusal(self.info(), Uncapturable::Device))
+    }
 
     /// Seconds of device time that the launches of `work` take; wall time where a device has no timer of its own.
     fn elapsed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {

@@ -1,11 +1,13 @@
 //! A device that takes every launch and runs none: geometry is tested on it without a GPU.
 
 use std::any::Any;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
-use super::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits, Stats, Storage};
+use super::capture::{Recorder, Recording};
+use super::{Binding, Buffer, Class, Device, Features, Graph, Info, Kind, Limits, Stats, Storage};
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Result, Uncapturable};
 use crate::kernel::{Kernel, Launch, check_launch};
 
 struct Nothing;
@@ -20,6 +22,9 @@ impl Storage for Nothing {
 pub struct NullDevice {
     info: Info,
     launches: Mutex<Vec<(&'static str, Launch)>>,
+    allocations: AtomicU64,
+    launched: AtomicU64,
+    recorder: Recorder<Self>,
 }
 
 impl NullDevice {
@@ -36,7 +41,8 @@ impl NullDevice {
             features: Features { f16: true, i16: true, subgroups: true, arch: 80, ..Features::default() },
             probes: Vec::new(),
         };
-        Self { info, launches: Mutex::new(Vec::new()) }
+        let (allocations, launched) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { info, launches: Mutex::new(Vec::new()), allocations, launched, recorder: Recorder::new() }
     }
 
     /// Everything launched so far.
@@ -51,16 +57,17 @@ impl Device for NullDevice {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        self.allocations.fetch_add(1, Relaxed);
         Ok(Buffer::new(Arc::new(Nothing), bytes))
     }
 
     fn upload(&self, _: &Buffer, _: usize, _: &[u8]) -> Result<()> {
-        Ok(())
+        self.recorder.refuse(&self.info, Uncapturable::Upload)
     }
 
     fn download(&self, _: &Buffer, _: usize, data: &mut [u8]) -> Result<()> {
         data.fill(0);
-        Ok(())
+        self.recorder.refuse(&self.info, Uncapturable::Download)
     }
 
     fn copy(&self, _: &Buffer, _: usize, _: &Buffer, _: usize, _: usize) -> Result<()> {
@@ -71,15 +78,28 @@ impl Device for NullDevice {
         check_launch(kernel, launch, &self.info)?;
         let mut launches = self.launches.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         launches.push((kernel.name, launch.clone()));
+        self.launched.fetch_add(1, Relaxed);
         Ok(())
     }
 
     fn sync(&self) -> Result<()> {
-        Ok(())
+        self.recorder.refuse(&self.info, Uncapturable::Wait)
+    }
+
+    fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        self.recorder.begin(&self.info)?;
+        let done = work();
+        self.recorder.end(&self.info, done, 0).map(|((), recording)| Graph::new(recording))
+    }
+
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        self.recorder.refuse(&self.info, Uncapturable::Nested)?;
+        graph.leaf::<Recording<Self>>(&self.info)?.replay(self)
     }
 
     fn stats(&self) -> Stats {
-        Stats::default()
+        let (allocations, launches) = (self.allocations.load(Relaxed), self.launched.load(Relaxed));
+        Stats { allocations, launches, ..Stats::default() }
     }
 
     fn set_memory_cap(&self, _: Option<u64>) {}

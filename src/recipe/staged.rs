@@ -17,8 +17,9 @@ use crate::pipeline::profile::Profile;
 use crate::pipeline::route::Route;
 use crate::pipeline::train::Staged;
 use crate::pipeline::{Kind, Schedule, cut, measure, simulate};
+use crate::train::graphs;
 use crate::train::lifecycle::{Method, Micro};
-use crate::train::optimizer::{Optimizer, Settings};
+use crate::train::optimizer::Settings;
 use crate::train::stepper::{OneDevice, Stepper};
 
 /// Number of stages.
@@ -146,9 +147,9 @@ pub fn stepper(
     distillation: Option<Distillation>,
 ) -> Result<Box<dyn Stepper>> {
     let home = model.device().clone();
-    let one_device = |model: &mut Model| -> Result<Box<dyn Stepper>> {
-        Ok(Box::new(OneDevice { optimizer: Optimizer::new(model, settings, |_| true)? }))
-    };
+    let shapes = graphs::shapes(home.as_ref());
+    let one_device =
+        |model: &mut Model| -> Result<Box<dyn Stepper>> { Ok(Box::new(OneDevice::new(model, settings, shapes)?)) };
     let Some(pipeline) = &context.recipe.pipeline else {
         return one_device(model);
     };

@@ -20,6 +20,7 @@ use crate::ops::distill::Reduction;
 use crate::ops::sparse24::Form24;
 use crate::rng::Stream;
 use crate::tensor::Tensor;
+use crate::train::graphs;
 use crate::train::lifecycle::{Invariant, Method, Micro};
 use crate::train::trainer::{Job, Source, Summary, train};
 use std::path::Path;
@@ -113,6 +114,7 @@ pub fn fit(
         validate: &validate,
         validate_every: training.validate_every,
         checkpoint_every: training.checkpoint_every,
+        graphs: graphs::shapes(model.device().as_ref()),
         keep_checkpoints: KEPT_CHECKPOINTS,
         folder: context.folder,
         progress: context.progress,

@@ -21,6 +21,7 @@ use crate::nn::config::Size;
 use crate::nn::{Batch, Config, Model, Pass};
 use crate::ops::reduce::ArgMax;
 use crate::tensor::Tensor;
+use crate::train::graphs;
 use crate::train::lifecycle::{Method, Micro};
 use crate::train::optimizer::{Rule, Settings};
 use crate::train::precision::Precision;
@@ -191,6 +192,7 @@ pub fn run(device: &Arc<dyn Device>, folder: &Path, options: &TaggerOptions) -> 
         validate: &validate,
         validate_every: (options.steps / 4).max(1),
         checkpoint_every: CHECKPOINT_EVERY,
+        graphs: graphs::shapes(device.as_ref()),
         keep_checkpoints: 1,
         folder,
         progress: options.progress,

@@ -4,6 +4,7 @@
 use super::optimizer::Optimizer;
 use crate::error::Result;
 use crate::nn::{Batch, Model, OutputHook, Pass};
+use crate::shape::Meta;
 use crate::tape::Var;
 use crate::tensor::Tensor;
 
@@ -40,6 +41,68 @@ pub struct Teacher {
     pub hard_weights: Tensor,
 }
 
+/// Whether gold labels count, and the type and extents of every tensor: micro-batches alike in it make the same launches.
+pub type MicroShape = (bool, [Option<Meta>; 12]);
+
+impl Micro {
+    /// Its tensors, each in its place.
+    fn tensors(&self) -> [Option<&Tensor>; 12] {
+        let (batch, teacher) = (&self.batch, self.teacher.as_ref());
+        [
+            Some(&batch.tokens),
+            Some(&batch.positions),
+            batch.block_positions.as_ref(),
+            batch.context.as_ref(),
+            batch.lengths.as_ref(),
+            Some(&self.targets),
+            Some(&self.weights),
+            teacher.map(|t| &t.hidden),
+            teacher.map(|t| &t.hidden_weights),
+            teacher.map(|t| &t.soft_weights),
+            teacher.map(|t| &t.hard_targets),
+            teacher.map(|t| &t.hard_weights),
+        ]
+    }
+
+    pub fn shape(&self) -> MicroShape {
+        (self.gold, self.tensors().map(|tensor| tensor.map(Tensor::meta)))
+    }
+
+    /// A copy in memory of its own.
+    pub fn duplicate(&self) -> Result<Self> {
+        let copy = |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::duplicate).transpose();
+        let teacher = |t: &Teacher| -> Result<Teacher> {
+            Ok(Teacher {
+                hidden: t.hidden.duplicate()?,
+                hidden_weights: t.hidden_weights.duplicate()?,
+                soft_weights: t.soft_weights.duplicate()?,
+                hard_targets: t.hard_targets.duplicate()?,
+                hard_weights: t.hard_weights.duplicate()?,
+            })
+        };
+        Ok(Self {
+            batch: Batch {
+                tokens: self.batch.tokens.duplicate()?,
+                positions: self.batch.positions.duplicate()?,
+                block_positions: copy(&self.batch.block_positions)?,
+                context: copy(&self.batch.context)?,
+                lengths: copy(&self.batch.lengths)?,
+            },
+            targets: self.targets.duplicate()?,
+            weights: self.weights.duplicate()?,
+            teacher: self.teacher.as_ref().map(teacher).transpose()?,
+            ..*self
+        })
+    }
+
+    /// Takes over the contents of one of the same shape.
+    pub fn assign(&mut self, from: &Micro) -> Result<()> {
+        (self.weight, self.tokens) = (from.weight, from.tokens);
+        let pairs = self.tensors().into_iter().zip(from.tensors());
+        pairs.filter_map(|(to, from)| to.zip(from)).try_for_each(|(to, from)| to.assign(from))
+    }
+}
+
 /// A promise of a method and what was measured; a broken one stops the run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Invariant {
@@ -49,6 +112,10 @@ pub struct Invariant {
 }
 
 /// A compression method as hooks on training.
+///
+/// What the first two hooks queue is captured where the device can, and replayed for other micro-batches of the same shape:
+/// numbers that differ between those must reach it as tensors. A hook that reads a tensor's values there keeps the training
+/// from being captured. A method that queues something else from a step on says so by `Optimizer::invalidate`.
 pub trait Method {
     fn name(&self) -> &'static str;
 

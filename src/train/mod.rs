@@ -1,6 +1,7 @@
 //! Training: what a step does, and what it leaves behind.
 
 pub mod events;
+pub mod graphs;
 pub mod lifecycle;
 pub mod metrics_log;
 pub mod optimizer;

@@ -98,7 +98,7 @@ pub struct Optimizer {
     state: Tensor,
     /// As long as the longest parameter that ever had no gradient in a step.
     zeros: Option<Tensor>,
-    /// Changes when memory that a step uses is replaced by other memory.
+    /// Changes with what a step queues and with the memory it uses.
     generation: u64,
     device: Arc<dyn Device>,
 }
@@ -177,9 +177,14 @@ impl Optimizer {
         &self.counter
     }
 
-    /// Work that was captured under another number uses memory that has been replaced since.
+    /// What was captured under another number is not what a step queues now.
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// Steps queue something else from now on, or use other memory.
+    pub fn invalidate(&mut self) {
+        self.generation += 1;
     }
 
     /// Counts the next step and writes what it needs to know, before anything of it is queued. Its gradients will be divided
@@ -409,6 +414,7 @@ impl Optimizer {
         let scale = if self.scaled() { take(LOSS_SCALE, &[2])?.to_vec::<f32>()? } else { Vec::new() };
         self.set_loss_scale(scale.try_into().ok().map(LossScale::from_words))?;
         self.step = step;
+        self.invalidate();
         Ok(())
     }
 }

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use super::graphs::Graphs;
 use super::lifecycle::{Method, Micro};
-use super::optimizer::{Optimizer, Outcome};
+use super::optimizer::{Optimizer, Outcome, Settings};
 use super::trainer;
 use crate::error::{Error, Result};
 use crate::nn::Model;
@@ -38,6 +39,11 @@ pub trait Stepper {
         settings: StepSettings,
     ) -> Result<()>;
 
+    /// Steps of this session that were replayed from what was captured of an earlier one.
+    fn replayed(&self) -> u64 {
+        0
+    }
+
     /// What the last step came to.
     fn outcome(&mut self) -> Result<Outcome>;
 
@@ -65,7 +71,15 @@ pub trait Stepper {
 
 /// The whole model on its device; its tensors are the optimizer's.
 pub struct OneDevice {
-    pub optimizer: Optimizer,
+    optimizer: Optimizer,
+    graphs: Graphs,
+}
+
+impl OneDevice {
+    /// `graphs`: shapes of micro-batches whose step is captured at most.
+    pub fn new(model: &mut Model, settings: Settings, graphs: usize) -> Result<Self> {
+        Ok(Self { optimizer: Optimizer::new(model, settings, |_| true)?, graphs: Graphs::new(graphs) })
+    }
 }
 
 impl Stepper for OneDevice {
@@ -89,7 +103,13 @@ impl Stepper for OneDevice {
         settings: StepSettings,
     ) -> Result<()> {
         self.optimizer.begin(trainer::weight(&micros), settings.steps)?;
-        trainer::queue(model, &mut self.optimizer, &micros, methods, (settings.dropout, settings.seed))
+        let dropout = (settings.dropout, settings.seed);
+        let mut queue = |o: &mut Optimizer, micros: &[Micro]| trainer::queue(model, o, micros, methods, dropout);
+        self.graphs.step(model.device().as_ref(), &mut self.optimizer, micros, &mut queue)
+    }
+
+    fn replayed(&self) -> u64 {
+        self.graphs.replayed
     }
 
     fn outcome(&mut self) -> Result<Outcome> {

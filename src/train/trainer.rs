@@ -47,6 +47,8 @@ pub struct Job<'a> {
     pub validate_every: u64,
     /// 0: only when stopped.
     pub checkpoint_every: u64,
+    /// Shapes of micro-batches whose step is captured at most (see `graphs`).
+    pub graphs: usize,
     pub keep_checkpoints: usize,
     /// Holds metrics.jsonl, tb/ and checkpoints/ of this stage.
     pub folder: &'a Path,
@@ -59,6 +61,8 @@ pub struct Job<'a> {
 #[derive(Clone, Debug, Default)]
 pub struct Summary {
     pub steps: u64,
+    /// Steps of this session that were replayed.
+    pub replayed: u64,
     /// Of all sessions that the stage took.
     pub seconds: f64,
     /// Of the sessions before this one, as their last checkpoint has it.
@@ -189,7 +193,7 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
     let resumed = restore(model, &checkpoints, job.steps)?;
     let mut stepper: Box<dyn Stepper> = match job.stepper {
         Some(make) => make(model)?,
-        None => Box::new(OneDevice { optimizer: Optimizer::new(model, job.settings, |_| true)? }),
+        None => Box::new(OneDevice::new(model, job.settings, job.graphs)?),
     };
     let settings = StepSettings { dropout: job.dropout, seed: job.seed, steps: job.steps };
     let (done, earlier_seconds) = match resumed {
@@ -211,7 +215,7 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
         stepper.step(model, micros, methods, settings)?;
         let now = step_index + 1;
         stepper.hooks(now, model, methods)?;
-        summary.steps = now;
+        (summary.steps, summary.replayed) = (now, stepper.replayed());
         log.bar.set_position(now);
         let stop = STOP.load(Relaxed);
         let due = |every: u64| every > 0 && now % every == 0;

@@ -5,6 +5,7 @@ mod cuda;
 mod cuda_groups;
 mod data;
 mod device;
+mod graphs;
 mod kernels;
 mod metrics;
 mod model;

@@ -61,6 +61,7 @@ fn session(
         validate: &validate,
         validate_every: 3,
         checkpoint_every,
+        graphs: 0,
         keep_checkpoints: 2,
         folder,
         progress: false,

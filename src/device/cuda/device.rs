@@ -10,10 +10,12 @@ use cudarc::driver::sys;
 
 use super::compile::{compile, nvrtc};
 use super::driver::cuda_driver;
-use crate::device::pool::{Loan, Pool, Stats};
-use crate::device::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits};
+use super::graph::Executable;
+use crate::device::capture::{Recorder, Recording};
+use crate::device::pool::{Held, Loan, Pool, Stats};
+use crate::device::{Binding, Buffer, Class, Device, Features, Graph, Info, Kind, Limits};
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Uncapturable};
 use crate::kernel::cuda::{assemble, declared};
 use crate::kernel::{Entry, Kernel, Launch, Params, TensorMap, check_launch};
 
@@ -21,11 +23,11 @@ use crate::kernel::{Entry, Kernel, Launch, Params, TensorMap, check_launch};
 const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
 
 /// The driver's handles. They are plain identifiers, usable from any thread that makes the context current.
-struct Gpu {
+pub(super) struct Gpu {
     id: String,
     device: sys::CUdevice,
     context: sys::CUcontext,
-    stream: sys::CUstream,
+    pub(super) stream: sys::CUstream,
     /// Why the context cannot be used any more.
     lost: OnceLock<String>,
 }
@@ -37,7 +39,7 @@ unsafe impl Sync for Gpu {}
 
 impl Gpu {
     /// Makes the context current on this thread; what every call into the driver starts with.
-    fn enter(&self) -> Result<()> {
+    pub(super) fn enter(&self) -> Result<()> {
         if let Some(reason) = self.lost.get() {
             return Err(Error::DeviceLost { device: self.id.clone(), reason: reason.clone() });
         }
@@ -46,7 +48,7 @@ impl Gpu {
     }
 
     /// A driver error as one of ours. After some the context is dead, and every later call says so.
-    fn failure(&self, operation: &'static str, requested: usize, error: DriverError) -> Error {
+    pub(super) fn failure(&self, operation: &'static str, requested: usize, error: DriverError) -> Error {
         use sys::cudaError_enum as E;
         let name = error.error_name().map_or_else(|_| format!("{:?}", error.0), |n| n.to_string_lossy().into_owned());
         let dead = match error.0 {
@@ -63,6 +65,12 @@ impl Gpu {
                     live: 0,
                     cap: u64::MAX,
                 };
+            }
+            // What a capture does not allow, such as code that is loaded for the first time.
+            E::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+            | E::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+            | E::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT => {
+                return Error::Capture { device: self.id.clone(), reason: Uncapturable::Driver(error.0 as u32) };
             }
             _ => return Error::Driver { device: self.id.clone(), operation, log: name },
         };
@@ -127,6 +135,14 @@ pub struct CudaDevice {
     pool: Arc<Pool<Memory>>,
     modules: Mutex<HashMap<Key, Module>>,
     launches: AtomicU64,
+    recorder: Recorder<Self>,
+}
+
+/// Captured work, and what it uses.
+struct Captured {
+    executable: Executable,
+    _recording: Recording<CudaDevice>,
+    _memory: Held<Memory>,
 }
 
 impl CudaDevice {
@@ -201,7 +217,8 @@ impl CudaDevice {
             probes: Vec::new(),
         };
         let gpu = Arc::new(Gpu { id, device, context, stream, lost: OnceLock::new() });
-        Ok(Self { info, gpu, pool: Arc::new(Pool::new()), modules: Mutex::default(), launches: AtomicU64::new(0) })
+        let (pool, modules) = (Arc::new(Pool::new()), Mutex::default());
+        Ok(Self { info, gpu, pool, modules, launches: AtomicU64::new(0), recorder: Recorder::new() })
     }
 
     /// The function of an entry, compiled and loaded at its first use.
@@ -242,6 +259,12 @@ impl CudaDevice {
         let memory: &Loan<Memory> = buffer.leaf(&self.info)?;
         memory.check(offset, bytes)?;
         Ok(memory.address + offset as u64)
+    }
+
+    /// Memory lent in a capture is the pool's to keep; what was there before is pinned.
+    fn pin<'b>(&self, buffers: impl Iterator<Item = &'b Buffer>) {
+        let lent_before = |b: &&Buffer| b.leaf(&self.info).is_ok_and(|memory: &Loan<Memory>| !memory.captured());
+        self.recorder.pin(buffers.filter(lent_before));
     }
 
     /// A tensor map as the copy engine reads it.
@@ -300,6 +323,7 @@ impl Device for CudaDevice {
     }
 
     fn upload(&self, target: &Buffer, offset: usize, data: &[u8]) -> Result<()> {
+        self.recorder.refuse(&self.info, Uncapturable::Upload)?;
         let address = self.address(target, offset, data.len())?;
         self.gpu.enter()?;
         // SAFETY: `address` proved the range. From pageable memory the call returns once the bytes are staged.
@@ -308,6 +332,7 @@ impl Device for CudaDevice {
     }
 
     fn download(&self, source: &Buffer, offset: usize, data: &mut [u8]) -> Result<()> {
+        self.recorder.refuse(&self.info, Uncapturable::Download)?;
         let address = self.address(source, offset, data.len())?;
         self.gpu.enter()?;
         let bytes = data.len();
@@ -318,6 +343,7 @@ impl Device for CudaDevice {
     }
 
     fn copy(&self, source: &Buffer, from: usize, target: &Buffer, to: usize, bytes: usize) -> Result<()> {
+        self.pin([source, target].into_iter());
         let (source, target) = (self.address(source, from, bytes)?, self.address(target, to, bytes)?);
         self.gpu.enter()?;
         // SAFETY: both ranges proved.
@@ -353,6 +379,7 @@ impl Device for CudaDevice {
         let [x, y, z] = launch.groups;
         let shape: (c_uint, c_uint, c_uint) = (function.threads, 1, 1);
         self.launches.fetch_add(1, Relaxed);
+        self.pin(arguments.iter().map(|b| b.buffer));
         // SAFETY: the entry takes one pointer per argument, 128 bytes per map and a block of at most 64 bytes (the host harness and
         // `kernels cuda-check` hold every kernel to that); ranges were checked, and the pool keeps memory in stream order.
         unsafe { result::launch_kernel(function.handle, (x, y, z), shape, launch.shared, self.gpu.stream, &mut values) }
@@ -360,10 +387,27 @@ impl Device for CudaDevice {
     }
 
     fn sync(&self) -> Result<()> {
+        self.recorder.refuse(&self.info, Uncapturable::Wait)?;
         self.gpu.sync()
     }
 
+    fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        self.gpu.enter()?;
+        self.recorder.begin(&self.info)?;
+        self.pool.begin_capture();
+        let done = Executable::of(&self.gpu, work);
+        let (memory, outliving) = self.pool.end_capture();
+        let (executable, recording) = self.recorder.end(&self.info, done, outliving)?;
+        Ok(Graph::new(Captured { executable, _recording: recording, _memory: memory }))
+    }
+
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        self.recorder.refuse(&self.info, Uncapturable::Nested)?;
+        graph.leaf::<Captured>(&self.info)?.executable.launch()
+    }
+
     fn elapsed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        self.recorder.refuse(&self.info, Uncapturable::Wait)?;
         self.gpu.enter()?;
         let failed = |e| self.gpu.failure("time", 0, e);
         let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(failed);

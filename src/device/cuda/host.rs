@@ -9,11 +9,12 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::device::{Binding, Buffer, Class, Device, Features, Info, Kind, Limits, Stats, Storage, check_range};
+use crate::device::capture::{Recorder, Recording};
+use crate::device::{Binding, Buffer, Class, Device, Features, Graph, Info, Kind, Limits, Stats, Storage, check_range};
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Uncapturable};
 use crate::kernel::cuda::{assemble, declared};
-use crate::kernel::{Entry, Kernel, Launch, TensorMap, check_launch};
+use crate::kernel::{Entry, Kernel, Launch, Params, TensorMap, check_launch};
 
 const HOST: &str = include_str!("../../../tests/cuda_host/host.hpp");
 const MMA: &str = include_str!("../../../tests/cuda_host/mma.hpp");
@@ -79,10 +80,16 @@ impl Storage for Memory {
 }
 
 #[repr(C)]
+#[derive(Clone, Copy)]
 struct Range {
-    start: *const u8,
+    start: *mut u8,
     bytes: usize,
 }
+
+// SAFETY: points into a `Memory` that outlives it: an argument of the call at hand, or pinned by the recording that holds it.
+unsafe impl Send for Range {}
+// SAFETY: as above; launches run one at a time.
+unsafe impl Sync for Range {}
 
 // SAFETY of a call: the symbols of host.hpp and of the text that `build` writes have these types.
 type Trampoline = unsafe extern "C" fn(*mut *mut c_void);
@@ -112,6 +119,7 @@ struct Module {
 
 /// `Map` of wgmma.hpp, in the 128 bytes of a tensor map.
 #[repr(C, align(64))]
+#[derive(Clone, Copy)]
 struct Map {
     mark: u64,
     address: u64,
@@ -136,7 +144,22 @@ pub struct CudaHostDevice {
     /// Launches run one at a time: fault handlers and a library's blocks are one per process.
     modules: Mutex<HashMap<Key, Slot>>,
     launches: AtomicU64,
-    live: Arc<AtomicU64>,
+    allocations: AtomicU64,
+    /// Changes the order of threads from run to run.
+    runs: AtomicU64,
+    recorder: Recorder<Self>,
+}
+
+/// One launch with its arguments looked up and checked.
+struct Work {
+    module: Arc<Module>,
+    entry: &'static str,
+    threads: u32,
+    groups: [u32; 3],
+    shared: u32,
+    params: Params,
+    ranges: Vec<Range>,
+    maps: Vec<Map>,
 }
 
 static RUNNING: Mutex<()> = Mutex::new(());
@@ -209,7 +232,9 @@ impl CudaHostDevice {
             folder,
             modules: Mutex::default(),
             launches: AtomicU64::new(0),
-            live: Arc::default(),
+            allocations: AtomicU64::new(0),
+            runs: AtomicU64::new(0),
+            recorder: Recorder::new(),
         })
     }
 
@@ -284,6 +309,60 @@ impl CudaHostDevice {
         // SAFETY: offset <= bytes, within the mapping.
         Ok(unsafe { memory.base.add(offset) })
     }
+
+    /// Runs `work`, or takes it down where a capture is under way: then its buffers stay as long as the graph.
+    fn queue<'b>(
+        &self,
+        buffers: impl Iterator<Item = &'b Buffer>,
+        work: impl Fn(&Self) -> Result<()> + Send + Sync + 'static,
+    ) -> Result<()> {
+        self.recorder.record(buffers, work).map_or(Ok(()), |work| work(self))
+    }
+
+    fn run(&self, work: &Work) -> Result<()> {
+        let mut parameters = [0u32; Params::MAX];
+        let words = work.params.words();
+        parameters[..words.len()].copy_from_slice(words);
+        let mut pointers: Vec<*mut u8> = work.ranges.iter().map(|range| range.start).collect();
+        let mut maps = work.maps.clone();
+        let mut values: Vec<*mut c_void> = pointers.iter_mut().map(|p| std::ptr::from_mut(p).cast()).collect();
+        values.extend(maps.iter_mut().map(|m| std::ptr::from_mut(m).cast::<c_void>()));
+        values.push(parameters.as_mut_ptr().cast());
+        let order = self.runs.fetch_add(1, Relaxed) as u32;
+        let mut text = [0 as c_char; 512];
+        let stacks = stacks()?;
+        let library = &work.module.library;
+        let missing = |e: libloading::Error| self.refused("find the launcher", e.to_string());
+        let _one = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the symbols have these types in host.hpp and in the trampolines that `build` writes; the pointers live
+        // through the call, which touches only the ranges checked before or ends at a guard page.
+        let failed = unsafe {
+            let run: libloading::Symbol<LaunchFunction> = library.get(b"espalier_launch").map_err(missing)?;
+            let symbol = format!("kernel_{}", work.entry);
+            let start: libloading::Symbol<Trampoline> = library.get(symbol.as_bytes()).map_err(missing)?;
+            run(
+                *start,
+                values.as_mut_ptr(),
+                values.len() as c_uint,
+                (words.len() * 4) as c_uint,
+                work.groups.as_ptr(),
+                work.threads,
+                work.shared,
+                order,
+                work.ranges.as_ptr(),
+                work.ranges.len() as c_uint,
+                stacks,
+                text.as_mut_ptr(),
+                text.len(),
+            )
+        };
+        if failed == 0 {
+            return Ok(());
+        }
+        // SAFETY: snprintf ended the text within its 512 bytes.
+        let reason = unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy().into_owned();
+        Err(self.refused("launch", format!("{}: {reason}", work.entry)))
+    }
 }
 
 /// A tensor map as wgmma.hpp reads it.
@@ -316,13 +395,15 @@ impl Device for CudaHostDevice {
         let memory = Memory::new(bytes.next_multiple_of(4)).ok_or_else(|| Error::OutOfMemory {
             device: self.info.id.clone(),
             requested: bytes as u64,
-            live: self.live.load(Relaxed),
+            live: 0,
             cap: u64::MAX,
         })?;
+        self.allocations.fetch_add(1, Relaxed);
         Ok(Buffer::new(Arc::new(memory), bytes))
     }
 
     fn upload(&self, target: &Buffer, offset: usize, data: &[u8]) -> Result<()> {
+        self.recorder.refuse(&self.info, Uncapturable::Upload)?;
         let base = self.range(target, offset, data.len())?;
         // SAFETY: `range` proved the range; host slices never overlap device memory.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), base, data.len()) };
@@ -330,6 +411,7 @@ impl Device for CudaHostDevice {
     }
 
     fn download(&self, source: &Buffer, offset: usize, data: &mut [u8]) -> Result<()> {
+        self.recorder.refuse(&self.info, Uncapturable::Download)?;
         let base = self.range(source, offset, data.len())?;
         // SAFETY: as in `upload`.
         unsafe { std::ptr::copy_nonoverlapping(base, data.as_mut_ptr(), data.len()) };
@@ -337,10 +419,14 @@ impl Device for CudaHostDevice {
     }
 
     fn copy(&self, source: &Buffer, from: usize, target: &Buffer, to: usize, bytes: usize) -> Result<()> {
-        let (source, target) = (self.range(source, from, bytes)?, self.range(target, to, bytes)?);
-        // SAFETY: both ranges proved; `copy` allows overlap.
-        unsafe { std::ptr::copy(source, target, bytes) };
-        Ok(())
+        let ranges =
+            [self.range(source, from, bytes)?, self.range(target, to, bytes)?].map(|start| Range { start, bytes });
+        self.queue([source, target].into_iter(), move |_| {
+            let [source, target] = ranges;
+            // SAFETY: both ranges proved; `copy` allows overlap.
+            unsafe { std::ptr::copy(source.start, target.start, target.bytes) };
+            Ok(())
+        })
     }
 
     fn launch(&self, kernel: &Kernel, element: DType, launch: &Launch, arguments: &[Binding]) -> Result<()> {
@@ -352,64 +438,35 @@ impl Device for CudaHostDevice {
         let entry = launch.entry.unwrap_or(code.entry);
         let missing = || self.refused("find an entry", format!("cuda/{} has no entry {entry}", code.file.name));
         let &threads = module.threads.get(entry).ok_or_else(missing)?;
-        let mut parameters = [0u32; crate::kernel::Params::MAX];
-        let words = launch.params.words();
-        parameters[..words.len()].copy_from_slice(words);
-        let mut pointers = Vec::with_capacity(arguments.len());
-        for b in arguments {
-            pointers.push(self.range(b.buffer, b.offset, b.bytes)?);
-        }
-        let ranges: Vec<Range> =
-            pointers.iter().zip(arguments).map(|(&start, b)| Range { start, bytes: b.bytes }).collect();
-        let mut values: Vec<*mut c_void> = pointers.iter_mut().map(|p| std::ptr::from_mut(p).cast()).collect();
-        let mut maps = Vec::with_capacity(launch.maps.len());
-        for m in &launch.maps {
-            let slot = || self.refused("read a tensor map", format!("{entry} has no slot {}", m.slot));
-            maps.push(map(kernel, m, ranges.get(m.slot).ok_or_else(slot)?)?);
-        }
-        values.extend(maps.iter_mut().map(|m| std::ptr::from_mut(m).cast::<c_void>()));
-        values.push(parameters.as_mut_ptr().cast());
-        let order = self.launches.fetch_add(1, Relaxed) as u32;
-        let mut text = [0 as c_char; 512];
-        let stacks = stacks()?;
-        let _one = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the symbols have these types in host.hpp and in the trampolines that `build` writes; the pointers live
-        // through the call, which touches only the ranges checked above or ends at a guard page.
-        let failed = unsafe {
-            let run: libloading::Symbol<LaunchFunction> =
-                module.library.get(b"espalier_launch").map_err(|e| self.refused("find the launcher", e.to_string()))?;
-            let symbol = format!("kernel_{entry}");
-            let start: libloading::Symbol<Trampoline> = module.library.get(symbol.as_bytes()).map_err(|_| missing())?;
-            run(
-                *start,
-                values.as_mut_ptr(),
-                values.len() as c_uint,
-                (words.len() * 4) as c_uint,
-                launch.groups.as_ptr(),
-                threads,
-                launch.shared,
-                order,
-                ranges.as_ptr(),
-                ranges.len() as c_uint,
-                stacks,
-                text.as_mut_ptr(),
-                text.len(),
-            )
-        };
-        if failed == 0 {
-            return Ok(());
-        }
-        // SAFETY: snprintf ended the text within its 512 bytes.
-        let reason = unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy().into_owned();
-        Err(self.refused("launch", format!("{entry}: {reason}")))
+        let range = |b: &Binding| self.range(b.buffer, b.offset, b.bytes).map(|start| Range { start, bytes: b.bytes });
+        let ranges = arguments.iter().map(range).collect::<Result<Vec<_>>>()?;
+        let slot = |m: &TensorMap| self.refused("read a tensor map", format!("{entry} has no slot {}", m.slot));
+        let encoded = |m| map(kernel, m, ranges.get(m.slot).ok_or_else(|| slot(m))?);
+        let maps = launch.maps.iter().map(encoded).collect::<Result<Vec<_>>>()?;
+        let (groups, shared, params) = (launch.groups, launch.shared, launch.params);
+        let work = Work { module, entry, threads, groups, shared, params, ranges, maps };
+        self.launches.fetch_add(1, Relaxed);
+        self.queue(arguments.iter().map(|b| b.buffer), move |device| device.run(&work))
     }
 
     fn sync(&self) -> Result<()> {
-        Ok(())
+        self.recorder.refuse(&self.info, Uncapturable::Wait)
+    }
+
+    fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
+        self.recorder.begin(&self.info)?;
+        let done = work();
+        self.recorder.end(&self.info, done, 0).map(|((), recording)| Graph::new(recording))
+    }
+
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        self.recorder.refuse(&self.info, Uncapturable::Nested)?;
+        graph.leaf::<Recording<Self>>(&self.info)?.replay(self)
     }
 
     fn stats(&self) -> Stats {
-        Stats { launches: self.launches.load(Relaxed), ..Stats::default() }
+        let (allocations, launches) = (self.allocations.load(Relaxed), self.launches.load(Relaxed));
+        Stats { allocations, launches, ..Stats::default() }
     }
 
     fn set_memory_cap(&self, _: Option<u64>) {}

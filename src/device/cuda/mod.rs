@@ -4,6 +4,7 @@ mod cache;
 pub mod compile;
 mod device;
 mod driver;
+mod graph;
 #[cfg(unix)]
 mod host;
 

@@ -1,0 +1,125 @@
+//! Work that is captured once and replayed: the launches and copies of a piece of host code, without the host code.
+
+use std::any::Any;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::{Buffer, Info};
+use crate::error::{Error, Result, Uncapturable};
+
+/// Captured work of one device, in that device's own form; see [`super::Device::capture`].
+pub struct Graph(Box<dyn Any + Send + Sync>);
+
+impl Graph {
+    pub(super) fn new(work: impl Any + Send + Sync) -> Self {
+        Self(Box::new(work))
+    }
+
+    /// The leaf's own form; another device's graph is a typed error.
+    pub(super) fn leaf<T: Any>(&self, info: &Info) -> Result<&T> {
+        self.0.downcast_ref().ok_or_else(|| Error::WrongDevice {
+            op: "replay",
+            input: 0,
+            expected: info.id.clone(),
+            got: "work of another device".into(),
+        })
+    }
+}
+
+type Work<D> = Box<dyn Fn(&D) -> Result<()> + Send + Sync>;
+
+/// What is taken down of a capture: on devices that replay it themselves the work, in order, and on all of them the memory
+/// that must live as long as the graph.
+pub struct Recording<D> {
+    pub work: Vec<Work<D>>,
+    pinned: Vec<Buffer>,
+    refused: Option<Uncapturable>,
+}
+
+/// The capture under way on a device, if any. One at a time.
+pub struct Recorder<D>(Mutex<Option<Recording<D>>>);
+
+impl<D> Recorder<D> {
+    pub fn new() -> Self {
+        Self(Mutex::new(None))
+    }
+
+    /// A poisoned lock means that captured code panicked; what was recorded is still whole.
+    fn lock(&self) -> MutexGuard<'_, Option<Recording<D>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn begin(&self, info: &Info) -> Result<()> {
+        let mut recording = self.lock();
+        if recording.is_some() {
+            return Err(refusal(info, Uncapturable::Nested));
+        }
+        *recording = Some(Recording { work: Vec::new(), pinned: Vec::new(), refused: None });
+        Ok(())
+    }
+
+    /// Records `work` with the buffers it needs; gives it back to be run where nothing is captured.
+    pub fn record<'b, W>(&self, buffers: impl Iterator<Item = &'b Buffer>, work: W) -> Option<W>
+    where
+        W: Fn(&D) -> Result<()> + Send + Sync + 'static,
+    {
+        let mut recording = self.lock();
+        let Some(recording) = recording.as_mut() else {
+            return Some(work);
+        };
+        recording.pin(buffers);
+        recording.work.push(Box::new(work));
+        None
+    }
+
+    /// Keeps the buffers of work that the driver records.
+    pub fn pin<'b>(&self, buffers: impl Iterator<Item = &'b Buffer>) {
+        if let Some(recording) = self.lock().as_mut() {
+            recording.pin(buffers);
+        }
+    }
+
+    /// Ends the hopes of a capture under way: the call that asks would have to wait for work that does not run.
+    pub fn refuse(&self, info: &Info, reason: Uncapturable) -> Result<()> {
+        match self.lock().as_mut() {
+            None => Ok(()),
+            Some(recording) => {
+                recording.refused.get_or_insert(reason);
+                Err(refusal(info, reason))
+            }
+        }
+    }
+
+    /// Ends the capture of work that came to `done` and leaves `outliving` allocations behind. Code that went on after a
+    /// refusal has captured something else than it runs.
+    pub fn end<T>(&self, info: &Info, done: Result<T>, outliving: usize) -> Result<(T, Recording<D>)> {
+        let recording = self.lock().take();
+        let refused = recording.as_ref().and_then(|r| r.refused);
+        if let Some(reason) = refused {
+            return Err(refusal(info, reason));
+        }
+        let done = done?;
+        match recording {
+            Some(recording) if outliving == 0 => Ok((done, recording)),
+            _ => Err(refusal(info, Uncapturable::Outlives(outliving))),
+        }
+    }
+}
+
+impl<D> Recording<D> {
+    /// Buffers come many times over: one handle each will do.
+    fn pin<'b>(&mut self, buffers: impl Iterator<Item = &'b Buffer>) {
+        for buffer in buffers {
+            if !self.pinned.iter().rev().any(|pinned| pinned.same(buffer)) {
+                self.pinned.push(buffer.clone());
+            }
+        }
+    }
+
+    pub fn replay(&self, device: &D) -> Result<()> {
+        self.work.iter().try_for_each(|work| work(device))
+    }
+}
+
+pub fn refusal(info: &Info, reason: Uncapturable) -> Error {
+    Error::Capture { device: info.id.clone(), reason }
+}
