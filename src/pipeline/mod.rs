@@ -6,6 +6,7 @@ pub mod schedule;
 pub mod simulate;
 #[cfg(test)]
 mod tests;
+pub mod trace;
 pub mod validate;
 
 pub use schedule::{Event, Kind, Schedule, Work};
