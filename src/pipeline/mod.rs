@@ -1,6 +1,7 @@
 //! Models in stages: schedules as data, their price, their plan, and an executor that overlaps the stages' work.
 
 pub mod csv;
+pub mod plan;
 pub mod profile;
 pub mod schedule;
 pub mod simulate;
