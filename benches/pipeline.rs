@@ -11,8 +11,9 @@ use espalier::device::{self, Device};
 use espalier::nn::config::Size;
 use espalier::nn::{Config, Model};
 use espalier::pipeline::executor::{Pipeline, Setup};
+use espalier::pipeline::profile::Profile;
 use espalier::pipeline::route::Route;
-use espalier::pipeline::{Kind, Schedule, cut, measure, simulate};
+use espalier::pipeline::{Kind, Schedule, measure, simulate};
 use espalier::recipe::corpus::upload;
 use espalier::rng::Stream;
 use espalier::tensor::Tensor;
@@ -60,9 +61,9 @@ fn micros(device: &Arc<dyn Device>, count: usize) -> Result<Vec<Micro>> {
     (0..count).map(|_| make()).collect()
 }
 
-fn staged(model: &Model, kind: Kind, count: usize, weights: &[f64]) -> Result<Pipeline> {
+fn staged(model: &Model, kind: Kind, count: usize, profile: &Profile) -> Result<Pipeline> {
     let schedule = Schedule::new(kind, 2, count)?;
-    let cuts = cut::balanced(weights, schedule.chunks());
+    let cuts = profile.cuts(&schedule)?;
     let route = Arc::new(Route::new(&model.config, &schedule, cuts, vec![1; 2])?);
     let devices = [device::open("cpu:1")?, device::open("cpu:1")?].to_vec();
     let long = Duration::from_secs(60);
@@ -96,11 +97,6 @@ fn compare(rounds: usize) -> Result<()> {
     let model = Model::init(Config::glm(SIZE, VOCABULARY), &home, 1)?;
     let probe = micros(&home, 1)?;
     let profile = measure::profile(&model, &probe[0], settings())?;
-    let weights = |split: bool| -> Vec<f64> {
-        let pieces: Vec<_> = (0..profile.pieces.len()).map(|p| p..p + 1).collect();
-        let all = profile.chunks(&pieces, split);
-        all.iter().map(|c| c.forward + c.backward_input + c.backward_weight).collect()
-    };
     println!("{}: {}, 2 x 128 tokens a micro-batch, 2 stages on one core each", home.info().name, profile.model);
     println!(
         "{:<24} {:>12} {:>12} {:>12} {:>10} {:>10}",
@@ -117,8 +113,7 @@ fn compare(rounds: usize) -> Result<()> {
             Kind::ZeroBubbleH1,
             Kind::ZeroBubbleV,
         ] {
-            let split = kind.splits_backward();
-            let mut pipeline = staged(&model, kind, count, &weights(split))?;
+            let mut pipeline = staged(&model, kind, count, &profile)?;
             let (mut ours, mut theirs) = (Vec::new(), Vec::new());
             for round in 0..=rounds {
                 let began = Instant::now();
@@ -131,7 +126,7 @@ fn compare(rounds: usize) -> Result<()> {
                 }
             }
             let route = &pipeline.setup().route;
-            let costs = profile.costs(&route.schedule, &route.cuts, Vec::new());
+            let costs = profile.costs(&route.cuts, &route.schedule);
             let predicted = simulate(&route.schedule, &costs)?.seconds;
             let (one, many) = (median(&theirs), median(&ours));
             println!(

@@ -47,37 +47,6 @@ pub fn even(pieces: usize, chunks: usize) -> Vec<Range<usize>> {
     (0..chunks).map(|c| c * pieces / chunks..(c + 1) * pieces / chunks).collect()
 }
 
-/// Cuts whose heaviest chunk is as light as can be, by dynamic programming over (pieces, chunks).
-pub fn balanced(costs: &[f64], chunks: usize) -> Vec<Range<usize>> {
-    let n = costs.len();
-    let mut sums = vec![0.0; n + 1];
-    (0..n).for_each(|i| sums[i + 1] = sums[i] + costs[i]);
-    // best[c][j]: the heaviest of c + 1 chunks over the first j pieces, and where the last one starts.
-    let mut best = vec![vec![(f64::INFINITY, 0); n + 1]; chunks];
-    for j in 1..=n {
-        best[0][j] = (sums[j], 0);
-    }
-    for c in 1..chunks {
-        for j in c + 1..=n {
-            for start in c..j {
-                let heaviest = f64::max(best[c - 1][start].0, sums[j] - sums[start]);
-                if heaviest < best[c][j].0 {
-                    best[c][j] = (heaviest, start);
-                }
-            }
-        }
-    }
-    let mut cuts = Vec::with_capacity(chunks);
-    let mut end = n;
-    for c in (0..chunks).rev() {
-        let start = best[c][end].1;
-        cuts.push(start..end);
-        end = start;
-    }
-    cuts.reverse();
-    cuts
-}
-
 /// Refuses cuts that this model or number of chunks does not allow.
 ///
 /// # Errors

@@ -1,17 +1,20 @@
 //! Models in stages: schedules as data, their price, their plan, and an executor that overlaps the stages' work.
 
+pub mod csv;
 pub mod cut;
 pub mod executor;
 pub mod fault;
 pub mod measure;
 pub mod message;
 pub mod part;
+pub mod plan;
 pub mod profile;
 pub mod route;
 pub mod schedule;
 pub mod simulate;
 #[cfg(test)]
 mod tests;
+pub mod trace;
 pub mod train;
 pub mod transport;
 pub mod validate;

@@ -16,7 +16,7 @@ use crate::pipeline::executor::{Pipeline as Executor, Setup};
 use crate::pipeline::profile::Profile;
 use crate::pipeline::route::Route;
 use crate::pipeline::train::Staged;
-use crate::pipeline::{Kind, Schedule, cut, measure, simulate};
+use crate::pipeline::{Costs, Kind, Schedule, cut, measure, simulate};
 use crate::train::graphs;
 use crate::train::lifecycle::{Method, Micro};
 use crate::train::optimizer::Settings;
@@ -189,8 +189,9 @@ pub fn stepper(
             let allowed = format!("at most the model's {pieces} pieces: embedding, blocks and head");
             return Err(Error::Recipe { key: "pipeline.stages".into(), value, allowed });
         }
-        let route = Route::new(&model.config, &schedule, profile.cuts(&schedule), pipeline.workers(stages))?;
-        let seconds = simulate(&schedule, &profile.costs(&schedule, &route.cuts, sizes.clone()))?.seconds;
+        let route = Route::new(&model.config, &schedule, profile.cuts(&schedule)?, pipeline.workers(stages))?;
+        let costs = Costs { sizes: sizes.clone(), ..profile.costs(&route.cuts, &schedule) };
+        let seconds = simulate(&schedule, &costs)?.seconds;
         // More devices must pay for themselves.
         if best.as_ref().is_none_or(|(least, _)| seconds < 0.95 * least) {
             best = Some((seconds, route));

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use crate::atomic::write_atomic;
 use crate::error::Result;
 
+pub use chart::gantt;
 pub use model::RunReport;
 pub use plain::{csv_text, markdown_text, plain_text};
 pub use quantity::{bytes, count, duration, milliseconds, number, percent};

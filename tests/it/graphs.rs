@@ -120,6 +120,7 @@ fn run(
         keep_checkpoints: 1,
         folder,
         progress: false,
+        stepper: None,
     };
     let done = train(&mut model, &job, &mut methods);
     (done, source.seen.into_inner().unwrap())

@@ -3,6 +3,7 @@
 //! escapes text.
 
 mod curves;
+mod gantt;
 mod heatmap;
 mod latency;
 mod scale;
@@ -10,6 +11,7 @@ mod svg;
 mod waterfall;
 
 pub(super) use curves::loss_curve;
+pub use gantt::gantt;
 pub(super) use heatmap::sparsity;
 pub(super) use latency::latency;
 pub(super) use waterfall::waterfall;

@@ -107,10 +107,19 @@ impl Svg {
     }
 
     pub fn finish(self) -> String {
+        self.element("", "")
+    }
+
+    /// A document of its own, with the classes' rules in it; `style` is a constant of the program, not escaped.
+    pub fn finish_file(self, style: &'static str) -> String {
+        self.element(" xmlns=\"http://www.w3.org/2000/svg\"", &format!("<style>{style}</style>")) + "\n"
+    }
+
+    fn element(self, namespace: &str, style: &str) -> String {
         let Self { width, height, label, body } = self;
         format!(
-            "<svg role=\"img\" aria-label=\"{label}\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
-             height=\"{height}\">{body}</svg>"
+            "<svg{namespace} role=\"img\" aria-label=\"{label}\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
+             height=\"{height}\">{style}{body}</svg>"
         )
     }
 
