@@ -8,6 +8,7 @@ mod device;
 mod kernels;
 mod metrics;
 mod model;
+mod pipeline;
 mod report;
 mod run_folder;
 mod shaders;
