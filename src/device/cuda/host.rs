@@ -94,6 +94,7 @@ type LaunchFunction = unsafe extern "C" fn(
     parameter_bytes: c_uint,
     groups: *const c_uint,
     block: c_uint,
+    cluster: c_uint,
     shared: c_uint,
     order: c_uint,
     ranges: *const Range,
@@ -106,8 +107,8 @@ type LaunchFunction = unsafe extern "C" fn(
 /// One compiled kernel file.
 struct Module {
     library: libloading::Library,
-    /// Threads of a block, by entry.
-    threads: HashMap<String, u32>,
+    /// Threads of a block and blocks of a cluster, by entry.
+    shapes: HashMap<String, [u32; 2]>,
 }
 
 /// `Map` of wgmma.hpp, in the 128 bytes of a tensor map.
@@ -237,7 +238,7 @@ impl CudaHostDevice {
         )?;
         // SAFETY: the library was built from the program's own sources; it has no initializers of its own.
         let library = unsafe { libloading::Library::new(&library) }.map_err(|e| self.refused("load", e.to_string()))?;
-        Ok(Module { library, threads: entries.into_iter().map(|e| (e.name, e.threads)).collect() })
+        Ok(Module { library, shapes: entries.into_iter().map(|e| (e.name, [e.threads, e.cluster])).collect() })
     }
 
     /// Compiles to `target`. In one anonymous namespace shared variables of templates stay in the poisoned section.
@@ -350,7 +351,7 @@ impl Device for CudaHostDevice {
         let module = self.module(&code, element)?;
         let entry = launch.entry.unwrap_or(code.entry);
         let missing = || self.refused("find an entry", format!("cuda/{} has no entry {entry}", code.file.name));
-        let &threads = module.threads.get(entry).ok_or_else(missing)?;
+        let &[threads, cluster] = module.shapes.get(entry).ok_or_else(missing)?;
         let mut parameters = [0u32; crate::kernel::Params::MAX];
         let words = launch.params.words();
         parameters[..words.len()].copy_from_slice(words);
@@ -386,6 +387,7 @@ impl Device for CudaHostDevice {
                 (words.len() * 4) as c_uint,
                 launch.groups.as_ptr(),
                 threads,
+                cluster,
                 launch.shared,
                 order,
                 ranges.as_ptr(),
