@@ -119,7 +119,7 @@ fn compare(rounds: usize) -> Result<()> {
                 let began = Instant::now();
                 step(&alone, &mut optimizer, &batch, &[], (0.0, 1, 1000))?;
                 let one = began.elapsed().as_secs_f64();
-                let many = pipeline.step(&batch, (0.0, 1, 1000))?.seconds;
+                let many = pipeline.step(&batch, &[], (0.0, 1, 1000))?.seconds;
                 if round > 0 {
                     ours.push(many);
                     theirs.push(one);

@@ -13,6 +13,7 @@ use super::message;
 use super::part::{Part, Training, micro_on};
 use super::route::Route;
 use super::schedule::{Kind, Schedule};
+use super::teacher::TeacherPart;
 use super::transport::{Channels, Transport};
 use super::watch::{Judge, Watch};
 use super::worker::{Order, Report, Stop, Worker};
@@ -38,6 +39,7 @@ pub struct Setup {
     pub devices: Vec<Arc<dyn Device>>,
     pub optimizer: Settings,
     pub methods: Arc<MakeMethods>,
+    pub teacher: Option<TeacherSetup>,
     pub recompute: bool,
     /// No sign of progress for so long within an event is a fault: longer than the longest kernel.
     pub heartbeat: Duration,
@@ -52,11 +54,24 @@ pub struct Setup {
     pub planted: Vec<Injection>,
 }
 
+/// A teacher that runs in the same stages, a step ahead of the student.
+#[derive(Clone)]
+pub struct TeacherSetup {
+    pub model: Arc<Model>,
+    /// Pieces of each stage's part, the head left out, in the order of [`Route::teacher_stages`].
+    pub cuts: Vec<Range<usize>>,
+    /// Whether the student learns from its most probable tokens.
+    pub hard: bool,
+}
+
 /// Tensors by name, as bytes: what leaves a worker's device.
 pub type Encoded = BTreeMap<String, (Meta, Vec<u8>)>;
 
 enum Command {
-    Step(Arc<Route>, Arc<Vec<Micro>>, Order),
+    /// The micro-batches of the step and, for a teacher, those of the next one.
+    Step(Arc<Route>, Arc<Vec<Micro>>, Arc<Vec<Micro>>, Order),
+    /// The teacher's states for the first step.
+    Teach(Arc<Route>, Arc<Vec<Micro>>),
     /// Hooks after the update of this number.
     Hooks(u64),
     /// Parameters, and with `true` the optimizer's state.
@@ -156,19 +171,31 @@ impl Pipeline {
         self.step
     }
 
-    /// One step over `micros`: gradients of all, one update everywhere.
+    /// The teacher's states for `micros`, which the next step will take; nothing else runs meanwhile.
+    pub fn teach(&mut self, micros: &[Micro]) -> Result<()> {
+        let route = self.route(micros.len())?;
+        let micros = Arc::new(micros.to_vec());
+        self.ask(|_| Command::Teach(route.clone(), micros.clone())).map(drop)
+    }
+
+    /// One step over `micros`: gradients of all, one update everywhere. A teacher computes its states for `next` meanwhile.
     ///
     /// # Errors
     /// `Fault` that names the stage at fault; the pipeline takes no more steps then.
-    pub fn step(&mut self, micros: &[Micro], (dropout, seed, total_steps): (f32, u64, u64)) -> Result<StepReport> {
+    pub fn step(
+        &mut self,
+        micros: &[Micro],
+        next: &[Micro],
+        (dropout, seed, total_steps): (f32, u64, u64),
+    ) -> Result<StepReport> {
         let started = Instant::now();
         let route = self.route(micros.len())?;
         let weight: f64 = micros.iter().map(|m| m.weight).sum();
         let (compute, recompute, split) = (self.compute, self.setup.recompute, self.split);
         let training = Training { compute, dropout, seed, recompute, split };
-        let micros = Arc::new(micros.to_vec());
+        let (micros, next) = (Arc::new(micros.to_vec()), Arc::new(next.to_vec()));
         let order = Order { training, weight, total_steps };
-        let answers = self.ask(|_| Command::Step(route.clone(), micros.clone(), order))?;
+        let answers = self.ask(|_| Command::Step(route.clone(), micros.clone(), next.clone(), order))?;
         let workers: Vec<Report> =
             answers.into_iter().map(|a| if let Answer::Stepped(r) = a { r } else { Report::default() }).collect();
         self.step += 1;
@@ -399,17 +426,34 @@ fn start_worker(
     let run = message::run_number(&setup.run);
     let times = (setup.heartbeat, setup.deadline);
     let mut worker = Worker::new(index, run, part, optimizer, setup.route.clone(), transport, watch, times);
+    if let Some(TeacherSetup { model, cuts, hard }) = &setup.teacher {
+        let (stage, _) = setup.route.workers[index];
+        let chunk = setup.route.teacher_stages().iter().position(|&s| s == stage).unwrap_or_default();
+        let device = worker.part.model.device().clone();
+        let how = (setup.optimizer.precision.compute(), *hard);
+        worker.teacher = Some(TeacherPart::new(model, &device, (chunk, cuts), how)?);
+    }
     worker.planted = setup.planted.iter().filter(|i| i.worker == index).copied().collect();
     Ok(worker)
 }
 
+fn own(worker: &Worker, micros: &[Micro]) -> Result<Vec<Micro>> {
+    let device = worker.part.model.device();
+    micros.iter().map(|m| micro_on(m, device)).collect()
+}
+
 fn obey(worker: &mut Worker, command: Command) -> Result<Answer, Stop> {
     match command {
-        Command::Step(route, micros, order) => {
+        Command::Step(route, micros, next, order) => {
             worker.route = route;
-            let device = worker.part.model.device().clone();
-            let micros: Vec<Micro> = micros.iter().map(|m| micro_on(m, &device)).collect::<Result<_>>()?;
-            Ok(Answer::Stepped(worker.step(&micros, order)?))
+            let (micros, next) = (own(worker, &micros)?, own(worker, &next)?);
+            Ok(Answer::Stepped(worker.step(&micros, next, order)?))
+        }
+        Command::Teach(route, micros) => {
+            worker.route = route;
+            let micros = own(worker, &micros)?;
+            worker.teach(micros)?;
+            Ok(Answer::Ready)
         }
         Command::Hooks(step) => {
             for method in &mut worker.part.methods {

@@ -12,6 +12,7 @@ pub mod profile;
 pub mod route;
 pub mod schedule;
 pub mod simulate;
+pub mod teacher;
 #[cfg(test)]
 mod tests;
 pub mod trace;

@@ -49,7 +49,7 @@ impl Stepper for Staged {
         _methods: &[Box<dyn Method>],
         settings: StepSettings,
     ) -> Result<()> {
-        let report = self.pipeline.step(&micros, (settings.dropout, settings.seed, settings.steps))?;
+        let report = self.pipeline.step(&micros, &[], (settings.dropout, settings.seed, settings.steps))?;
         self.last = Outcome { loss: report.loss, norm: report.norm, failed: None };
         (self.on_step)(self.pipeline.steps(), &self.pipeline, &report)
     }

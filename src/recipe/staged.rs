@@ -225,6 +225,7 @@ pub fn stepper(
         devices,
         optimizer: settings,
         methods: Arc::new(methods),
+        teacher: None,
         recompute: pipeline.recompute,
         heartbeat,
         deadline: 30 * heartbeat,

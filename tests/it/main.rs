@@ -9,6 +9,7 @@ mod graphs;
 mod kernels;
 mod metrics;
 mod model;
+mod pipeline;
 mod report;
 mod run_folder;
 mod shaders;

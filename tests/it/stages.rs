@@ -54,6 +54,7 @@ fn setup(config: &Config, (kind, stages, micros): (Kind, usize, usize), replicas
         devices,
         optimizer: no_clip(),
         methods: Arc::new(|_: &Model| Ok(Vec::<Box<dyn Method>>::new())),
+        teacher: None,
         recompute: false,
         heartbeat: Duration::from_secs(5),
         deadline: Duration::from_secs(20),
@@ -83,7 +84,7 @@ fn in_stages(config: &Config, setup: Setup, rows: &[usize], labels: Option<u32>,
     let micros = micros(&device, rows, labels);
     let mut pipeline = Pipeline::start(&model, setup).unwrap();
     let run = |_| {
-        let report = pipeline.step(&micros, (dropout, 1, STEPS)).unwrap();
+        let report = pipeline.step(&micros, &[], (dropout, 1, STEPS)).unwrap();
         (report.loss, report.norm)
     };
     let losses = (0..STEPS).map(run).collect();
@@ -167,7 +168,7 @@ fn state_goes_over_to_another_number_of_stages() {
         if let Some(state) = &state {
             pipeline.restore(state, done as u64).unwrap();
         }
-        pipeline.step(&micros, (0.0, 1, STEPS)).unwrap();
+        pipeline.step(&micros, &[], (0.0, 1, STEPS)).unwrap();
         pipeline.collect(&mut model).unwrap();
         state = Some(pipeline.state(&device).unwrap());
     }
@@ -212,7 +213,7 @@ fn every_fault_is_named_and_none_hangs() {
                 let began = Instant::now();
                 let mut outcome = Ok(());
                 for _ in 0..=step {
-                    outcome = pipeline.step(&micros, (0.0, 1, STEPS)).map(drop);
+                    outcome = pipeline.step(&micros, &[], (0.0, 1, STEPS)).map(drop);
                 }
                 let case = format!("{what:?} on stage {worker} at {position} of step {step}");
                 let Err(Error::Fault { stage, step: at, what: said, event, .. }) = outcome else {
@@ -237,7 +238,7 @@ fn every_fault_is_named_and_none_hangs() {
                 for stage in 0..4 {
                     assert!(record.contains(&format!("\"stage\":{stage},")), "{case}: stage {stage} left no record");
                 }
-                assert!(pipeline.step(&micros, (0.0, 1, STEPS)).is_err(), "{case}: it goes on");
+                assert!(pipeline.step(&micros, &[], (0.0, 1, STEPS)).is_err(), "{case}: it goes on");
                 injected += 1;
             }
         }
@@ -256,8 +257,8 @@ fn peak_activations_fall_with_early_backward() {
     let held = |kind: Kind| {
         let setup = setup(&config, (kind, 2, rows.len()), vec![1; 2], folder.path());
         let mut pipeline = Pipeline::start(&model, setup).unwrap();
-        pipeline.step(&micros, (0.0, 1, STEPS)).unwrap();
-        let report = pipeline.step(&micros, (0.0, 1, STEPS)).unwrap();
+        pipeline.step(&micros, &[], (0.0, 1, STEPS)).unwrap();
+        let report = pipeline.step(&micros, &[], (0.0, 1, STEPS)).unwrap();
         report.workers.iter().map(|w| w.held_bytes).collect::<Vec<u64>>()
     };
     let (all, early) = (held(Kind::GPipe), held(Kind::OneForwardOneBackward));
