@@ -60,7 +60,7 @@ fn fits(p: &Problem, head: usize, rows: impl Fn(&Extents) -> usize) -> bool {
         e.dim.is_multiple_of(8)
             && e.dim <= head
             && e.dim > if head == 64 { 32 } else { 64 }
-            && planes.iter().all(|&n| u32::try_from(n).is_ok())
+            && planes.iter().all(|&n| i32::try_from(n).is_ok())
             && (rows(&e) > ROWS || p.info.software)
     })
 }
