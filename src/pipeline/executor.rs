@@ -12,7 +12,8 @@ use super::fault::Injection;
 use super::message;
 use super::part::{Part, Training, micro_on};
 use super::route::Route;
-use super::schedule::{Kind, Schedule};
+use super::schedule::{Kind, Schedule, Work};
+use super::simulate::{Span, StageUse, Timeline};
 use super::teacher::TeacherPart;
 use super::transport::{Channels, Transport};
 use super::watch::{Judge, Watch};
@@ -98,6 +99,27 @@ pub struct StepReport {
     pub seconds: f64,
 }
 
+impl StepReport {
+    /// The step as it went, in the form that the simulator gives; waiting for messages is no work.
+    pub fn timeline(&self, name: &str) -> Timeline {
+        let works = |s: &&Span| s.event.is_none_or(|e| !matches!(e.work, Work::ReceiveForward | Work::ReceiveBackward));
+        let all = || self.workers.iter().flat_map(|w| w.spans.iter().filter(works));
+        let begin = all().map(|s| s.start).fold(f64::INFINITY, f64::min);
+        let end = all().map(|s| s.end).fold(0.0, f64::max);
+        let moved = |s: &Span| Span { start: s.start - begin, end: s.end - begin, ..*s };
+        let spans: Vec<Vec<Span>> =
+            self.workers.iter().map(|w| w.spans.iter().filter(works).map(moved).collect()).collect();
+        let stages = spans.iter().zip(&self.workers).map(|(spans, worker)| StageUse {
+            busy: spans.iter().map(|s| s.end - s.start).sum(),
+            first: spans.first().map_or(0.0, |s| s.start),
+            last: spans.last().map_or(0.0, |s| s.end),
+            peak_activation_bytes: worker.held_bytes as f64,
+            peak_activations: 0,
+        });
+        Timeline { name: name.into(), stages: stages.collect(), spans, seconds: (end - begin).max(0.0) }
+    }
+}
+
 pub struct Pipeline {
     setup: Setup,
     commands: Vec<Sender<Command>>,
@@ -107,6 +129,8 @@ pub struct Pipeline {
     judge: Judge,
     /// By number of micro-batches.
     routes: BTreeMap<usize, Arc<Route>>,
+    /// Micro-batches of the last step.
+    micros: usize,
     config: Config,
     split: bool,
     compute: Option<DType>,
@@ -149,6 +173,7 @@ impl Pipeline {
             split: route.schedule.splits_backward(),
             compute: setup.optimizer.precision.compute(),
             routes: [(route.schedule.micros, route.clone())].into(),
+            micros: route.schedule.micros,
             config: model.config.clone(),
             step: 0,
             failed: false,
@@ -164,6 +189,11 @@ impl Pipeline {
 
     pub fn setup(&self) -> &Setup {
         &self.setup
+    }
+
+    /// Of the last step, or of the first one before it.
+    pub fn current(&self) -> &Route {
+        self.routes.get(&self.micros).unwrap_or(&self.setup.route)
     }
 
     /// Steps done.
@@ -190,6 +220,7 @@ impl Pipeline {
     ) -> Result<StepReport> {
         let started = Instant::now();
         let route = self.route(micros.len())?;
+        self.micros = micros.len();
         let weight: f64 = micros.iter().map(|m| m.weight).sum();
         let (compute, recompute, split) = (self.compute, self.setup.recompute, self.split);
         let training = Training { compute, dropout, seed, recompute, split };

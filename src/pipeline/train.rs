@@ -12,8 +12,8 @@ use crate::train::lifecycle::{Method, Micro};
 use crate::train::optimizer::Outcome;
 use crate::train::stepper::{StepSettings, Stepper};
 
-/// Called after each step with its number and what was measured.
-pub type OnStep = dyn FnMut(u64, &Pipeline, &StepReport) -> Result<()>;
+/// Called after each step with its number, its micro-batches and what was measured.
+pub type OnStep = dyn FnMut(u64, &Pipeline, &[Micro], &StepReport) -> Result<()>;
 
 pub struct Staged {
     pipeline: Pipeline,
@@ -51,7 +51,7 @@ impl Stepper for Staged {
     ) -> Result<()> {
         let report = self.pipeline.step(&micros, &[], (settings.dropout, settings.seed, settings.steps))?;
         self.last = Outcome { loss: report.loss, norm: report.norm, failed: None };
-        (self.on_step)(self.pipeline.steps(), &self.pipeline, &report)
+        (self.on_step)(self.pipeline.steps(), &self.pipeline, &micros, &report)
     }
 
     fn outcome(&mut self) -> Result<Outcome> {

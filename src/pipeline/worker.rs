@@ -56,6 +56,7 @@ pub struct Report {
     /// Per unit of weight, the same on all workers; and the norm of all gradients.
     pub loss: f64,
     pub norm: f64,
+    /// Seconds since the pipeline started; a receive lasts until its message is there.
     pub spans: Vec<Span>,
     /// Most bytes live on its device after an event that computes, beyond those at the start: activations that wait for
     /// backward.
@@ -231,7 +232,6 @@ impl Worker {
         device.reset_peak();
         let before = device.stats().bytes_live;
         let route = self.route.clone();
-        let started = Instant::now();
         let mut report = Report::default();
         // Inputs of chunks and gradients of their outputs, by the chunk that they are for, until it runs or they are sent.
         let mut tensors: HashMap<(Purpose, u32, u32), Vec<Tensor>> = HashMap::new();
@@ -241,7 +241,7 @@ impl Worker {
             self.position = position;
             let Event { work, chunk, micro } = event;
             self.begin(event)?;
-            let start = started.elapsed().as_secs_f64();
+            let start = self.watch.seconds();
             let data = &micros[micro as usize];
             let at = (chunk, micro);
             match work {
@@ -307,19 +307,19 @@ impl Worker {
             if work.computes() {
                 report.held_bytes = report.held_bytes.max(device.stats().bytes_live.saturating_sub(before));
             }
-            let end = started.elapsed().as_secs_f64();
+            let end = self.watch.seconds();
             report.spans.push(Span { event: Some(event), start, end });
         }
         self.position = route.events[self.index].len();
         self.finish_teacher()?;
-        let start = started.elapsed().as_secs_f64();
+        let start = self.watch.seconds();
         self.update(losses)?;
         let outcome = self.optimizer.outcome()?;
         if let Some(step) = outcome.failed {
             return Err(Stop::Error(self.optimizer.find_non_finite(step)?));
         }
         (report.loss, report.norm) = (outcome.loss, outcome.norm);
-        report.spans.push(Span { event: None, start, end: started.elapsed().as_secs_f64() });
+        report.spans.push(Span { event: None, start, end: self.watch.seconds() });
         report.peak_bytes = device.stats().bytes_peak;
         self.watch.at(self.index, (self.step, self.position), State::Idle, &"end of step", "done");
         Ok(report)

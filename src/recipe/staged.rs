@@ -1,5 +1,6 @@
 //! `[pipeline]` of a recipe: every training in stages, cut by what its pieces cost on this machine.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,16 +8,18 @@ use serde::{Deserialize, Serialize};
 
 use super::run_folder::State;
 use super::stages::{self, Context};
+use crate::atomic::write_atomic;
 use crate::compress::distil::Distillation;
 use crate::console;
 use crate::device::{self, Device, Kind as DeviceKind};
 use crate::error::{Error, Result};
 use crate::nn::Model;
-use crate::pipeline::executor::{Pipeline as Executor, Setup};
+use crate::pipeline::executor::{Pipeline as Executor, Setup, StepReport};
 use crate::pipeline::profile::Profile;
 use crate::pipeline::route::Route;
 use crate::pipeline::train::Staged;
-use crate::pipeline::{Costs, Kind, Schedule, cut, measure, simulate};
+use crate::pipeline::{Costs, Kind, Schedule, Timeline, cut, measure, simulate, trace};
+use crate::report::gantt;
 use crate::train::graphs;
 use crate::train::lifecycle::{Method, Micro};
 use crate::train::optimizer::Settings;
@@ -244,7 +247,38 @@ pub fn stepper(
         1e3 * predicted
     ));
     let executor = Executor::start(model, setup)?;
-    Ok(Box::new(Staged::new(executor, &home, Box::new(|_, _, _| Ok(())))))
+    let mut steps = 0;
+    let (folder, name, wide) = (context.folder.to_path_buf(), context.name.to_string(), size(&probe[0]));
+    let on_step = move |_: u64, pipeline: &Executor, micros: &[Micro], report: &StepReport| {
+        steps += 1;
+        if steps == WARM {
+            let route = pipeline.current();
+            let sizes = micros.iter().map(|m| size(m) / wide).collect();
+            let costs = Costs { sizes, ..profile.costs(&route.cuts, &route.schedule) };
+            compare(&folder, &name, &report.timeline(&name), &simulate(&route.schedule, &costs)?)?;
+        }
+        Ok(())
+    };
+    Ok(Box::new(Staged::new(executor, &home, Box::new(on_step))))
+}
+
+/// The step of a session that is drawn and compared with its prediction: the first ones fill memory pools.
+const WARM: u64 = 4;
+
+/// Prediction beside measurement, on standard error and as charts and a trace in the run folder.
+fn compare(folder: &Path, name: &str, measured: &Timeline, predicted: &Timeline) -> Result<()> {
+    write_atomic(folder.join("pipeline-measured.svg"), gantt(measured).as_bytes())?;
+    write_atomic(folder.join("pipeline-predicted.svg"), gantt(predicted).as_bytes())?;
+    trace::write(folder.join("pipeline-trace.json"), measured)?;
+    console::tell(format_args!(
+        "{name}: a step took {:.1} ms where {:.1} ms were predicted, {:.0} % idle ({:.0} % predicted); charts in {}",
+        1e3 * measured.seconds,
+        1e3 * predicted.seconds,
+        100.0 * measured.idle_share(),
+        100.0 * predicted.idle_share(),
+        folder.display()
+    ));
+    Ok(())
 }
 
 /// Positions of a micro-batch, which its time goes by.

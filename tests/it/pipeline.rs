@@ -35,7 +35,7 @@ fn profile(folder: &Path) -> String {
         let (activation_bytes, output_bytes) = (32e6, 2e6);
         let cost =
             ChunkCost { forward, backward_input: forward, backward_weight: forward, activation_bytes, output_bytes };
-        PieceProfile { name, cost, parameter_bytes: 100e6 }
+        PieceProfile { name, cost, split: None, parameter_bytes: 100e6 }
     };
     let mut pieces: Vec<PieceProfile> = (0..8).map(|i| piece(format!("block {i}"), 0.002)).collect();
     pieces.push(piece("head".into(), 0.008));

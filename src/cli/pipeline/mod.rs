@@ -1,6 +1,7 @@
-//! `espalier pipeline`: what a cut and a schedule will cost, before anything is run.
+//! `espalier pipeline`: what pieces of a model cost, and what a cut and a schedule of them will.
 
 mod plan;
+mod profile;
 mod simulate;
 
 use clap::Subcommand;
@@ -13,6 +14,8 @@ use crate::report::Table;
 
 #[derive(Subcommand)]
 pub enum Pipeline {
+    /// Measure what each piece of a recipe's model costs on a device
+    Profile(profile::Args),
     /// Where to cut a model, over how many devices to spread its stages, and whether one device is better
     Plan(plan::Args),
     /// Time, idle share and memory of a schedule, with a chart and a trace of it
@@ -23,6 +26,7 @@ pub enum Pipeline {
 
 pub fn run(global: &Global, command: Pipeline) -> Result<()> {
     match command {
+        Pipeline::Profile(args) => profile::run(global, &args),
         Pipeline::Plan(args) => plan::run(global, &args),
         Pipeline::Simulate(args) => simulate::run(global, &args),
         Pipeline::Schedule(args) => grid(global, &args),
