@@ -14,7 +14,7 @@ use crate::console;
 use crate::device::{self, Device, Kind as DeviceKind};
 use crate::error::{Error, Result};
 use crate::nn::Model;
-use crate::pipeline::executor::{Pipeline as Executor, Setup, StepReport};
+use crate::pipeline::executor::{Pipeline as Executor, Setup, StepReport, TeacherSetup};
 use crate::pipeline::profile::Profile;
 use crate::pipeline::route::Route;
 use crate::pipeline::train::Staged;
@@ -59,6 +59,10 @@ pub struct Pipeline {
     /// Keep the inputs of stages only and run them again in backward.
     #[serde(default)]
     pub recompute: bool,
+    /// Run the teacher in the student's stages, a step ahead, instead of computing its states beforehand and keeping them: for
+    /// texts that are seen once. Needs a fixed number of stages.
+    #[serde(default)]
+    pub teacher: bool,
     /// Seconds without a sign of progress after which a stage counts as stalled: longer than the longest kernel.
     #[serde(default = "default_heartbeat")]
     pub heartbeat: f64,
@@ -99,6 +103,9 @@ impl Pipeline {
         }
         if !(self.heartbeat.is_finite() && (0.05..=86_400.0).contains(&self.heartbeat)) {
             return refuse("heartbeat", self.heartbeat.to_string(), "0.05 to 86400 seconds");
+        }
+        if self.teacher && !matches!(self.stages, Stages::Count(2..)) {
+            return refuse("teacher", "true".into(), "true only with a fixed number of at least 2 stages");
         }
         let fixed = matches!(self.stages, Stages::Count(n) if n == self.replicas.len());
         if !self.replicas.is_empty() && (!fixed || self.replicas.iter().any(|r| !(1..=MAX_STAGES).contains(r))) {
@@ -147,7 +154,7 @@ pub fn stepper(
     settings: Settings,
     probe: &[Micro],
     state: &State,
-    distillation: Option<Distillation>,
+    (distillation, teacher): (Option<Distillation>, Option<&Model>),
 ) -> Result<Box<dyn Stepper>> {
     let home = model.device().clone();
     let shapes = graphs::shapes(home.as_ref());
@@ -214,6 +221,7 @@ pub fn stepper(
     let devices = pipeline.devices(&home, route.workers.len())?;
     let heartbeat = Duration::from_secs_f64(pipeline.heartbeat);
     let (held, count) = (state.clone(), cut::pieces(&model.config));
+    let distillation_is_hard = distillation.as_ref().is_some_and(|d| d.weights.hard > 0.0);
     let methods = move |part: &Model| -> Result<Vec<Box<dyn Method>>> {
         let mut methods = stages::held(part, &held)?;
         let head = part.tensors.keys().any(|name| cut::piece_of(&part.config, name) + 1 == count);
@@ -222,13 +230,24 @@ pub fn stepper(
         }
         Ok(methods)
     };
+    let stages = route.replicas.len();
+    if let Some(short) = teacher.map(|t| cut::pieces(&t.config) - 1).filter(|&pieces| pieces < stages) {
+        let value = format!("true with {stages} stages");
+        let allowed = format!("at most {short} stages: the teacher's embedding and blocks");
+        return Err(Error::Recipe { key: "pipeline.teacher".into(), value, allowed });
+    }
+    let teacher = teacher.map(|model| TeacherSetup {
+        cuts: cut::even(cut::pieces(&model.config) - 1, stages),
+        model: Arc::new(model.clone()),
+        hard: distillation_is_hard,
+    });
     let setup = Setup {
         route: Arc::new(route),
         kind: Some(pipeline.schedule),
         devices,
         optimizer: settings,
         methods: Arc::new(methods),
-        teacher: None,
+        teacher,
         recompute: pipeline.recompute,
         heartbeat,
         deadline: 30 * heartbeat,
