@@ -266,6 +266,9 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
         }
     }
     log.bar.finish_and_clear();
+    if summary.replayed > 0 {
+        log.write(summary.steps, "train", "replayed", summary.replayed as f64, "steps")?;
+    }
     stepper.check_finite()?;
     for method in methods.iter_mut() {
         method.on_finish(model)?;
