@@ -29,13 +29,21 @@ fn tiles(rows: usize, columns: usize, width: usize) -> usize {
     rows.div_ceil(ROWS) * columns.div_ceil(width)
 }
 
+/// Whether wide tiles fill every multiprocessor: pairs of blocks take two down a column, so few rows of tiles may not be odd.
+/// Software adapters are never full.
+fn full(p: &Problem, rows: usize, columns: usize) -> bool {
+    let down = rows.div_ceil(ROWS);
+    let even = down.is_multiple_of(2) || down > 8;
+    p.info.software || (even && tiles(rows, columns, WIDE) >= groups::MULTIPROCESSORS)
+}
+
 /// Tensor maps step by multiples of 16 bytes. The hidden layer has wide tiles for every multiprocessor; products with fewer take
-/// narrow ones. Software adapters are never full.
+/// narrow ones.
 fn fits_groups(p: &Problem) -> bool {
     fits(p)
         && problem(p).is_some_and(|(activation, e)| {
-            let many = tiles(e.rows, e.f * activation.halves(), WIDE) >= groups::MULTIPROCESSORS;
-            e.rows > 0 && [e.d, e.f, e.d2].iter().all(|&n| n > 0 && n.is_multiple_of(8)) && (many || p.info.software)
+            let aligned = [e.d, e.f, e.d2].iter().all(|&n| n > 0 && n.is_multiple_of(8));
+            e.rows > 0 && aligned && full(p, e.rows, e.f * activation.halves())
         })
 }
 
@@ -50,7 +58,12 @@ fn map(p: &Problem, (slot, [rows, columns]): Matrix, extent: usize) -> TensorMap
 /// `FfnWgmmaParams` for outputs in tiles `width` columns wide, and the launch's blocks.
 fn launch(p: &Problem, entry: &'static str, [rows, columns, k]: [usize; 3], mode: usize, width: usize) -> Launch {
     let params = Params::new().u(rows).u(columns).u(k).u(mode).u(rows.div_ceil(ROWS)).u(columns.div_ceil(width));
-    Launch::new([groups::blocks(p, tiles(rows, columns, width)), 1, 1], params).entry(entry)
+    let blocks = if entry == "ffn_narrow_wgmma" {
+        groups::blocks(p, tiles(rows, columns, width))
+    } else {
+        2 * groups::pairs(p, rows.div_ceil(ROWS).div_ceil(2) * columns.div_ceil(width))
+    };
+    Launch::new([blocks, 1, 1], params).entry(entry)
 }
 
 /// Bytes of four stages with tiles `width` columns wide.
@@ -72,8 +85,7 @@ struct Product {
 impl Product {
     fn launch(&self, p: &Problem) -> Launch {
         let [rows, columns, _] = self.extents;
-        let full = p.info.software || tiles(rows, columns, WIDE) >= groups::MULTIPROCESSORS;
-        let wide = columns > NARROW && full;
+        let wide = columns > NARROW && full(p, rows, columns);
         let (entry, width) = if wide { ("ffn_product_wgmma", WIDE) } else { ("ffn_narrow_wgmma", NARROW) };
         let [a, b] = self.blocks;
         let bias = self.slots[2] != self.slots[0];
@@ -82,7 +94,8 @@ impl Product {
         launch(p, entry, self.extents, mode, width)
             .slots(&self.slots)
             .map(map(p, (0, self.a), extent(a, ROWS)))
-            .map(map(p, (1, self.b), extent(b, width)))
+            // Of a pair each block copies one half of b.
+            .map(map(p, (1, self.b), extent(b, NARROW)))
             .shared(shared(width, 0))
     }
 }
