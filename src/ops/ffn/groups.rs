@@ -47,6 +47,12 @@ fn fits_groups(p: &Problem) -> bool {
         })
 }
 
+/// Up to this d the groups of `ffn_up_turns_wgmma` take tiles of 64 rows in turns: what they do to z is then much of the work, and
+/// each hides it under the other's products. Where both are even is to be measured. Small on the host, to verify both.
+fn turns(p: &Problem, d: usize) -> bool {
+    d <= if p.info.software { 256 } else { 1024 }
+}
+
 /// A matrix in memory: its slot in the launch, its rows and columns.
 type Matrix = (usize, [usize; 2]);
 
@@ -55,14 +61,19 @@ fn map(p: &Problem, (slot, [rows, columns]): Matrix, extent: usize) -> TensorMap
     groups::matrix(slot, p.element, [rows, columns], columns, extent)
 }
 
-/// `FfnWgmmaParams` for outputs in tiles `width` columns wide, and the launch's blocks.
-fn launch(p: &Problem, entry: &'static str, [rows, columns, k]: [usize; 3], mode: usize, width: usize) -> Launch {
-    let params = Params::new().u(rows).u(columns).u(k).u(mode).u(rows.div_ceil(ROWS)).u(columns.div_ceil(width));
-    let blocks = if entry == "ffn_narrow_wgmma" {
-        groups::blocks(p, tiles(rows, columns, width))
-    } else {
-        2 * groups::pairs(p, rows.div_ceil(ROWS).div_ceil(2) * columns.div_ceil(width))
-    };
+/// `FfnWgmmaParams` for outputs in tiles of (rows, columns), and the launch's blocks: pairs, but for the narrow entry.
+fn launch(
+    p: &Problem,
+    entry: &'static str,
+    [rows, columns, k]: [usize; 3],
+    mode: usize,
+    tile: (usize, usize),
+) -> Launch {
+    let (down, across) = (rows.div_ceil(tile.0), columns.div_ceil(tile.1));
+    let params = Params::new().u(rows).u(columns).u(k).u(mode).u(down).u(across);
+    let single = entry == "ffn_narrow_wgmma";
+    let blocks =
+        if single { groups::blocks(p, down * across) } else { 2 * groups::pairs(p, down.div_ceil(2) * across) };
     Launch::new([blocks, 1, 1], params).entry(entry)
 }
 
@@ -91,7 +102,7 @@ impl Product {
         let bias = self.slots[2] != self.slots[0];
         let mode = usize::from(a) | usize::from(b) << 1 | usize::from(bias) << 2;
         let extent = |blocks: bool, extent: usize| if blocks { STAGE_K } else { extent };
-        launch(p, entry, self.extents, mode, width)
+        launch(p, entry, self.extents, mode, (ROWS, width))
             .slots(&self.slots)
             .map(map(p, (0, self.a), extent(a, ROWS)))
             // Of a pair each block copies one half of b.
@@ -106,12 +117,15 @@ fn forward(p: &Problem) -> Plan {
         return Plan::default();
     };
     let hidden = e.f * activation.halves();
+    let (entry, rows, stages) =
+        if turns(p, e.d) { ("ffn_up_turns_wgmma", ROWS / 2, 5) } else { ("ffn_up_wgmma", ROWS, 4) };
     // A tile of GEGLU has as many gates as values.
-    let up = launch(p, "ffn_up_wgmma", [e.rows, e.f, e.d], activation.code(), WIDE / activation.halves())
+    let width = WIDE / activation.halves();
+    let up = launch(p, entry, [e.rows, e.f, e.d], activation.code(), (rows, width))
         .slots(&[0, 1, 2, 6, 7])
-        .map(map(p, (0, [e.rows, e.d]), ROWS))
+        .map(map(p, (0, [e.rows, e.d]), rows))
         .map(map(p, (1, [hidden, e.d]), WIDE / 2))
-        .shared(shared(WIDE, 0));
+        .shared(groups::shared(stages, (rows + WIDE) * STAGE_K * 2, 0));
     let down = Product {
         extents: [e.rows, e.d2, e.f],
         blocks: [false, false],
@@ -148,7 +162,7 @@ fn backward(p: &Problem) -> Plan {
     let hidden = e.f * activation.halves();
     let parts = e.rows.div_ceil(PARTIAL);
     // Behind the ring: of both groups, sums of two parts of four warps each.
-    let slope = launch(p, "ffn_slope_wgmma", [e.rows, e.f, e.d2], activation.code(), WIDE)
+    let slope = launch(p, "ffn_slope_wgmma", [e.rows, e.f, e.d2], activation.code(), (ROWS, WIDE))
         .slots(&[4, 2, 3, 10, 11, 12])
         .map(map(p, (0, [e.rows, e.d2]), ROWS))
         .map(map(p, (1, [e.d2, e.f]), STAGE_K))
