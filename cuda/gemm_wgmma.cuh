@@ -2,7 +2,8 @@
 // A block is a warp group that copies and CONSUMERS that multiply 64 rows each. It walks over tiles of outputs; copies run ahead of
 // products through a ring of stages, also from one tile into the next. A family says what is in a stage:
 //
-//   Stages     WgmmaStages<how many, bytes, blocks of a cluster>: the bytes of a stage are a multiple of 1,024. Behind the ring, from OWN, shared memory is the
+//   Stages     WgmmaStages<how many, bytes, blocks of a cluster, TURNS>: with TURNS the groups take tiles of 64 rows in turns, so that one
+//              finishes while the other multiplies, and are group 0 to what follows. The bytes of a stage are a multiple of 1,024. Behind the ring, from OWN, shared memory is the
 //              family's, filled before `wgmma_gemm` (which starts with a barrier of the block).
 //   tiles      `count()` numbers, `Tile`, `at(id, tile)`: whether there is a tile of this number, and which; `steps(tile)`: its
 //              stages, one at least. Whole warps call these, so they may use shuffles.
@@ -24,8 +25,9 @@
 #define TILES_TOGETHER 16u
 
 // A place in the ring: which stage is next, and the parity of its round.
-template <u32 STAGES_, u32 BYTES_, u32 CLUSTER_ = 1u>
+template <u32 STAGES_, u32 BYTES_, u32 CLUSTER_ = 1u, bool TURNS_ = false>
 struct WgmmaStages {
+    static const bool TURNS = TURNS_;
     static const u32 STAGES = STAGES_, BYTES = BYTES_, CLUSTER = CLUSTER_, OWN = STAGES * (BYTES + 16u);
     static_assert(BYTES % 1024u == 0u, "turned tiles start at multiples of 1,024 bytes");
     u8* shared;
@@ -45,6 +47,10 @@ struct WgmmaStages {
     __device__ __forceinline__ void next() {
         at = at + 1u == STAGES ? 0u : at + 1u;
         parity ^= at == 0u ? 1u : 0u;
+    }
+    __device__ __forceinline__ void skip(u32 stages) {
+        parity ^= (at + stages) / STAGES & 1u;
+        at = (at + stages) % STAGES;
     }
 };
 
@@ -241,11 +247,17 @@ template <class Stages, class Tiles, class Product, class Finish>
 __device__ __forceinline__ void wgmma_consume(u8* shared, u32 group, const Tiles& tiles, const Product& product, const Finish& finish) {
     Stages place(shared);
     typename Tiles::Tile tile;
+    u32 turn = 0u;
     for (u32 id = blockIdx.x / Stages::CLUSTER; id < tiles.count(); id += gridDim.x / Stages::CLUSTER) {
         if (!tiles.at(id, tile)) continue;
+        u32 steps = tiles.steps(tile);
+        if (Stages::TURNS && turn++ % CONSUMERS != group) {
+            place.skip(steps);
+            continue;
+        }
         typename Product::Sums sums;
-        product.sum(place, tile, tiles.steps(tile), group, sums);
-        finish(sums, tile, group);
+        product.sum(place, tile, steps, Stages::TURNS ? 0u : group, sums);
+        finish(sums, tile, Stages::TURNS ? 0u : group);
     }
 }
 
@@ -256,7 +268,7 @@ __device__ __forceinline__ void wgmma_gemm(u8* shared, const Tiles& tiles, Load 
         Stages place(shared);
         for (u32 i = 0; i < Stages::STAGES; i++) {
             mbarrier_init(place.full(), Load::ARRIVALS);
-            mbarrier_init(place.empty(), Stages::CLUSTER * CONSUMERS * WARP_GROUP / WARP);
+            mbarrier_init(place.empty(), Stages::CLUSTER * (Stages::TURNS ? 1u : CONSUMERS) * WARP_GROUP / WARP);
             place.next();
         }
         mbarrier_init_fence();
@@ -332,7 +344,7 @@ struct WgmmaStore {
                     for (u32 q = 0; q < 2u; q++) {
                         // A NaN is not below 0 and stays.
                         if (activation == 1u) z[q] = z[q] < 0.0f ? 0.0f : z[q];
-                        else if (activation == 2u) z[q] = z[q] * gelu_gate(z[q]);
+                        else if (activation == 2u) z[q] = z[q] * gelu_gate<true>(z[q]);
                     }
                     pairs[j] = round_pair(z[0], z[1]);
                 }
