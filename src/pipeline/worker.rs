@@ -11,7 +11,7 @@ use super::route::Route;
 use super::schedule::{Event, Work};
 use super::simulate::Span;
 use super::teacher::TeacherPart;
-use super::transport::Transport;
+use super::transport::{Gone, Transport};
 use super::watch::{State, Watch};
 use crate::dispatch;
 use crate::error::Error;
@@ -422,14 +422,14 @@ impl Worker {
         let planted = self.planted(|p| matches!(p, Planted::Drop | Planted::Duplicate | Planted::Corrupt));
         match planted {
             Some(Planted::Drop) => return Ok(()),
-            Some(Planted::Duplicate) => self.transport.send(to, frame.clone()).map_err(|()| Stop::Gone(to))?,
+            Some(Planted::Duplicate) => self.transport.send(to, frame.clone()).map_err(|Gone| Stop::Gone(to))?,
             Some(Planted::Corrupt) => {
                 let middle = frame.len() / 2;
                 frame[middle] ^= 0x40;
             }
             _ => {}
         }
-        self.transport.send(to, frame).map_err(|()| Stop::Gone(to))
+        self.transport.send(to, frame).map_err(|Gone| Stop::Gone(to))
     }
 
     /// The tensor that `tag` names. `sender`: who sends it, and where that stands in the sender's schedule.
