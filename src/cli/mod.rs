@@ -6,6 +6,7 @@ mod doctor;
 mod flow;
 mod kernels;
 mod model;
+mod ranks;
 mod tagger;
 
 use std::fmt::Display;
