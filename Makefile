@@ -2,11 +2,11 @@
 CARGO ?= cargo
 DEVICE ?= auto
 
-.PHONY: help demo test lint bench docs vulkan nvrtc gpu-bundle rust
+.PHONY: help demo test lint bench docs vulkan nvrtc mpi gpu-bundle rust
 
 help:
 	@echo "make demo    train, compress, fine-tune and report on the embedded corpus (CPU or GPU, about 10 minutes)"
-	@echo "make test    all tests; installs the software Vulkan driver where none is found, fetches the CUDA compiler"
+	@echo "make test    all tests; installs the software Vulkan driver and MPI where none is found, fetches the CUDA compiler"
 	@echo "make lint    formatting and clippy, warnings denied"
 	@echo "make bench   kernel benchmarks (criterion) over the table's real model sizes"
 	@echo "make docs    regenerate the support table"
@@ -23,15 +23,19 @@ vulkan:
 nvrtc:
 	@sh scripts/nvrtc.sh
 
+# MPI, for pipelines across processes (cargo feature `mpi`).
+mpi:
+	@sh scripts/mpi.sh
+
 demo: rust
 	$(CARGO) run --release -- run --device $(DEVICE)
 
-test: rust vulkan nvrtc
-	ESPALIER_REQUIRE=wgpu,cuda-host,nvrtc $(CARGO) test --workspace --no-fail-fast
+test: rust vulkan nvrtc mpi
+	ESPALIER_REQUIRE=wgpu,cuda-host,nvrtc,mpi $(CARGO) test --workspace --features mpi --no-fail-fast
 
-lint: rust
+lint: rust mpi
 	$(CARGO) fmt --check
-	$(CARGO) clippy --all-targets -- -D warnings
+	$(CARGO) clippy --all-targets --features mpi -- -D warnings
 
 bench: rust
 	$(CARGO) bench

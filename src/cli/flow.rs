@@ -1,10 +1,12 @@
 //! `espalier run`, and `report` on what it leaves.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::{Global, say, say_json};
+use super::{Global, ranks, say, say_json};
 use crate::console;
 use crate::error::Result;
+use crate::pipeline::post::Post;
 use crate::recipe::{Options, Recipe, plan};
 use crate::report::{self, Alignment, RunReport, Table};
 use crate::train::trainer;
@@ -38,11 +40,21 @@ pub fn run(global: &Global, args: Run) -> Result<()> {
     if args.dry_run {
         return dry_run(global, &recipe);
     }
-    stop_on_signal();
+    ranks::among(|others| whole(global, &recipe, args.out, args.overwrite, others))
+}
+
+/// The flow itself, which the first process alone runs.
+fn whole(
+    global: &Global,
+    recipe: &Recipe,
+    out: Option<PathBuf>,
+    overwrite: bool,
+    ranks: Option<Arc<Post>>,
+) -> Result<()> {
     let device = global.open()?;
-    let out = args.out.unwrap_or_else(|| Path::new("runs").join(&recipe.name));
-    let options = Options { out, overwrite: args.overwrite, progress: !global.quiet, command: command_line() };
-    let html = crate::recipe::run(&recipe, &device, &options)?;
+    let out = out.unwrap_or_else(|| Path::new("runs").join(&recipe.name));
+    let options = Options { out, overwrite, progress: !global.quiet, command: command_line(), ranks };
+    let html = crate::recipe::run(recipe, &device, &options)?;
     let report = report::read(html.with_file_name("report.json"))?;
     if global.json() {
         say_json(&report);

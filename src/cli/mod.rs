@@ -7,6 +7,7 @@ mod flow;
 mod kernels;
 mod model;
 mod pipeline;
+mod ranks;
 mod tagger;
 
 use std::fmt::Display;

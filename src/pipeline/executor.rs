@@ -1,4 +1,4 @@
-//! Runs a model in stages: a thread per worker, one step at a time, all of them watched.
+//! Runs a model in stages: a thread or a process per worker, one step at a time, all of them watched.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -9,23 +9,23 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::fault::Injection;
-use super::message;
-use super::part::{Part, Training, micro_on};
-use super::route::Route;
-use super::schedule::{Kind, Schedule, Work};
+use super::life::{Answer, Command, run_worker};
+use super::part::{Part, Training};
+use super::post::Mail;
+use super::remote::{self, Across, Ranks};
+use super::route::{Route, Routes};
+use super::schedule::{Kind, Work};
 use super::simulate::{Span, StageUse, Timeline};
-use super::teacher::TeacherPart;
 use super::transport::{Channels, Transport};
 use super::watch::{Judge, Watch};
-use super::worker::{Order, Report, Stop, Worker};
+use super::worker::{Order, Report, Stop};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::nn::{Config, Model};
-use crate::shape::Meta;
+use crate::nn::Model;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Method, Micro};
-use crate::train::optimizer::{Optimizer, Settings};
+use crate::train::optimizer::Settings;
 
 /// Makes a stage's hooks from its part of the model, on the thread that will use them.
 pub type MakeMethods = dyn Fn(&Model) -> Result<Vec<Box<dyn Method>>> + Send + Sync;
@@ -36,7 +36,7 @@ pub struct Setup {
     pub route: Arc<Route>,
     /// For steps of another number of micro-batches than the route's; `None`: there are none.
     pub kind: Option<Kind>,
-    /// One per worker.
+    /// One per worker of this process.
     pub devices: Vec<Arc<dyn Device>>,
     pub optimizer: Settings,
     pub methods: Arc<MakeMethods>,
@@ -65,28 +65,7 @@ pub struct TeacherSetup {
     pub hard: bool,
 }
 
-/// Tensors by name, as bytes: what leaves a worker's device.
-pub type Encoded = BTreeMap<String, (Meta, Vec<u8>)>;
-
-enum Command {
-    /// The micro-batches of the step and, for a teacher, those of the next one.
-    Step(Arc<Route>, Arc<Vec<Micro>>, Arc<Vec<Micro>>, Order),
-    /// The teacher's states for the first step.
-    Teach(Arc<Route>, Arc<Vec<Micro>>),
-    /// Hooks after the update of this number.
-    Hooks(u64),
-    /// Parameters, and with `true` the optimizer's state.
-    Collect(bool),
-    Restore(Arc<Encoded>, u64),
-    CheckFinite,
-}
-
-enum Answer {
-    Ready,
-    Stepped(Report),
-    Tensors(Encoded),
-    Stopped(Stop),
-}
+pub use super::life::Encoded;
 
 /// What a step of the whole pipeline gave.
 #[derive(Clone, Debug, Default)]
@@ -122,17 +101,17 @@ impl StepReport {
 
 pub struct Pipeline {
     setup: Setup,
+    /// Of the workers in this process.
     commands: Vec<Sender<Command>>,
     answers: Receiver<(usize, Answer)>,
     watch: Arc<Watch>,
     threads: Vec<Option<JoinHandle<()>>>,
+    /// The other workers.
+    ranks: Option<Ranks>,
     judge: Judge,
-    /// By number of micro-batches.
-    routes: BTreeMap<usize, Arc<Route>>,
-    /// Micro-batches of the last step.
-    micros: usize,
-    config: Config,
-    split: bool,
+    routes: Routes,
+    /// Of the last step, or of the first one before it.
+    current: Arc<Route>,
     compute: Option<DType>,
     step: u64,
     failed: bool,
@@ -144,9 +123,18 @@ impl Pipeline {
     /// # Errors
     /// Those of the devices and hooks.
     pub fn start(model: &Model, setup: Setup) -> Result<Self> {
+        Self::start_across(model, setup, None)
+    }
+
+    /// As [`Pipeline::start`], with all workers but the first in other processes where `across` says so.
+    ///
+    /// # Errors
+    /// Those of the devices and hooks.
+    pub fn start_across(model: &Model, setup: Setup, across: Option<&Across>) -> Result<Self> {
         let route = setup.route.clone();
         let count = route.workers.len();
-        if setup.devices.len() != count {
+        let here = if across.is_some() { 1 } else { count };
+        if setup.devices.len() != here {
             let value = setup.devices.len().to_string();
             return Err(Error::Parameter {
                 op: "pipeline",
@@ -157,32 +145,37 @@ impl Pipeline {
         }
         let watch = Arc::new(Watch::new(count));
         let (answer, answers) = channel();
-        let (mut commands, mut threads) = (Vec::new(), Vec::new());
-        for (index, transport) in Channels::between(count).into_iter().enumerate() {
-            let (command, orders) = channel();
-            let chunks = route.chunks_of(index);
-            let part = Part::model_of(model, &setup.devices[index], &chunks)?;
-            let (watch, setup, answer) = (watch.clone(), setup.clone(), answer.clone());
-            let body = move || run_worker(index, (part, chunks), &setup, Box::new(transport), watch, &orders, &answer);
-            let thread = std::thread::Builder::new().name(format!("espalier-stage-{index}")).spawn(body);
-            threads.push(Some(thread.map_err(|e| Error::io("stage thread", e))?));
-            commands.push(command);
-        }
+        let generation = remote::number();
+        let start = |across| Ranks::start(model, &setup, across, generation, &watch, answer.clone());
+        let ranks = across.map(start).transpose()?;
+        let ends: Vec<Box<dyn Transport>> = match across {
+            Some(across) => vec![Box::new(Mail { post: across.post.clone(), generation })],
+            None => Channels::between(count).into_iter().map(|end| -> Box<dyn Transport> { Box::new(end) }).collect(),
+        };
         let mut pipeline = Self {
             judge: Judge::new(count, setup.heartbeat, setup.slow),
-            split: route.schedule.splits_backward(),
             compute: setup.optimizer.precision.compute(),
-            routes: [(route.schedule.micros, route.clone())].into(),
-            micros: route.schedule.micros,
-            config: model.config.clone(),
+            routes: Routes::new(model.config.clone(), setup.kind, route.clone()),
+            current: route.clone(),
             step: 0,
             failed: false,
             setup,
-            commands,
+            commands: Vec::new(),
             answers,
             watch,
-            threads,
+            threads: Vec::new(),
+            ranks,
         };
+        for (index, transport) in ends.into_iter().enumerate() {
+            let (command, orders) = channel();
+            let chunks = route.chunks_of(index);
+            let part = Part::model_of(model, &pipeline.setup.devices[index], &chunks)?;
+            let (watch, setup, answer) = (pipeline.watch.clone(), pipeline.setup.clone(), answer.clone());
+            let body = move || run_worker(index, (part, chunks), &setup, transport, watch, &orders, &answer);
+            let thread = std::thread::Builder::new().name(format!("espalier-stage-{index}")).spawn(body);
+            pipeline.threads.push(Some(thread.map_err(|e| Error::io("stage thread", e))?));
+            pipeline.commands.push(command);
+        }
         pipeline.gather()?;
         Ok(pipeline)
     }
@@ -193,7 +186,7 @@ impl Pipeline {
 
     /// Of the last step, or of the first one before it.
     pub fn current(&self) -> &Route {
-        self.routes.get(&self.micros).unwrap_or(&self.setup.route)
+        &self.current
     }
 
     /// Steps done.
@@ -203,9 +196,8 @@ impl Pipeline {
 
     /// The teacher's states for `micros`, which the next step will take; nothing else runs meanwhile.
     pub fn teach(&mut self, micros: &[Micro]) -> Result<()> {
-        let route = self.route(micros.len())?;
-        let micros = Arc::new(micros.to_vec());
-        self.ask(|_| Command::Teach(route.clone(), micros.clone())).map(drop)
+        let route = self.routes.get(micros.len())?;
+        self.ask(&Command::Teach(route, Arc::new(micros.to_vec()))).map(drop)
     }
 
     /// One step over `micros`: gradients of all, one update everywhere. A teacher computes its states for `next` meanwhile.
@@ -219,14 +211,14 @@ impl Pipeline {
         (dropout, seed, total_steps): (f32, u64, u64),
     ) -> Result<StepReport> {
         let started = Instant::now();
-        let route = self.route(micros.len())?;
-        self.micros = micros.len();
+        let route = self.routes.get(micros.len())?;
+        self.current = route.clone();
         let weight: f64 = micros.iter().map(|m| m.weight).sum();
-        let (compute, recompute, split) = (self.compute, self.setup.recompute, self.split);
+        let (compute, recompute, split) = (self.compute, self.setup.recompute, self.routes.splits_backward());
         let training = Training { compute, dropout, seed, recompute, split };
         let (micros, next) = (Arc::new(micros.to_vec()), Arc::new(next.to_vec()));
         let order = Order { training, weight, total_steps };
-        let answers = self.ask(|_| Command::Step(route.clone(), micros.clone(), next.clone(), order))?;
+        let answers = self.ask(&Command::Step(route.clone(), micros, next, order))?;
         let workers: Vec<Report> =
             answers.into_iter().map(|a| if let Answer::Stepped(r) = a { r } else { Report::default() }).collect();
         self.step += 1;
@@ -240,11 +232,11 @@ impl Pipeline {
 
     /// The hooks' turn after update `step`, on every stage.
     pub fn hooks(&mut self, step: u64) -> Result<()> {
-        self.ask(|_| Command::Hooks(step)).map(drop)
+        self.ask(&Command::Hooks(step)).map(drop)
     }
 
     pub fn check_finite(&mut self) -> Result<()> {
-        self.ask(|_| Command::CheckFinite).map(drop)
+        self.ask(&Command::CheckFinite).map(drop)
     }
 
     /// Brings the parameters home into `model`.
@@ -264,7 +256,7 @@ impl Pipeline {
 
     fn encoded(&mut self, state: bool) -> Result<Encoded> {
         let mut all = Encoded::new();
-        for answer in self.ask(|_| Command::Collect(state))? {
+        for answer in self.ask(&Command::Collect(state))? {
             if let Answer::Tensors(tensors) = answer {
                 all.extend(tensors);
             }
@@ -277,44 +269,35 @@ impl Pipeline {
         let encoded =
             state.iter().map(|(n, t)| Ok((n.clone(), (t.meta(), t.to_bytes()?)))).collect::<Result<Encoded>>()?;
         let encoded = Arc::new(encoded);
-        self.ask(|_| Command::Restore(encoded.clone(), step))?;
+        self.ask(&Command::Restore(encoded.clone(), step))?;
         self.step = step;
         Ok(())
     }
 
-    /// The route for so many micro-batches.
-    fn route(&mut self, micros: usize) -> Result<Arc<Route>> {
-        if let Some(route) = self.routes.get(&micros) {
-            return Ok(route.clone());
-        }
-        let Some(kind) = self.setup.kind else {
-            let (value, allowed) = (micros.to_string(), "as many as the schedule has");
-            return Err(Error::Parameter { op: "pipeline", parameter: "micro_batches", value, allowed });
-        };
-        let own = &self.setup.route;
-        let schedule = Schedule::new(kind, own.replicas.len(), micros)?;
-        let route = Arc::new(Route::new(&self.config, &schedule, own.cuts.clone(), own.replicas.clone())?);
-        self.routes.insert(micros, route.clone());
-        Ok(route)
-    }
-
-    fn ask(&mut self, command: impl Fn(usize) -> Command) -> Result<Vec<Answer>> {
+    fn ask(&mut self, command: &Command) -> Result<Vec<Answer>> {
         if self.failed {
             let reason = "a stage has failed; start the run again to go on from its last checkpoint".into();
             return Err(Error::NotAvailable { device: "pipeline".into(), reason });
         }
-        for (worker, orders) in self.commands.iter().enumerate() {
+        if let Some(ranks) = &self.ranks {
+            let mut others = self.setup.route.workers.iter().enumerate().skip(1);
+            if let Err(e) = others.try_for_each(|(worker, &(stage, _))| ranks.tell((worker, stage), command)) {
+                self.shut();
+                return Err(e);
+            }
+        }
+        for orders in &self.commands {
             // A worker that is gone shows when its answer stays away.
-            let _ = orders.send(command(worker));
+            let _ = orders.send(command.clone());
         }
         self.gather()
     }
 
     /// One answer of every worker; watches them meanwhile.
     fn gather(&mut self) -> Result<Vec<Answer>> {
-        let count = self.threads.len();
+        let count = self.setup.route.workers.len();
         let mut answers: Vec<Option<Answer>> = (0..count).map(|_| None).collect();
-        let look = (self.setup.heartbeat / 8).clamp(Duration::from_millis(5), Duration::from_millis(250));
+        let look = remote::show_every(self.setup.heartbeat);
         while answers.iter().any(Option::is_none) {
             match self.answers.recv_timeout(look) {
                 Ok((worker, Answer::Stopped(stop))) => return Err(self.stopped(worker, stop)),
@@ -323,8 +306,7 @@ impl Pipeline {
                 Err(RecvTimeoutError::Disconnected) => return Err(self.fault(0, "all stages are gone".into())),
             }
             for worker in 0..count {
-                let gone = self.threads[worker].as_ref().is_none_or(JoinHandle::is_finished);
-                if gone && answers[worker].is_none() {
+                if self.is_gone(worker) && answers[worker].is_none() {
                     // Its last words may still be on their way.
                     match self.answers.recv_timeout(Duration::from_millis(1)) {
                         Ok((from, Answer::Stopped(stop))) => return Err(self.stopped(from, stop)),
@@ -332,12 +314,24 @@ impl Pipeline {
                         Err(_) => return Err(self.fault(worker, "it is gone without a word".into())),
                     }
                 }
+                let silent = self.ranks.as_ref().filter(|_| worker > 0).and_then(|ranks| ranks.silent(worker));
+                if let Some(silence) = silent {
+                    let what =
+                        format!("its process is gone or silent: no sign of life for {:.1} s", silence.as_secs_f64());
+                    return Err(self.fault(worker, what));
+                }
                 if let Some(what) = self.judge.look(worker, &self.watch.glance(worker)) {
                     return Err(self.fault(worker, what));
                 }
             }
         }
         Ok(answers.into_iter().flatten().collect())
+    }
+
+    /// Whether a worker of this process has ended.
+    fn is_gone(&self, worker: usize) -> bool {
+        let ended = |thread: &Option<JoinHandle<()>>| thread.as_ref().is_none_or(JoinHandle::is_finished);
+        self.threads.get(worker).is_some_and(ended)
     }
 
     fn stopped(&mut self, worker: usize, stop: Stop) -> Error {
@@ -357,7 +351,7 @@ impl Pipeline {
     fn most_telling(&mut self, first: Error) -> Error {
         let names = |e: &Error| !matches!(e, Error::NonFinite { layer, .. } if layer == "model");
         let mut told = first;
-        let mut left = self.threads.len() - 1;
+        let mut left = self.setup.route.workers.len() - 1;
         while left > 0 && !names(&told) {
             match self.answers.recv_timeout(2 * self.setup.heartbeat) {
                 Ok((_, Answer::Stopped(Stop::Error(error)))) => told = error,
@@ -387,9 +381,14 @@ impl Pipeline {
         self.failed = true;
         self.watch.cancel();
         self.commands.clear();
+        if let Some(ranks) = &self.ranks {
+            ranks.stop();
+        }
         let began = Instant::now();
+        let usual = 2 * self.setup.heartbeat;
+        let limit = self.ranks.as_ref().map_or(usual, |ranks| ranks.patience(usual));
         for thread in &mut self.threads {
-            while thread.as_ref().is_some_and(|t| !t.is_finished()) && began.elapsed() < 2 * self.setup.heartbeat {
+            while thread.as_ref().is_some_and(|t| !t.is_finished()) && began.elapsed() < limit {
                 std::thread::sleep(Duration::from_millis(2));
             }
             if let Some(thread) = thread.take_if(|t| t.is_finished()) {
@@ -397,127 +396,14 @@ impl Pipeline {
                 let _ = thread.join();
             }
         }
+        if let Some(mut ranks) = self.ranks.take() {
+            ranks.join(limit);
+        }
     }
 }
 
 impl Drop for Pipeline {
     fn drop(&mut self) {
         self.shut();
-    }
-}
-
-/// A worker's life: answers orders until there are no more.
-fn run_worker(
-    index: usize,
-    (model, chunks): (Model, BTreeMap<u32, Range<usize>>),
-    setup: &Setup,
-    transport: Box<dyn Transport>,
-    watch: Arc<Watch>,
-    orders: &Receiver<Command>,
-    answer: &Sender<(usize, Answer)>,
-) {
-    let mut worker = match start_worker(index, (model, chunks), setup, transport, watch) {
-        Ok(worker) => worker,
-        Err(e) => {
-            let _ = answer.send((index, Answer::Stopped(Stop::Error(e))));
-            return;
-        }
-    };
-    let _ = answer.send((index, Answer::Ready));
-    while let Ok(order) = orders.recv() {
-        let obeyed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| obey(&mut worker, order)));
-        let reply = match obeyed {
-            Ok(Ok(reply)) => reply,
-            Ok(Err(Stop::Vanish)) => return,
-            Ok(Err(stop)) => Answer::Stopped(stop),
-            Err(panic) => {
-                let text = panic.downcast_ref::<&str>().map(ToString::to_string);
-                let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-                Answer::Stopped(Stop::Fault(format!("it panicked: {}", text.unwrap_or_default())))
-            }
-        };
-        let ends = matches!(reply, Answer::Stopped(_));
-        // Those who were told to stop have nothing to say.
-        if !matches!(reply, Answer::Stopped(Stop::Cancelled)) && answer.send((index, reply)).is_err() || ends {
-            return;
-        }
-    }
-}
-
-fn start_worker(
-    index: usize,
-    (mut model, chunks): (Model, BTreeMap<u32, Range<usize>>),
-    setup: &Setup,
-    transport: Box<dyn Transport>,
-    watch: Arc<Watch>,
-) -> Result<Worker> {
-    let optimizer = Optimizer::new(&mut model, setup.optimizer, |_| true)?;
-    let mut part = Part::new(model, chunks, &optimizer)?;
-    part.methods = (setup.methods)(&part.model)?;
-    let run = message::run_number(&setup.run);
-    let times = (setup.heartbeat, setup.deadline);
-    let mut worker = Worker::new(index, run, part, optimizer, setup.route.clone(), transport, watch, times);
-    if let Some(TeacherSetup { model, cuts, hard }) = &setup.teacher {
-        let (stage, _) = setup.route.workers[index];
-        let chunk = setup.route.teacher_stages().iter().position(|&s| s == stage).unwrap_or_default();
-        let device = worker.part.model.device().clone();
-        let how = (setup.optimizer.precision.compute(), *hard);
-        worker.teacher = Some(TeacherPart::new(model, &device, (chunk, cuts), how)?);
-    }
-    worker.planted = setup.planted.iter().filter(|i| i.worker == index).copied().collect();
-    Ok(worker)
-}
-
-fn own(worker: &Worker, micros: &[Micro]) -> Result<Vec<Micro>> {
-    let device = worker.part.model.device();
-    micros.iter().map(|m| micro_on(m, device)).collect()
-}
-
-fn obey(worker: &mut Worker, command: Command) -> Result<Answer, Stop> {
-    match command {
-        Command::Step(route, micros, next, order) => {
-            worker.route = route;
-            let (micros, next) = (own(worker, &micros)?, own(worker, &next)?);
-            Ok(Answer::Stepped(worker.step(&micros, next, order)?))
-        }
-        Command::Teach(route, micros) => {
-            worker.route = route;
-            let micros = own(worker, &micros)?;
-            worker.teach(micros)?;
-            Ok(Answer::Ready)
-        }
-        Command::Hooks(step) => {
-            for method in &mut worker.part.methods {
-                method.on_update(step, &worker.part.model, &mut worker.optimizer)?;
-            }
-            Ok(Answer::Ready)
-        }
-        Command::Collect(state) => {
-            // A stage's replicas are equal.
-            let (_, replica) = worker.route.workers[worker.index];
-            let tensors = match (replica, state) {
-                (0, true) => worker.optimizer.state()?,
-                (0, false) => worker.part.model.tensors.clone(),
-                _ => BTreeMap::new(),
-            };
-            let encoded = tensors.into_iter().map(|(name, t)| Ok((name, (t.meta(), t.to_bytes()?))));
-            Ok(Answer::Tensors(encoded.collect::<Result<_>>()?))
-        }
-        Command::Restore(state, step) => {
-            let device = worker.part.model.device().clone();
-            let mut own = BTreeMap::new();
-            for (name, (meta, bytes)) in state.iter() {
-                let parameter = name.split_once('/').map_or("", |(_, parameter)| parameter);
-                if parameter.is_empty() || worker.part.model.tensors.contains_key(parameter) {
-                    own.insert(name.clone(), Tensor::from_bytes(&device, *meta, bytes)?);
-                }
-            }
-            worker.optimizer.restore(&own, step)?;
-            Ok(Answer::Ready)
-        }
-        Command::CheckFinite => {
-            worker.optimizer.check_finite()?;
-            Ok(Answer::Ready)
-        }
     }
 }

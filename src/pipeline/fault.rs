@@ -1,7 +1,9 @@
 //! Faults to plant on purpose, so that tests see them found.
 
+use serde::{Deserialize, Serialize};
+
 /// What goes wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Planted {
     Panic,
     /// The worker is gone without a word.
@@ -27,7 +29,7 @@ impl Planted {
 }
 
 /// Where and when.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Injection {
     pub worker: usize,
     pub step: u64,

@@ -74,7 +74,7 @@ const HEADER: usize = size_of::<Header>();
 /// Where the checksummed part starts.
 const CHECKED: usize = 8;
 
-const TYPES: [DType; 5] = [DType::F32, DType::F16, DType::Bf16, DType::I8, DType::U32];
+pub(super) const TYPES: [DType; 5] = [DType::F32, DType::F16, DType::Bf16, DType::I8, DType::U32];
 
 /// A message as received.
 #[derive(Clone, Debug, PartialEq)]

@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::cut;
-use super::schedule::{Event, Schedule, Work};
+use super::schedule::{Event, Kind, Schedule, Work};
 use super::validate::validate;
 use crate::error::{Error, Result};
 use crate::nn::Config;
@@ -94,5 +95,44 @@ impl Route {
         let worker = self.worker(chunk, receive.micro);
         let send = Event { work, chunk, micro: receive.micro };
         Some((worker, *self.positions.get(worker)?.get(&send)?))
+    }
+}
+
+/// A pipeline's routes by number of micro-batches.
+pub struct Routes {
+    config: Config,
+    /// For steps of another number of micro-batches than the first route's; `None`: there are none.
+    kind: Option<Kind>,
+    first: Arc<Route>,
+    others: BTreeMap<usize, Arc<Route>>,
+}
+
+impl Routes {
+    pub fn new(config: Config, kind: Option<Kind>, first: Arc<Route>) -> Self {
+        Self { config, kind, first, others: BTreeMap::new() }
+    }
+
+    pub fn splits_backward(&self) -> bool {
+        self.first.schedule.splits_backward()
+    }
+
+    /// # Errors
+    /// `Parameter` for a number that the schedule is not for.
+    pub fn get(&mut self, micros: usize) -> Result<Arc<Route>> {
+        if micros == self.first.schedule.micros {
+            return Ok(self.first.clone());
+        }
+        if let Some(route) = self.others.get(&micros) {
+            return Ok(route.clone());
+        }
+        let Some(kind) = self.kind else {
+            let (value, allowed) = (micros.to_string(), "as many as the schedule has");
+            return Err(Error::Parameter { op: "pipeline", parameter: "micro_batches", value, allowed });
+        };
+        let own = &self.first;
+        let schedule = Schedule::new(kind, own.replicas.len(), micros)?;
+        let route = Arc::new(Route::new(&self.config, &schedule, own.cuts.clone(), own.replicas.clone())?);
+        self.others.insert(micros, route.clone());
+        Ok(route)
     }
 }

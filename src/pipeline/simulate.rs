@@ -70,7 +70,7 @@ impl Costs {
 }
 
 /// What a stage was busy with.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Span {
     /// `None`: reduction and update.
     pub event: Option<Event>,

@@ -49,6 +49,8 @@ pub struct Seen {
     beats: AtomicU64,
     event: Mutex<String>,
     ring: Mutex<VecDeque<Record>>,
+    /// Events so far, those that are forgotten included.
+    remembered: AtomicU64,
     device: Mutex<Option<Arc<dyn Device>>>,
 }
 
@@ -85,6 +87,7 @@ impl Watch {
             beats: AtomicU64::new(0),
             event: Mutex::new("start".into()),
             ring: Mutex::new(VecDeque::with_capacity(RECORDS)),
+            remembered: AtomicU64::new(0),
             device: Mutex::new(None),
         };
         Self {
@@ -141,6 +144,7 @@ impl Watch {
         if ring.len() == RECORDS {
             ring.pop_front();
         }
+        self.workers[record.stage].remembered.fetch_add(1, Relaxed);
         ring.push_back(record);
     }
 
@@ -154,7 +158,7 @@ impl Watch {
         seen.state.store(glance.state as u8, Relaxed);
         seen.beats.store(glance.progress, Relaxed);
         *locked(&seen.event) = glance.event.clone();
-        records.into_iter().for_each(|r| self.remember(r));
+        records.into_iter().filter(|r| r.stage == worker).for_each(|r| self.remember(r));
     }
 
     pub fn glance(&self, worker: usize) -> Glance {
@@ -179,6 +183,15 @@ impl Watch {
     /// A worker's last events, oldest first.
     pub fn records(&self, worker: usize) -> Vec<Record> {
         locked(&self.workers[worker].ring).iter().cloned().collect()
+    }
+
+    /// Those of the last events that came after the first `told`, which becomes the number of all so far.
+    pub fn records_since(&self, worker: usize, told: &mut u64) -> Vec<Record> {
+        let ring = locked(&self.workers[worker].ring);
+        let all = self.workers[worker].remembered.load(Relaxed);
+        let new = (all.saturating_sub(*told) as usize).min(ring.len());
+        *told = all;
+        ring.iter().skip(ring.len() - new).cloned().collect()
     }
 
     /// Writes all stages' last events, one JSON object a line.

@@ -4,6 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::fault::{Injection, Planted};
 use super::message::{self, Message, Purpose, Tag};
 use super::part::{Part, Training};
@@ -51,7 +53,7 @@ pub struct Order {
 }
 
 /// What a step gave.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Report {
     /// Per unit of weight, the same on all workers; and the norm of all gradients.
     pub loss: f64,

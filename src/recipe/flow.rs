@@ -17,6 +17,7 @@ use crate::data::mixture;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::nn::{Config, Model, Pass};
+use crate::pipeline::post::Post;
 use crate::report::model::{self as report, LossCurve, RunReport};
 use crate::train::lifecycle::Invariant;
 use crate::train::store;
@@ -29,6 +30,8 @@ pub struct Options {
     pub progress: bool,
     /// The command line, for the report.
     pub command: String,
+    /// The processes of this run, where there are several.
+    pub ranks: Option<Arc<Post>>,
 }
 
 /// A student on its way through the stages.
@@ -157,7 +160,9 @@ impl Flow<'_> {
             // Said even to a quiet run: work that was done is done again.
             console::warn(format_args!("{reason}: stage {name} starts anew"));
         }
-        let context = Context { recipe: self.recipe, corpus, folder: &path, name, progress: self.options.progress };
+        let progress = self.options.progress;
+        let ranks = self.options.ranks.as_ref();
+        let context = Context { recipe: self.recipe, corpus, folder: &path, name, progress, ranks };
         let started = Instant::now();
         let mut outcome = work(&context)?;
         let deployed = freeze(&outcome.model, outcome.state.form())?;

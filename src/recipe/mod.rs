@@ -5,6 +5,7 @@ pub mod contents;
 pub mod corpus;
 pub mod evaluate;
 pub mod flow;
+pub mod hooks;
 mod lock;
 pub mod plan;
 pub mod run_folder;

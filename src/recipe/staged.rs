@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::hooks::Promises;
 use super::run_folder::State;
-use super::stages::{self, Context};
+use super::stages::Context;
 use crate::atomic::write_atomic;
 use crate::compress::distil::Distillation;
 use crate::console;
@@ -16,12 +17,13 @@ use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::pipeline::executor::{Pipeline as Executor, Setup, StepReport, TeacherSetup};
 use crate::pipeline::profile::Profile;
+use crate::pipeline::remote::Across;
 use crate::pipeline::route::Route;
 use crate::pipeline::train::Staged;
 use crate::pipeline::{Costs, Kind, Schedule, Timeline, cut, measure, simulate, trace};
 use crate::report::gantt;
 use crate::train::graphs;
-use crate::train::lifecycle::{Method, Micro};
+use crate::train::lifecycle::Micro;
 use crate::train::optimizer::Settings;
 use crate::train::stepper::{OneDevice, Stepper};
 
@@ -122,8 +124,8 @@ impl Pipeline {
         if self.replicas.is_empty() { vec![1; stages] } else { self.replicas.clone() }
     }
 
-    /// A device for each of so many workers.
-    fn devices(&self, home: &Arc<dyn Device>, workers: usize) -> Result<Vec<Arc<dyn Device>>> {
+    /// Names of a device for each of so many workers.
+    fn devices(&self, home: &Arc<dyn Device>, workers: usize) -> Result<Vec<String>> {
         if !self.devices.is_empty() {
             if self.devices.len() != workers {
                 let value = format!("{} devices for {workers} workers", self.devices.len());
@@ -133,7 +135,7 @@ impl Pipeline {
                     allowed: "one for each worker".into(),
                 });
             }
-            return self.devices.iter().map(|name| device::open(name)).collect();
+            return Ok(self.devices.clone());
         }
         let info = home.info();
         let name = |worker: usize| match info.kind {
@@ -142,7 +144,15 @@ impl Pipeline {
             DeviceKind::Cuda if info.id.starts_with("cuda:") => format!("cuda:{worker}"),
             _ => info.id.clone(),
         };
-        (0..workers).map(|w| device::open(&name(w)).or_else(|_| device::open(&info.id))).collect()
+        Ok((0..workers).map(name).collect())
+    }
+
+    /// Opens a worker's device, or the run's own where the recipe names none and this one is missing.
+    fn open(&self, home: &Arc<dyn Device>, name: &str) -> Result<Arc<dyn Device>> {
+        if self.devices.is_empty() {
+            return device::open(name).or_else(|_| device::open(&home.info().id));
+        }
+        device::open(name)
     }
 }
 
@@ -163,10 +173,14 @@ pub fn stepper(
     let Some(pipeline) = &context.recipe.pipeline else {
         return one_device(model);
     };
+    let ranks = context.ranks.filter(|post| post.ranks() > 1);
     let most = cut::pieces(&model.config) * pipeline.schedule.home(1, 0).max(1);
     let wanted = match pipeline.stages {
         Stages::Count(n) => n..=n,
-        Stages::Auto(Auto::Auto) => 1..=home.info().threads.max(pipeline.devices.len()).min(most),
+        Stages::Auto(Auto::Auto) => {
+            let workers = ranks.map_or(home.info().threads.max(pipeline.devices.len()), |post| post.ranks());
+            1..=workers.min(most)
+        }
     };
     if *wanted.end() == 1 && pipeline.replicas.is_empty() {
         return one_device(model);
@@ -180,8 +194,9 @@ pub fn stepper(
             let Some(first) = narrow.first() else {
                 return one_device(model);
             };
-            let part = crate::pipeline::part::micro_on(&probe[0], first)?;
-            let profile = measure::profile(&model.to_device(first)?, &part, settings)?;
+            let first = pipeline.open(&home, first)?;
+            let part = crate::pipeline::part::micro_on(&probe[0], &first)?;
+            let profile = measure::profile(&model.to_device(&first)?, &part, settings)?;
             profile.write(&path)?;
             profile
         }
@@ -218,19 +233,29 @@ pub fn stepper(
         ));
         return one_device(model);
     }
-    let devices = pipeline.devices(&home, route.workers.len())?;
+    let names = pipeline.devices(&home, route.workers.len())?;
+    if let Some(post) = ranks.filter(|post| post.ranks() < route.workers.len()) {
+        let value = format!("{} workers on {} ranks", route.workers.len(), post.ranks());
+        let allowed = "one rank for each worker: start more with mpirun -n";
+        return Err(Error::Recipe { key: "pipeline.stages".into(), value, allowed: allowed.into() });
+    }
+    let here = if ranks.is_some() { 1 } else { names.len() };
+    let devices = names.iter().take(here).map(|name| pipeline.open(&home, name)).collect::<Result<_>>()?;
     let heartbeat = Duration::from_secs_f64(pipeline.heartbeat);
-    let (held, count) = (state.clone(), cut::pieces(&model.config));
     let distillation_is_hard = distillation.as_ref().is_some_and(|d| d.weights.hard > 0.0);
-    let methods = move |part: &Model| -> Result<Vec<Box<dyn Method>>> {
-        let mut methods = stages::held(part, &held)?;
-        let head = part.tensors.keys().any(|name| cut::piece_of(&part.config, name) + 1 == count);
-        if let Some(distillation) = distillation.as_ref().filter(|_| head) {
-            methods.push(Box::new(distillation.on(part.device())?));
+    let promises = Promises::new(state, distillation.as_ref());
+    let across = match ranks {
+        Some(post) => {
+            let methods = promises.described(distillation.as_ref())?;
+            Some(Across { post: post.clone(), devices: names, methods })
         }
-        Ok(methods)
+        None => None,
     };
     let stages = route.replicas.len();
+    if teacher.is_some() && across.is_some() {
+        let allowed = "false across processes: the teacher's states are computed beforehand there".into();
+        return Err(Error::Recipe { key: "pipeline.teacher".into(), value: "true".into(), allowed });
+    }
     if let Some(short) = teacher.map(|t| cut::pieces(&t.config) - 1).filter(|&pieces| pieces < stages) {
         let value = format!("true with {stages} stages");
         let allowed = format!("at most {short} stages: the teacher's embedding and blocks");
@@ -241,6 +266,7 @@ pub fn stepper(
         model: Arc::new(model.clone()),
         hard: distillation_is_hard,
     });
+    let methods = move |part: &Model| promises.methods(part, distillation.as_ref());
     let setup = Setup {
         route: Arc::new(route),
         kind: Some(pipeline.schedule),
@@ -265,7 +291,7 @@ pub fn stepper(
         pipeline.schedule,
         1e3 * predicted
     ));
-    let executor = Executor::start(model, setup)?;
+    let executor = Executor::start_across(model, setup, across.as_ref())?;
     let mut steps = 0;
     let (folder, name, wide) = (context.folder.to_path_buf(), context.name.to_string(), size(&probe[0]));
     let on_step = move |_: u64, pipeline: &Executor, micros: &[Micro], report: &StepReport| {

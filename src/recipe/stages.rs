@@ -18,12 +18,14 @@ use crate::error::Result;
 use crate::nn::{self, Config, Model};
 use crate::ops::distill::Reduction;
 use crate::ops::sparse24::Form24;
+use crate::pipeline::post::Post;
 use crate::rng::Stream;
 use crate::tensor::Tensor;
 use crate::train::graphs;
 use crate::train::lifecycle::{Invariant, Method, Micro};
 use crate::train::trainer::{Job, Source, Summary, train};
 use std::path::Path;
+use std::sync::Arc;
 
 /// Validation examples per direction while training.
 const VALIDATION: usize = 100;
@@ -36,6 +38,8 @@ pub struct Context<'a> {
     pub folder: &'a Path,
     pub name: &'a str,
     pub progress: bool,
+    /// The processes of this run, where there are several.
+    pub ranks: Option<&'a Arc<Post>>,
 }
 
 /// Which loss a training uses beside what the state of the weights demands.

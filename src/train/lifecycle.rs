@@ -46,7 +46,7 @@ pub type MicroShape = (bool, [Option<Meta>; 12]);
 
 impl Micro {
     /// Its tensors, each in its place.
-    fn tensors(&self) -> [Option<&Tensor>; 12] {
+    pub fn tensors(&self) -> [Option<&Tensor>; 12] {
         let (batch, teacher) = (&self.batch, self.teacher.as_ref());
         [
             Some(&batch.tokens),
