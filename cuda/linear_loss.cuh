@@ -67,6 +67,8 @@ __device__ __forceinline__ void linear_pair_tiles(const LinearMaps& maps, const 
     wgmma_gemm<WgmmaStages<6u, LINEAR_A + 16384u>>(shared, tiles, LinearPairLoad{maps, student}, LinearPairProduct{student}, finish);
 }
 
-#define LINEAR_MAPS const __grid_constant__ TensorMap hs, const __grid_constant__ TensorMap ws, const __grid_constant__ TensorMap ht, const __grid_constant__ TensorMap wt
+// The kernels' last arguments but one: hidden states and head of the student, and of the teacher.
+#define LINEAR_MAP const __grid_constant__ TensorMap
+#define LINEAR_MAPS LINEAR_MAP hs, LINEAR_MAP ws, LINEAR_MAP ht, LINEAR_MAP wt
 
 #endif
