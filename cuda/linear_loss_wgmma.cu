@@ -7,7 +7,7 @@
 //           weight[W, ..], lse_s[N], lse_t[N], partial[C, W / 128] of 4 f32 and of one; kl_join, jsd_join: partial, weight[N], loss[N], lse_s[N],
 //           lse_t[N], expectation[N]
 // layout:   operands by tensor maps, widths multiples of 8; arguments are slots: a chunk of hidden is bound from its start
-// launch:   384 threads, gemm_wgmma.cuh, tiles of 128x256 by clusters of two blocks (divergences: 128x128 of each model, single blocks);
+// launch:   384 threads, gemm_wgmma.cuh, tiles of 128x256 (divergences: 128x128 of each model) by clusters of two blocks;
 //           join: a warp a row, 8 a block
 // cost:     2 N V D flops per product: 1 (divergences: 1 of each model, Jensen-Shannon 2)
 // numerics: as mma of linear_loss.cu; rows' sums per tile of words, then over the tiles with maxima taken off
@@ -212,12 +212,12 @@ struct JsdFinish {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 kl_tiles_wgmma(const E*, const E*, const E*, const E*, float4* partial, LINEAR_MAPS, LinearWgmmaParams p) {
     linear_pair_tiles({&hs, &ws, &ht, &wt}, KlFinish{partial, (float*)(partial + (u64)p.rows * p.across), p}, p);
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 jsd_tiles_wgmma(const E*, const E*, const E*, const E*, const float* lse_s, const float* lse_t, float2* partial, LINEAR_MAPS, LinearWgmmaParams p) {
     linear_pair_tiles({&hs, &ws, &ht, &wt}, JsdFinish{lse_s, lse_t, partial, p}, p);
 }
