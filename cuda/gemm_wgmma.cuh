@@ -2,9 +2,10 @@
 // A block is a warp group that copies and CONSUMERS that multiply 64 rows each. It walks over tiles of outputs; copies run ahead of
 // products through a ring of stages, also from one tile into the next. A family says what is in a stage:
 //
-//   Stages     WgmmaStages<how many, bytes, blocks of a cluster, TURNS>: with TURNS the groups take tiles of 64 rows in turns, so that one
-//              finishes while the other multiplies, and are group 0 to what follows. The bytes of a stage are a multiple of 1,024. Behind the ring, from OWN, shared memory is the
-//              family's, filled before `wgmma_gemm` (which starts with a barrier of the block).
+//   Stages     WgmmaStages<how many, bytes, blocks of a cluster, TURNS>: the bytes of a stage are a multiple of 1,024. Behind the ring,
+//              from OWN, shared memory is the family's, filled before `wgmma_gemm` (which starts with a barrier of the block). With
+//              TURNS the groups take tiles of 64 rows in turns: one finishes while the other multiplies; each is group 0 to the parts
+//              below. Blocks of a cluster have the same stages, and what they copy to each other lies in the same place.
 //   tiles      `count()` numbers, `Tile`, `at(id, tile)`: whether there is a tile of this number, and which; `steps(tile)`: its
 //              stages, one at least. Whole warps call these, so they may use shuffles.
 //   load       THREADS that copy (WARP or WARP_GROUP) and how they report a stage:
@@ -18,9 +19,8 @@
 #if ARCH == 90
 
 #define CONSUMERS 2u
-// Rows of outputs of a tile, and threads of a block.
+// Rows of outputs of a tile.
 #define WGMMA_ROWS (CONSUMERS * 64u)
-#define WGMMA_THREADS ((CONSUMERS + 1u) * WARP_GROUP)
 // Rows of tiles that are worked off together, column by column: their operands stay in cache while they are shared.
 #define TILES_TOGETHER 16u
 
@@ -48,6 +48,7 @@ struct WgmmaStages {
         at = at + 1u == STAGES ? 0u : at + 1u;
         parity ^= at == 0u ? 1u : 0u;
     }
+    // Past the stages of a tile that is another group's.
     __device__ __forceinline__ void skip(u32 stages) {
         parity ^= (at + stages) / STAGES & 1u;
         at = (at + stages) % STAGES;
@@ -261,7 +262,7 @@ __device__ __forceinline__ void wgmma_consume(u8* shared, u32 group, const Tiles
     }
 }
 
-// The kernel: launch bounds of WGMMA_THREADS and one block per multiprocessor, without which setmaxnreg does nothing.
+// The kernel: launch bounds of 384 threads and one block per multiprocessor, without which setmaxnreg does nothing.
 template <class Stages, class Tiles, class Load, class Product, class Finish>
 __device__ __forceinline__ void wgmma_gemm(u8* shared, const Tiles& tiles, Load load, const Product& product, const Finish& finish) {
     if (threadIdx.x == 0u) {

@@ -27,7 +27,7 @@ struct LinearWgmmaParams {
 
 #define LINEAR_A (WGMMA_ROWS * 128u)
 
-// Both models' logits of one tile: the student's stages, then the teacher's.
+// Both models' logits of one tile: the student's stages, then the teacher's. Clusters of two blocks have the words in common.
 struct LinearMaps { const TensorMap *hidden_s, *weight_s, *hidden_t, *weight_t; };
 
 struct LinearPairLoad {
@@ -44,7 +44,9 @@ struct LinearPairLoad {
         u32 k0 = (first ? step : step - student) * 64u;
         mbarrier_arrive_expect(place.full(), Stages::BYTES);
         tma_load(place.tile(), first ? maps.hidden_s : maps.hidden_t, place.full(), k0, t.row * WGMMA_ROWS, 0u);
-        tma_load(place.tile() + LINEAR_A, first ? maps.weight_s : maps.weight_t, place.full(), k0, t.column * 128u, 0u);
+        u32 rank = cluster_rank();
+        tma_load_cluster(place.tile() + LINEAR_A + rank * WGMMA_BLOCK, first ? maps.weight_s : maps.weight_t, place.full(), k0, t.column * 128u + rank * 64u,
+                         0u, 3u);
     }
 };
 
@@ -63,10 +65,12 @@ template <class Finish>
 __device__ __forceinline__ void linear_pair_tiles(const LinearMaps& maps, const Finish& finish, const LinearWgmmaParams& p) {
     DYNAMIC_SHARED(shared);
     u32 student = div_up(p.width, 64u);
-    WgmmaTiles tiles = {p.down, p.across, 1u, student + div_up(p.teacher, 64u)};
-    wgmma_gemm<WgmmaStages<6u, LINEAR_A + 16384u>>(shared, tiles, LinearPairLoad{maps, student}, LinearPairProduct{student}, finish);
+    WgmmaTilePairs tiles = {p.down, p.across, 1u, student + div_up(p.teacher, 64u)};
+    wgmma_gemm<WgmmaStages<6u, LINEAR_A + 16384u, 2u>>(shared, tiles, LinearPairLoad{maps, student}, LinearPairProduct{student}, finish);
 }
 
-#define LINEAR_MAPS const __grid_constant__ TensorMap hs, const __grid_constant__ TensorMap ws, const __grid_constant__ TensorMap ht, const __grid_constant__ TensorMap wt
+// The kernels' last arguments but one: hidden states and head of the student, and of the teacher.
+#define LINEAR_MAP const __grid_constant__ TensorMap
+#define LINEAR_MAPS LINEAR_MAP hs, LINEAR_MAP ws, LINEAR_MAP ht, LINEAR_MAP wt
 
 #endif

@@ -6,8 +6,8 @@
 //           lse[N], dloss[N], scale, planes[2, C, W in eights]; kl_planes: student and teacher hidden[C, ..], weight[W, ..], weight[N],
 //           lse_s[N], lse_t[N], expectation[N], dloss[N], scale, planes; product: planes, b, scale, sums (f32), out (E)
 // layout:   operands by tensor maps, widths multiples of 8; a chunk of hidden and a tile of the head are bound from their start
-// launch:   384 threads, gemm_wgmma.cuh, tiles of 128x256 (entropy_planes: by clusters of two blocks; divergences: 128x128 of each model;
-//           narrow products: 128x128); scale: one block
+// launch:   384 threads, gemm_wgmma.cuh, tiles of 128x256 (kl_planes: 128x128 of each model; narrow products: 128x128), those of dz by
+//           clusters of two blocks; scale: one block
 // cost:     2 N V D flops per product, three of them (teacher: 1 more), those from two planes twice
 // numerics: as mma of linear_loss.cu: dz times a power of two as the sum of two 16-bit numbers, each multiplied for itself; f32
 //           sums until the last tile of words (dhidden) or chunk of tokens (dweight) is added
@@ -220,7 +220,7 @@ entropy_planes_wgmma(const E*, const E*, const u32* target, const float* lse, co
     entropy_planes({target, lse, dloss, scale, planes, p}, &hidden, &weight, p);
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 kl_planes_wgmma(const E*, const E*, const E*, const E*, const float* weight, const float* lse_s, const float* lse_t, const float* expectation,
                 const float* dloss, const float* scale, E* planes, LINEAR_MAPS, LinearWgmmaParams p) {
     linear_pair_tiles({&hs, &ws, &ht, &wt}, KlPlanes{weight, lse_s, lse_t, expectation, dloss, scale, planes, p}, p);

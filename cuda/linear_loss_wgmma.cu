@@ -1,20 +1,18 @@
-// op:       linear_cross_entropy, linear_kl, their backward, linear_predict
+// op:       linear_cross_entropy, linear_kl, linear_predict
 // math:     as linear_loss.cu: z = hidden weightᵀ in tiles that never leave the registers; a tile's share of each row's maximum and sums,
-//           joined per row; backward: z again, dz in its place, dhidden += dz weight, dweight += dzᵀ hidden
-// grad:     linear_cross_entropy_bwd, linear_kl_bwd
-// shapes:   C tokens of a chunk, W words (forward: all V); entropy_tiles: hidden[C, D], weight[W, D], target[N], partial[C, W / 256] of 4 f32,
+//           joined per row
+// grad:     linear_loss_bwd_wgmma.cu
+// shapes:   C tokens of a chunk, all W words; entropy_tiles: hidden[C, D], weight[W, D], target[N], partial[C, W / 256] of 4 f32,
 //           z_target[C]; entropy_join, predict_join: partial, z_target, target, two outputs [N]; kl_tiles, jsd_tiles: student and teacher hidden[C, ..],
 //           weight[W, ..], lse_s[N], lse_t[N], partial[C, W / 128] of 4 f32 and of one; kl_join, jsd_join: partial, weight[N], loss[N], lse_s[N],
-//           lse_t[N], expectation[N]; *_planes: the operands, rows of the forward pass, dloss[N], scale[2], planes[2, C, W in eights];
-//           product: planes, b, scale, sums (f32), out (E)
-// layout:   operands by tensor maps, widths multiples of 8; arguments are slots: a chunk of hidden and a tile of the head are bound from their start
-// launch:   384 threads, gemm_wgmma.cuh, tiles of 128x256 by clusters of two blocks (divergences: 128x128 of each model, single blocks);
-//           join: a warp a row, 8 a block; scale: one block
-// cost:     2 N V D flops per product: 1 forward, 3 backward (teacher: 1 each)
-// numerics: as mma of linear_loss.cu; rows' sums per tile of words, then over the tiles with maxima taken off; dhidden and dweight are
-//           f32 until the last word or token is added
+//           lse_t[N], expectation[N]
+// layout:   operands by tensor maps, widths multiples of 8; arguments are slots: a chunk of hidden is bound from its start
+// launch:   384 threads, gemm_wgmma.cuh, tiles of 128x256 (divergences: 128x128 of each model) by clusters of two blocks;
+//           join: a warp a row, 8 a block
+// cost:     2 N V D flops per product: 1 (divergences: 1 of each model, Jensen-Shannon 2)
+// numerics: as mma of linear_loss.cu; rows' sums per tile of words, then over the tiles with maxima taken off
 // source:   chunked cross-entropy: Wijmans et al. 2024 (CCE); Hinton et al. 2015
-// rungs:    v3 (9.0 alone), for linear_loss.cu's mma and below: forward stores no logits, backward dz alone
+// rungs:    v3 (9.0 alone), for linear_loss.cu's mma and below: no logits are stored
 
 #if ARCH == 90
 
@@ -128,7 +126,8 @@ entropy_join_wgmma(const float4* partial, const float* z_target, const u32* targ
     if (threadIdx.x % WARP != 0u) return;
     u32 t = target[row];
     float all = r.most + logf(r.exps), value = 0.0f;
-    if (t != IGNORE) value = t >= p.vocabulary ? __uint_as_float(0x7fc00000u) : all - (1.0f - p.factor) * z_target[i] - p.factor * (r.total / (float)p.vocabulary);
+    if (t != IGNORE) value = all - (1.0f - p.factor) * z_target[i] - p.factor * (r.total / (float)p.vocabulary);
+    if (t != IGNORE && t >= p.vocabulary) value = __uint_as_float(0x7fc00000u);
     loss[row] = value;
     lse[row] = t == IGNORE ? 0.0f : all;
 }
@@ -213,12 +212,12 @@ struct JsdFinish {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 kl_tiles_wgmma(const E*, const E*, const E*, const E*, float4* partial, LINEAR_MAPS, LinearWgmmaParams p) {
     linear_pair_tiles({&hs, &ws, &ht, &wt}, KlFinish{partial, (float*)(partial + (u64)p.rows * p.across), p}, p);
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 jsd_tiles_wgmma(const E*, const E*, const E*, const E*, const float* lse_s, const float* lse_t, float2* partial, LINEAR_MAPS, LinearWgmmaParams p) {
     linear_pair_tiles({&hs, &ws, &ht, &wt}, JsdFinish{lse_s, lse_t, partial, p}, p);
 }

@@ -15,7 +15,7 @@
 #if ARCH == 90
 
 struct GroupedWgmmaParams {
-    // Sorted rows, columns of the outputs (bwd_weight: D), length of other side's rows (fwd: D, input: N, bwd_weight: N), slots of a token.
+    // Sorted rows, columns of the outputs (bwd_weight: D), the summed axis (bwd_weight: N, rows of the outputs), slots of a token.
     u32 rows, columns, inner, k;
     u32 experts;
     // Bit 0 gather, bit 1 ReLU, bit 2 bias.
@@ -300,12 +300,14 @@ grouped_sorted_narrow_wgmma(const E*, const E*, const E* bias, const u32*, const
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-grouped_gathered_wgmma(const E* x, const E*, const E* bias, const u32* order, const u32* offsets, E* y, const __grid_constant__ TensorMap w, GroupedWgmmaParams p) {
+grouped_gathered_wgmma(const E* x, const E*, const E* bias, const u32* order, const u32* offsets, E* y, const __grid_constant__ TensorMap w,
+                       GroupedWgmmaParams p) {
     grouped_gathered<256u>(x, bias, order, offsets, y, &w, p);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-grouped_gathered_narrow_wgmma(const E* x, const E*, const E* bias, const u32* order, const u32* offsets, E* y, const __grid_constant__ TensorMap w, GroupedWgmmaParams p) {
+grouped_gathered_narrow_wgmma(const E* x, const E*, const E* bias, const u32* order, const u32* offsets, E* y, const __grid_constant__ TensorMap w,
+                              GroupedWgmmaParams p) {
     grouped_gathered<128u>(x, bias, order, offsets, y, &w, p);
 }
 

@@ -121,18 +121,14 @@ impl Form {
     ) -> Launch {
         let pairs = if e.widths[1] > 0 { 2 } else { 1 };
         let stages = if self.width == WIDE { 4 } else { 6 };
-        // Wide tiles are worked on by pairs of blocks, two down a column; each block copies one half of the words.
-        let blocks = if self.width == WIDE {
-            2 * groups::pairs(p, rows.1.div_ceil(ROWS).div_ceil(2) * words.1.div_ceil(WIDE))
-        } else {
-            groups::blocks(p, tiles(rows.1, words.1, self.width))
-        };
+        // Pairs of blocks take two tiles down a column; each copies one half of the words.
+        let blocks = 2 * groups::pairs(p, rows.1.div_ceil(ROWS).div_ceil(2) * words.1.div_ceil(self.width));
         let all: Vec<usize> = (0..2 * pairs).chain(slots.iter().copied()).collect();
         let mut launch = Launch::new([blocks, 1, 1], self.params(e, rows, words)).entry(entry).slots(&all);
         for pair in 0..pairs {
             let (first, d) = (2 * pair, e.widths[pair]);
             launch = window(launch, p, first, rows, d).map(map(p, first, [rows.1, d], ROWS));
-            launch = window(launch, p, first + 1, words, d).map(map(p, first + 1, [words.1, d], NARROW));
+            launch = window(launch, p, first + 1, words, d).map(map(p, first + 1, [words.1, d], self.width / 2));
         }
         launch.shared(groups::shared(stages, (ROWS + self.width) * STAGE_K * 2, 0))
     }
