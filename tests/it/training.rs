@@ -211,7 +211,7 @@ pub fn tiny(sets: &[&str]) -> Recipe {
 }
 
 pub fn options(out: &Path) -> Options {
-    Options { out: out.to_path_buf(), overwrite: false, progress: false, command: "test".into() }
+    Options { out: out.to_path_buf(), overwrite: false, progress: false, command: "test".into(), ranks: None }
 }
 
 #[test]
