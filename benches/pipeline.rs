@@ -5,19 +5,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use espalier::Result;
-use espalier::data::batch::{Batch, Example, GmaskPosition};
+use espalier::compress::distil::{Distillation, Projection, Weights};
+use espalier::data::batch::{Batch, Example, GmaskPosition, IGNORE};
 use espalier::data::tokenizer::SpecialIds;
 use espalier::device::{self, Device};
 use espalier::nn::config::Size;
 use espalier::nn::{Config, Model};
-use espalier::pipeline::executor::{Pipeline, Setup};
+use espalier::ops::distill::Reduction;
+use espalier::pipeline::executor::{Pipeline, Setup, TeacherSetup};
 use espalier::pipeline::profile::Profile;
 use espalier::pipeline::route::Route;
-use espalier::pipeline::{Kind, Schedule, measure, simulate};
+use espalier::pipeline::{Kind, Schedule, cut, measure, simulate};
 use espalier::recipe::corpus::upload;
 use espalier::rng::Stream;
 use espalier::tensor::Tensor;
-use espalier::train::lifecycle::{Method, Micro};
+use espalier::train::lifecycle::{Method, Micro, Teacher};
 use espalier::train::optimizer::{Optimizer, Settings};
 use espalier::train::precision::Precision;
 use espalier::train::schedule;
@@ -61,11 +63,20 @@ fn micros(device: &Arc<dyn Device>, count: usize) -> Result<Vec<Micro>> {
     (0..count).map(|_| make()).collect()
 }
 
-fn staged(model: &Model, kind: Kind, count: usize, profile: &Profile) -> Result<Pipeline> {
+fn staged(model: &Model, kind: Kind, count: usize, profile: &Profile, teacher: Option<&Model>) -> Result<Pipeline> {
     let schedule = Schedule::new(kind, 2, count)?;
     let cuts = profile.cuts(&schedule)?;
     let route = Arc::new(Route::new(&model.config, &schedule, cuts, vec![1; 2])?);
     let devices = [device::open("cpu:1")?, device::open("cpu:1")?].to_vec();
+    let distillation = teacher.map(|t| t.get("head.weight").cloned()).transpose()?.map(|teacher_head| Distillation {
+        weights: Weights { hidden: 1.0, soft: 0.0, hard: 0.0 },
+        temperature: 1.0,
+        squared: false,
+        reduction: Reduction::Mean,
+        normalised: false,
+        projection: Projection::None,
+        teacher_head,
+    });
     let long = Duration::from_secs(60);
     Pipeline::start(
         model,
@@ -74,7 +85,16 @@ fn staged(model: &Model, kind: Kind, count: usize, profile: &Profile) -> Result<
             kind: None,
             devices,
             optimizer: settings(),
-            methods: Arc::new(|_: &Model| Ok(Vec::<Box<dyn Method>>::new())),
+            methods: Arc::new(move |part: &Model| {
+                let head = part.tensors.contains_key("head.weight");
+                let hidden = distillation.as_ref().filter(|_| head).map(|d| d.on(part.device())).transpose()?;
+                Ok(hidden.into_iter().map(|d| Box::new(d) as Box<dyn Method>).collect())
+            }),
+            teacher: teacher.map(|t| TeacherSetup {
+                model: Arc::new(t.clone()),
+                cuts: cut::even(cut::pieces(&t.config) - 1, 2),
+                hard: false,
+            }),
             recompute: false,
             heartbeat: long,
             deadline: long,
@@ -113,13 +133,13 @@ fn compare(rounds: usize) -> Result<()> {
             Kind::ZeroBubbleH1,
             Kind::ZeroBubbleV,
         ] {
-            let mut pipeline = staged(&model, kind, count, &profile)?;
+            let mut pipeline = staged(&model, kind, count, &profile, None)?;
             let (mut ours, mut theirs) = (Vec::new(), Vec::new());
             for round in 0..=rounds {
                 let began = Instant::now();
                 step(&alone, &mut optimizer, &batch, &[], (0.0, 1, 1000))?;
                 let one = began.elapsed().as_secs_f64();
-                let many = pipeline.step(&batch, (0.0, 1, 1000))?.seconds;
+                let many = pipeline.step(&batch, &[], (0.0, 1, 1000))?.seconds;
                 if round > 0 {
                     ours.push(many);
                     theirs.push(one);
@@ -140,5 +160,42 @@ fn compare(rounds: usize) -> Result<()> {
             );
         }
     }
+    println!();
+    println!("{:<24} {:>14} {:>12} {:>10}", "teacher beside student", "lock-step ms", "ahead ms", "speed-up");
+    for count in [2, 4, 8] {
+        let batch: Vec<Micro> = micros(&home, count)?.into_iter().map(|m| taught(&home, m)).collect::<Result<_>>()?;
+        let (kind, settings) = (Kind::OneForwardOneBackward, (0.0, 1, 1000));
+        let mut ahead = staged(&model, kind, count, &profile, Some(&model))?;
+        let mut locked = staged(&model, kind, count, &profile, Some(&model))?;
+        ahead.teach(&batch)?;
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for round in 0..=rounds {
+            let began = Instant::now();
+            locked.teach(&batch)?;
+            let one = locked.step(&batch, &[], settings)?.loss;
+            let waited = began.elapsed().as_secs_f64();
+            let report = ahead.step(&batch, &batch, settings)?;
+            assert!(one == report.loss, "the losses differ: {one} and {}", report.loss);
+            if round > 0 {
+                ours.push(report.seconds);
+                theirs.push(waited);
+            }
+        }
+        let (one, many) = (median(&theirs), median(&ours));
+        println!("{:<24} {:>14.1} {:>12.1} {:>9.2}x", format!("1f1b, {count}"), 1e3 * one, 1e3 * many, one / many);
+    }
     Ok(())
+}
+
+/// A micro-batch that waits for a teacher's states.
+fn taught(device: &Arc<dyn Device>, micro: Micro) -> Result<Micro> {
+    let n = micro.targets.count();
+    let teacher = Teacher {
+        hidden: Tensor::from_slice(device, &[1], &[0.0f32])?,
+        hidden_weights: micro.weights.clone(),
+        soft_weights: micro.weights.clone(),
+        hard_targets: Tensor::from_slice(device, &[n], &vec![IGNORE; n])?,
+        hard_weights: micro.weights.clone(),
+    };
+    Ok(Micro { teacher: Some(teacher), ..micro })
 }

@@ -16,8 +16,6 @@
 
 #if defined(HEAD) && ARCH == 90 && HEAD % 64 == 0
 
-#define SPAN 128u
-
 struct ForwardShared {
     typedef WgmmaStages<512u / HEAD, SPAN * HEAD * 2u> Ring;
     // A tile of queries per group.
@@ -31,21 +29,9 @@ struct ForwardShared {
     __device__ __forceinline__ u32* lost_of(const Ring& place) const { return lost + place.at * (HEAD + 1u); }
 };
 
-// Calls `each` with a block's tiles of queries in order, what they see, the steps of keys that any row of the tile sees, and how many
-// tiles with keys came before. Every other round goes backwards: who had many keys then has few.
-template <class Each>
-__device__ __forceinline__ void each_tile(const u32* context, const u32* lengths, const AttentionParams& p, Each each) {
-    u32 tiles = p.batch * p.heads * div_up(p.queries, SPAN), blocks = gridDim.x * gridDim.y, block = linear_block(), before = 0u;
-    bool backwards = false;
-    for (u32 first = 0; first < tiles; first += blocks, backwards = !backwards) {
-        u32 item = first + (backwards ? blocks - 1u - block : block);
-        if (item >= tiles) continue;
-        Place at = place_of(p, p.queries, SPAN, (p.flags & 3u) != 0u, item);
-        Visible visible = visible_of(context, lengths, p, at.b);
-        u32 steps = div_up(visible.count(min(at.first + SPAN, p.queries) - 1u), SPAN);
-        each(at, visible, steps, before);
-        before += steps > 0u ? 1u : 0u;
-    }
+// The steps of keys that any row of the tile sees.
+__device__ __forceinline__ u32 steps_of(const Place& at, const Visible& visible, const AttentionParams& p) {
+    return div_up(visible.count(min(at.first + SPAN, p.queries) - 1u), SPAN);
 }
 
 // Some row of the tile does not see all keys of this step.
@@ -57,8 +43,9 @@ __device__ __forceinline__ void produce(const ForwardShared& s, const TensorMap*
     ForwardShared::Ring place(s.ring);
     u32 cleaned = 0u;
     bool leads = threadIdx.x == 0u;
-    each_tile(context, lengths, p, [&](const Place& at, const Visible& visible, u32 steps, u32 before) {
-        u32 plane = plane_of(p, at, p.keys);
+    each_tile(p.queries, (p.flags & 3u) != 0u, p, [&](const Place& at, u32 before) {
+        Visible visible = visible_of(context, lengths, p, at.b);
+        u32 plane = plane_of(p, at, p.keys), steps = steps_of(at, visible, p);
         for (u32 step = 0; steps > 0u && step <= steps; step++) {
             if (step < steps) {
                 if (leads) {
@@ -101,6 +88,7 @@ __device__ __forceinline__ void produce(const ForwardShared& s, const TensorMap*
             }
             place.next();
         }
+        return steps > 0u;
     });
 }
 
@@ -200,7 +188,7 @@ __device__ __forceinline__ void consume(const ForwardShared& s, ForwardShared::R
     }
     float inverse[2];
     softmax.finish(inverse, lse + ((u64)at.b * p.heads + at.h) * p.queries, n, row0, p.queries);
-    store_sums(y + start_of(p, at.b, at.h, p.queries), sum, inverse, row0, p.queries, p, [](u32, u32) { return false; });
+    store_sums(y + start_of(p, at.b, at.h, p.queries), sum, inverse, row0, p.queries, p);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
@@ -208,19 +196,7 @@ attention_fwd_wgmma(const E*, const E*, const E*, const u32* context, const u32*
                     const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, AttentionParams p) {
     DYNAMIC_SHARED(shared);
     ForwardShared s(shared);
-    if (threadIdx.x == 0u) {
-        ForwardShared::Ring place(s.ring);
-        for (u32 i = 0; i < ForwardShared::Ring::STAGES; i++) {
-            mbarrier_init(place.full(), 1u);
-            mbarrier_init(place.empty(), 2u * WARP_GROUP / WARP);
-            place.next();
-        }
-        mbarrier_init(s.ready, 1u);
-        mbarrier_init(s.free, 2u * WARP_GROUP / WARP);
-        mbarrier_init(s.raw, 1u);
-        mbarrier_init_fence();
-    }
-    __syncthreads();
+    begin_block<ForwardShared::Ring>(s.ring, s.ready);
     u32 group = warp_group();
     if (group == 0u) {
         registers_down<40u>();
@@ -228,8 +204,11 @@ attention_fwd_wgmma(const E*, const E*, const E*, const u32* context, const u32*
     } else {
         registers_up<232u>();
         ForwardShared::Ring keys(s.ring);
-        each_tile(context, lengths, p, [&](const Place& at, const Visible& visible, u32 steps, u32 before) {
+        each_tile(p.queries, (p.flags & 3u) != 0u, p, [&](const Place& at, u32 before) {
+            Visible visible = visible_of(context, lengths, p, at.b);
+            u32 steps = steps_of(at, visible, p);
             consume(s, keys, group - 1u, at, visible, steps, before, bias + (u64)at.h * p.queries * p.keys, y, lse, p);
+            return steps > 0u;
         });
     }
 }

@@ -7,6 +7,8 @@
 
 #if defined(HEAD) && ARCH == 90 && HEAD % 64 == 0
 
+// Rows of a block, 64 of each group that multiplies.
+#define SPAN 128u
 #define SIDES (HEAD / 64u)
 // Bytes of a tile of 64 rows.
 #define TILE (64u * HEAD * 2u)
@@ -21,6 +23,37 @@ __device__ __forceinline__ u32 warp_group() { return __shfl_sync(ALL_LANES, thre
 
 // The plane of a head in a tensor [B, extent, H, D].
 __device__ __forceinline__ u32 plane_of(const AttentionParams& p, const Place& at, u32 extent) { return at.b * extent * p.heads + at.h; }
+
+// Calls `each(at, before)` with a block's tiles of rows in order and how many of them had any work before, which is what it returns.
+// Every other round goes backwards: under a mask, who had much to do then has little.
+template <class Each>
+__device__ __forceinline__ void each_tile(u32 extent, bool backwards, const AttentionParams& p, Each each) {
+    u32 tiles = p.batch * p.heads * div_up(extent, SPAN), blocks = gridDim.x * gridDim.y, block = linear_block(), before = 0u;
+    bool turned = false;
+    for (u32 first = 0; first < tiles; first += blocks, turned = !turned) {
+        u32 item = first + (turned ? blocks - 1u - block : block);
+        if (item < tiles && each(place_of(p, extent, SPAN, backwards, item), before)) before++;
+    }
+}
+
+// The barriers of a block: a ring's, then in shared memory one each for what stays: it has come; it is no longer read; and for tiles
+// of the ring that are cleaned before use: one has come.
+template <class Ring>
+__device__ __forceinline__ void begin_block(u8* ring, u64* ready) {
+    if (threadIdx.x == 0u) {
+        Ring place(ring);
+        for (u32 i = 0; i < Ring::STAGES; i++) {
+            mbarrier_init(place.full(), 1u);
+            mbarrier_init(place.empty(), 2u * WARP_GROUP / WARP);
+            place.next();
+        }
+        mbarrier_init(ready, 1u);
+        mbarrier_init(ready + 1, 2u * WARP_GROUP / WARP);
+        mbarrier_init(ready + 2, 1u);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+}
 
 // Rows first.. of a plane. One thread calls it.
 template <u32 ROWS_>
@@ -61,6 +94,14 @@ __device__ __forceinline__ void round_weights(u32 (&weights)[K / 16u][4], const 
 // A thread's registers of `wgmma_hold`, whatever their shape.
 template <u32 N> __device__ __forceinline__ void hold(float (&product)[1][N][4]) { wgmma_hold((float (&)[4u * N])product); }
 
+// Rows `half` of a thread that know of something that is not a number.
+__device__ __forceinline__ void spoil(float (&sum)[1][HEAD / 8][4], bool first, bool second) {
+#pragma unroll
+    for (u32 i = 0; i < HEAD / 2u; i++) {
+        if (i % 4u < 2u ? first : second) sum[0][i / 4u][i % 4u] = NO_NUMBER;
+    }
+}
+
 // A warp's own part of a tile is no longer read.
 __device__ __forceinline__ void release(u64* barrier) {
     if (threadIdx.x % WARP == 0u) mbarrier_arrive(barrier);
@@ -72,24 +113,22 @@ template <class Note>
 __device__ __forceinline__ void clean_tiles(u8* tiles, u32 bytes, Note note) {
     for (u32 at = threadIdx.x * 16u; at < bytes; at += WARP_GROUP * 16u) {
         uint4 x = load_vector(tiles + at);
-        u32 words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
+        if (!unusual(x.x) && !unusual(x.y) && !unusual(x.z) && !unusual(x.w)) continue;
+        u32 row = at / 128u % 64u, column = at % TILE / WGMMA_BLOCK * 64u + (at / 16u % 8u ^ row % 8u) * 8u;
+#pragma unroll 1
         for (u32 i = 0; i < 8u; i++) {
-            u32 shift = i % 2u * 16u, row = at / 128u % 64u, chunk = at / 16u % 8u ^ row % 8u;
-            if (!unusual(words[i / 2u] & 0xffffu << shift)) continue;
-            words[i / 2u] &= ~(0xffffu << shift);
-            note(at / TILE * 64u + row, at % TILE / WGMMA_BLOCK * 64u + chunk * 8u + i);
-            store_vector(tiles + at, make_uint4(words[0], words[1], words[2], words[3]));
+            u16* element = (u16*)(tiles + at) + i;
+            if (!unusual(*element)) continue;
+            *element = 0u;
+            note(at / TILE * 64u + row, column + i);
         }
     }
     proxy_fence();
     named_barrier(COPIERS, WARP_GROUP);
 }
 
-// Rows of a group times a factor for each of the thread's two, 16 bytes a lane, to rows row0.. of a head that starts at `x`; what
-// `lost(half, column)` is NaN.
-template <class Lost>
-__device__ __forceinline__ void store_sums(E* x, const float (&sum)[1][HEAD / 8][4], const float (&factor)[2], u32 row0, u32 end, const AttentionParams& p, Lost lost) {
+// Rows of a group times a factor for each of the thread's two, 16 bytes a lane, to rows row0.. of a head that starts at `x`.
+__device__ __forceinline__ void store_sums(E* x, const float (&sum)[1][HEAD / 8][4], const float (&factor)[2], u32 row0, u32 end, const AttentionParams& p) {
     u32 lane = threadIdx.x % WARP, column = lane % 4u * 2u;
 #pragma unroll
     for (u32 j0 = 0; j0 < HEAD / 8u; j0 += 4u) {
@@ -98,11 +137,7 @@ __device__ __forceinline__ void store_sums(E* x, const float (&sum)[1][HEAD / 8]
             u32 row = row0 + half * 8u + lane / 4u, pairs[4];
             bool inside = row < end;
 #pragma unroll
-            for (u32 j = 0; j < 4u; j++) {
-                const float* pair = &sum[0][j0 + j][half * 2u];
-                u32 c = column + (j0 + j) * 8u;
-                pairs[j] = pack(lost(half, c) ? NO_NUMBER : pair[0] * factor[half], lost(half, c + 1u) ? NO_NUMBER : pair[1] * factor[half]);
-            }
+            for (u32 j = 0; j < 4u; j++) pairs[j] = pack(sum[0][j0 + j][half * 2u] * factor[half], sum[0][j0 + j][half * 2u + 1u] * factor[half]);
             gemm_store_row<4u>(x + (u64)(inside ? row : 0u) * p.heads * p.dim, pairs, inside, column + j0 * 8u, p.dim, true);
         }
     }

@@ -4,7 +4,8 @@
 // shapes:   up: x[R, D], w1[F', D], b1[F'], z[R, F'], h[R, F]; slope: dy[R, D2], w2[D2, F], z[R, F'], h[R, F], dz[R, F'], partial[R / 64, F'];
 //           product: a, b, bias[C], out[R, C] (y, dx, dw1, dw2); partial: dy[R, D2], partial[R / 64, D2]; sum: partial[T, C], db[C]
 // layout:   operands by tensor maps, rows at multiples of 16 bytes; outputs contiguous, F, D and D2 multiples of 8
-// launch:   384 threads, gemm_wgmma.cuh: tiles of 128x256 outputs (product narrow: 128x128; up of GEGLU: 128 gates and their values);
+// launch:   384 threads, gemm_wgmma.cuh: tiles of 128x256 outputs (up of GEGLU: 128 gates and their values) by clusters of two blocks;
+//           up turns, for few k: 64x256 by each group in turns, one's epilogue under the other's products; product narrow: 128x128, single blocks;
 //           partial and sum: 128 threads, a column each, tiles of 64 rows in y
 // cost:     forward 2 R D (F' + F) flop, backward twice that
 // numerics: as mma of ffn.cu: h and dz rounded once, to what the next product multiplies, h from the unrounded z; db1 and db2 by tiles of
@@ -26,9 +27,12 @@ struct FfnWgmmaParams {
 
 #define FFN_B (WGMMA_ROWS * 128u)
 
-__device__ __forceinline__ WgmmaTiles ffn_tiles(const FfnWgmmaParams& p) { return {p.down, p.across, 1u, div_up(p.k, 64u)}; }
+// Pairs of blocks share the right operand of wide tiles.
+typedef WgmmaStages<4u, (WGMMA_ROWS + 256u) * 128u, 2u> FfnStages;
+__device__ __forceinline__ WgmmaTilePairs ffn_pairs(const FfnWgmmaParams& p) { return {p.down, p.across, 1u, div_up(p.k, 64u)}; }
 
-// x, and two boxes of 128 rows of w1: neighbours, or gates and the values that belong to them.
+// x, and two boxes of 128 rows of w1: neighbours, or gates and the values that belong to them. Each block of a pair copies one, to both.
+template <u32 ROWS>
 struct FfnUpLoad {
     static const u32 THREADS = WARP, ARRIVALS = 1u;
     const TensorMap *x, *w1;
@@ -44,12 +48,10 @@ struct FfnUpLoad {
     template <class Stages>
     __device__ __forceinline__ void stage(const Stages& place, const WgmmaTiles::Tile& t, u32 step_k) const {
         if (threadIdx.x != 0u) return;
-        u32 k0 = step_k * 64u, first = t.column * step;
-        u8* b = place.tile() + FFN_B;
+        u32 k0 = step_k * 64u, rank = cluster_rank();
         mbarrier_arrive_expect(place.full(), Stages::BYTES);
-        tma_load(place.tile(), x, place.full(), k0, t.row * WGMMA_ROWS, 0u);
-        tma_load(b, w1, place.full(), k0, first, 0u);
-        tma_load(b + 2u * WGMMA_BLOCK, w1, place.full(), k0, first + second, 0u);
+        tma_load(place.tile(), x, place.full(), k0, t.row * ROWS, 0u);
+        tma_load_cluster(place.tile() + ROWS * 128u + rank * 2u * WGMMA_BLOCK, w1, place.full(), k0, t.column * step + rank * second, 0u, 3u);
     }
 };
 
@@ -59,6 +61,7 @@ __device__ __forceinline__ void ffn_bias(float (&shift)[2], const E* bias, u32 c
 }
 
 // z = sums + b1 to memory, h = act(z) from the unrounded z to scratch.
+template <u32 ROWS>
 struct FfnUpFinish {
     const E* bias;
     E* z_out;
@@ -66,7 +69,7 @@ struct FfnUpFinish {
     const FfnWgmmaParams& p;
 
     __device__ __forceinline__ void operator()(const float (&sums)[128], const WgmmaTiles::Tile& t, u32 group) const {
-        u32 row = t.row * WGMMA_ROWS + group * 64u + wgmma_row();
+        u32 row = t.row * ROWS + group * 64u + wgmma_row();
         if (p.mode == 2u) gated(sums, row, t.column * 128u + wgmma_column());
         else plain(sums, row, t.column * 256u + wgmma_column());
     }
@@ -88,7 +91,7 @@ struct FfnUpFinish {
                     for (u32 q = 0; q < 2u; q++) {
                         z[q] = sums[(first + j) * 4u + half * 2u + q] + shift[j][q];
                         // A NaN is not below 0 and stays.
-                        h[q] = p.mode == 0u ? (z[q] < 0.0f ? 0.0f : z[q]) : z[q] * gelu_gate(z[q]);
+                        h[q] = p.mode == 0u ? (z[q] < 0.0f ? 0.0f : z[q]) : z[q] * gelu_gate<true>(z[q]);
                     }
                     z_pairs[j] = round_pair(z[0], z[1]);
                     h_pairs[j] = round_pair(h[0], h[1]);
@@ -122,7 +125,7 @@ struct FfnUpFinish {
                     for (u32 q = 0; q < 2u; q++) {
                         gate[q] = sums[(first + j) * 4u + half * 2u + q] + gate_shift[j][q];
                         value[q] = sums[(first + j + 16u) * 4u + half * 2u + q] + value_shift[j][q];
-                        h[q] = gate[q] * gelu_gate(gate[q]) * value[q];
+                        h[q] = gate[q] * gelu_gate<true>(gate[q]) * value[q];
                     }
                     gates[j] = round_pair(gate[0], gate[1]);
                     values[j] = round_pair(value[0], value[1]);
@@ -238,49 +241,54 @@ struct FfnFinish {
     }
 };
 
-template <u32 COLUMNS>
+template <class Stages, u32 COLUMNS, class Tiles, class Load>
 __device__ __forceinline__ void ffn_product(const E* bias, E* out, const TensorMap* a, const TensorMap* b, const FfnWgmmaParams& p) {
     DYNAMIC_SHARED(shared);
-    WgmmaMaps<WGMMA_ROWS, COLUMNS> load = {a, b, (p.mode & 1u) != 0u, (p.mode & 2u) != 0u, false, false};
+    Tiles tiles = {p.down, p.across, 1u, div_up(p.k, 64u)};
+    Load load = {a, b, (p.mode & 1u) != 0u, (p.mode & 2u) != 0u, false, false};
     FfnFinish<COLUMNS> finish = {{p.mode & 4u ? bias : nullptr, out, p.rows, p.columns, 0u, false}};
-    wgmma_gemm<WgmmaStages<4u, (WGMMA_ROWS + COLUMNS) * 128u>>(shared, ffn_tiles(p), load, WgmmaOrders<COLUMNS, FFN_B>{p.mode & 3u}, finish);
+    wgmma_gemm<Stages>(shared, tiles, load, WgmmaOrders<COLUMNS, FFN_B>{p.mode & 3u}, finish);
 }
 
-typedef WgmmaStages<4u, (WGMMA_ROWS + 256u) * 128u> FfnStages;
-
+template <class Stages, u32 ROWS>
 __device__ __forceinline__ void ffn_up(const E* b1, E* z, E* h, const TensorMap* x, const TensorMap* w1, const FfnWgmmaParams& p) {
     DYNAMIC_SHARED(shared);
     bool gated = p.mode == 2u;
-    FfnUpLoad load = {x, w1, gated ? 128u : 256u, gated ? p.columns : 128u};
-    wgmma_gemm<FfnStages>(shared, ffn_tiles(p), load, WgmmaProduct<256u, FFN_B, false, false>(), FfnUpFinish{b1, z, h, p});
+    FfnUpLoad<ROWS> load = {x, w1, gated ? 128u : 256u, gated ? p.columns : 128u};
+    wgmma_gemm<Stages>(shared, ffn_pairs(p), load, WgmmaProduct<256u, ROWS * 128u, false, false>(), FfnUpFinish<ROWS>{b1, z, h, p});
 }
 
 __device__ __forceinline__ void ffn_slope(const E* z, E* h, E* dz, float* partial, const TensorMap* dy, const TensorMap* w2, const FfnWgmmaParams& p) {
     DYNAMIC_SHARED(shared);
-    WgmmaMaps<WGMMA_ROWS, 256u> load = {dy, w2, false, true, false, false};
+    WgmmaMapPairs<WGMMA_ROWS, 256u> load = {{dy, w2, false, true, false, false}};
     FfnSlopeFinish finish = {z, h, dz, partial, (float*)(shared + FfnStages::OWN), p};
-    wgmma_gemm<FfnStages>(shared, ffn_tiles(p), load, WgmmaProduct<256u, FFN_B, false, true>(), finish);
+    wgmma_gemm<FfnStages>(shared, ffn_pairs(p), load, WgmmaProduct<256u, FFN_B, false, true>(), finish);
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 ffn_up_wgmma(const E*, const E*, const E* b1, E* z, E* h, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w1, FfnWgmmaParams p) {
-    ffn_up(b1, z, h, &x, &w1, p);
+    ffn_up<FfnStages, WGMMA_ROWS>(b1, z, h, &x, &w1, p);
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
+ffn_up_turns_wgmma(const E*, const E*, const E* b1, E* z, E* h, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w1, FfnWgmmaParams p) {
+    ffn_up<WgmmaStages<5u, (64u + 256u) * 128u, 2u, true>, 64u>(b1, z, h, &x, &w1, p);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 ffn_slope_wgmma(const E*, const E*, const E* z, E* h, E* dz, float* partial, const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w2,
                 FfnWgmmaParams p) {
     ffn_slope(z, h, dz, partial, &dy, &w2, p);
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 ffn_product_wgmma(const E*, const E*, const E* bias, E* out, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, FfnWgmmaParams p) {
-    ffn_product<256u>(bias, out, &a, &b, p);
+    ffn_product<FfnStages, 256u, WgmmaTilePairs, WgmmaMapPairs<WGMMA_ROWS, 256u>>(bias, out, &a, &b, p);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
 ffn_narrow_wgmma(const E*, const E*, const E* bias, E* out, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, FfnWgmmaParams p) {
-    ffn_product<128u>(bias, out, &a, &b, p);
+    ffn_product<WgmmaStages<4u, (WGMMA_ROWS + 128u) * 128u>, 128u, WgmmaTiles, WgmmaMaps<WGMMA_ROWS, 128u>>(bias, out, &a, &b, p);
 }
 
 // Column sums of 64 rows of dy to partial[tile of rows, columns].

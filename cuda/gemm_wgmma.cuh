@@ -2,7 +2,8 @@
 // A block is a warp group that copies and CONSUMERS that multiply 64 rows each. It walks over tiles of outputs; copies run ahead of
 // products through a ring of stages, also from one tile into the next. A family says what is in a stage:
 //
-//   Stages     WgmmaStages<how many, bytes>: the bytes of a stage are a multiple of 1,024. Behind the ring, from OWN, shared memory is the
+//   Stages     WgmmaStages<how many, bytes, blocks of a cluster, TURNS>: with TURNS the groups take tiles of 64 rows in turns, so that one
+//              finishes while the other multiplies, and are group 0 to what follows. The bytes of a stage are a multiple of 1,024. Behind the ring, from OWN, shared memory is the
 //              family's, filled before `wgmma_gemm` (which starts with a barrier of the block).
 //   tiles      `count()` numbers, `Tile`, `at(id, tile)`: whether there is a tile of this number, and which; `steps(tile)`: its
 //              stages, one at least. Whole warps call these, so they may use shuffles.
@@ -24,20 +25,32 @@
 #define TILES_TOGETHER 16u
 
 // A place in the ring: which stage is next, and the parity of its round.
-template <u32 STAGES_, u32 BYTES_>
+template <u32 STAGES_, u32 BYTES_, u32 CLUSTER_ = 1u, bool TURNS_ = false>
 struct WgmmaStages {
-    static const u32 STAGES = STAGES_, BYTES = BYTES_, OWN = STAGES * (BYTES + 16u);
+    static const bool TURNS = TURNS_;
+    static const u32 STAGES = STAGES_, BYTES = BYTES_, CLUSTER = CLUSTER_, OWN = STAGES * (BYTES + 16u);
     static_assert(BYTES % 1024u == 0u, "turned tiles start at multiples of 1,024 bytes");
     u8* shared;
     u32 at, parity;
     __device__ __forceinline__ explicit WgmmaStages(u8* shared_) : shared(shared_), at(0u), parity(0u) {}
     __device__ __forceinline__ u8* tile() const { return shared + at * BYTES; }
-    // The stage is full: arrivals and bytes of what copies. It is empty: an arrival of every warp that multiplies.
+    // The stage is full: arrivals and bytes of what copies. It is empty: an arrival of every warp that multiplies, in all blocks
+    // of the cluster, as what one block copies may go to all.
     __device__ __forceinline__ u64* full() const { return (u64*)(shared + STAGES * BYTES) + at; }
     __device__ __forceinline__ u64* empty() const { return full() + STAGES; }
+    // A warp is done with a stage.
+    __device__ __forceinline__ static void release(u64* empty) {
+        u32 lane = threadIdx.x % WARP;
+        if (CLUSTER == 1u && lane == 0u) mbarrier_arrive(empty);
+        if (CLUSTER > 1u && lane < CLUSTER) mbarrier_arrive_at(empty, lane);
+    }
     __device__ __forceinline__ void next() {
         at = at + 1u == STAGES ? 0u : at + 1u;
         parity ^= at == 0u ? 1u : 0u;
+    }
+    __device__ __forceinline__ void skip(u32 stages) {
+        parity ^= (at + stages) / STAGES & 1u;
+        at = (at + stages) % STAGES;
     }
 };
 
@@ -51,6 +64,20 @@ struct WgmmaTiles {
         u32 each = down * across, rest = id % each, whole = TILES_TOGETHER * across;
         u32 first = rest / whole * TILES_TOGETHER, height = min(down - first, TILES_TOGETHER), within = rest % whole;
         t = {id / each, first + within % height, within / height};
+        return true;
+    }
+};
+
+// The same for clusters of two blocks, which work on neighbours down a column; below the last row there may be one too many.
+struct WgmmaTilePairs {
+    typedef WgmmaTiles::Tile Tile;
+    WgmmaTiles pairs;
+    __device__ __forceinline__ WgmmaTilePairs(u32 down, u32 across, u32 batch, u32 steps) : pairs{div_up(down, 2u), across, batch, steps} {}
+    __device__ __forceinline__ u32 count() const { return pairs.count(); }
+    __device__ __forceinline__ u32 steps(const Tile& t) const { return pairs.steps(t); }
+    __device__ __forceinline__ bool at(u32 id, Tile& t) const {
+        pairs.at(id, t);
+        t.row = t.row * 2u + cluster_rank();
         return true;
     }
 };
@@ -122,11 +149,31 @@ struct WgmmaReports {
 // Where 16 bytes of a row of a turned tile lie.
 __device__ __forceinline__ u32 wgmma_place(u32 row, u32 chunk) { return row * 128u + ((chunk ^ (row & 7u)) << 4); }
 
+// The same for clusters of two blocks with the columns in common: each copies one half of b, to both.
+template <u32 ROWS, u32 COLUMNS>
+struct WgmmaMapPairs : WgmmaMaps<ROWS, COLUMNS> {
+    template <class Stages>
+    __device__ __forceinline__ void stage(const Stages& place, const WgmmaTiles::Tile& t, u32 step) const {
+        static_assert(Stages::CLUSTER == 2u, "two blocks share b");
+        if (threadIdx.x % WARP != 0u) return;
+        const u32 HALF = COLUMNS / 2u;
+        u32 first = t.column * COLUMNS + cluster_rank() * HALF, k0 = step * 64u, batch = this->b_batched ? t.batch : 0u;
+        u8* half = place.tile() + ROWS * 128u + cluster_rank() * (HALF * 128u);
+        mbarrier_arrive_expect(place.full(), (ROWS + COLUMNS) * 128u);
+        wgmma_copy<ROWS>(place.tile(), this->a, place.full(), this->a_blocks, t.row * ROWS, k0, this->a_batched ? t.batch : 0u);
+        if (!this->b_blocks) {
+            tma_load_cluster(half, this->b, place.full(), k0, first, batch, 3u);
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < HALF / 64u; i++) tma_load_cluster(half + i * WGMMA_BLOCK, this->b, place.full(), first + i * 64u, k0, batch, 3u);
+        }
+    }
+};
+
 // The stages of a tile into the sums of this warp group; the product of one stage runs while the next is issued.
 template <class Stages, class Product, class Sums>
 __device__ __forceinline__ void wgmma_sums(Stages& place, const Product& product, u32 steps, u32 group, Sums& sums) {
     u64* before = nullptr;
-    bool signals = threadIdx.x % WARP == 0u;
     for (u32 step = 0; step < steps; step++) {
         mbarrier_wait(place.full(), place.parity);
         wgmma_fence();
@@ -134,13 +181,13 @@ __device__ __forceinline__ void wgmma_sums(Stages& place, const Product& product
         wgmma_commit();
         // The products of the step before are done, so its stage may be filled again.
         wgmma_wait<1>();
-        if (before && signals) mbarrier_arrive(before);
+        if (before) Stages::release(before);
         before = place.empty();
         place.next();
     }
     wgmma_wait<0>();
     wgmma_hold(sums);
-    if (signals) mbarrier_arrive(before);
+    Stages::release(before);
 }
 
 // 64 rows of 16-bit a from its group's block, COLUMNS of b from byte B of the stage on, 64 of k.
@@ -182,7 +229,7 @@ __device__ __forceinline__ void wgmma_produce(u8* shared, const Tiles& tiles, Lo
     Stages place(shared);
     typename Tiles::Tile tile;
     load.begin();
-    for (u32 id = blockIdx.x; id < tiles.count(); id += gridDim.x) {
+    for (u32 id = blockIdx.x / Stages::CLUSTER; id < tiles.count(); id += gridDim.x / Stages::CLUSTER) {
         if (!tiles.at(id, tile)) continue;
         u32 steps = tiles.steps(tile);
         load.start(tile);
@@ -200,11 +247,17 @@ template <class Stages, class Tiles, class Product, class Finish>
 __device__ __forceinline__ void wgmma_consume(u8* shared, u32 group, const Tiles& tiles, const Product& product, const Finish& finish) {
     Stages place(shared);
     typename Tiles::Tile tile;
-    for (u32 id = blockIdx.x; id < tiles.count(); id += gridDim.x) {
+    u32 turn = 0u;
+    for (u32 id = blockIdx.x / Stages::CLUSTER; id < tiles.count(); id += gridDim.x / Stages::CLUSTER) {
         if (!tiles.at(id, tile)) continue;
+        u32 steps = tiles.steps(tile);
+        if (Stages::TURNS && turn++ % CONSUMERS != group) {
+            place.skip(steps);
+            continue;
+        }
         typename Product::Sums sums;
-        product.sum(place, tile, tiles.steps(tile), group, sums);
-        finish(sums, tile, group);
+        product.sum(place, tile, steps, Stages::TURNS ? 0u : group, sums);
+        finish(sums, tile, Stages::TURNS ? 0u : group);
     }
 }
 
@@ -215,12 +268,13 @@ __device__ __forceinline__ void wgmma_gemm(u8* shared, const Tiles& tiles, Load 
         Stages place(shared);
         for (u32 i = 0; i < Stages::STAGES; i++) {
             mbarrier_init(place.full(), Load::ARRIVALS);
-            mbarrier_init(place.empty(), CONSUMERS * WARP_GROUP / WARP);
+            mbarrier_init(place.empty(), Stages::CLUSTER * (Stages::TURNS ? 1u : CONSUMERS) * WARP_GROUP / WARP);
             place.next();
         }
         mbarrier_init_fence();
     }
-    __syncthreads();
+    if (Stages::CLUSTER > 1u) cluster_barrier();
+    else __syncthreads();
     u32 group = threadIdx.x / WARP_GROUP;
     if (group == 0u) {
         // Copies by threads keep addresses.
@@ -230,6 +284,8 @@ __device__ __forceinline__ void wgmma_gemm(u8* shared, const Tiles& tiles, Load 
         registers_up<Load::THREADS == WARP ? 232u : 224u>();
         wgmma_consume<Stages>(shared, group - 1u, tiles, product, finish);
     }
+    // Shared memory stays while other blocks may reach for it.
+    if (Stages::CLUSTER > 1u) cluster_barrier();
 }
 
 // Where this lane's first fragment of a group's 64 rows starts.
@@ -288,7 +344,7 @@ struct WgmmaStore {
                     for (u32 q = 0; q < 2u; q++) {
                         // A NaN is not below 0 and stays.
                         if (activation == 1u) z[q] = z[q] < 0.0f ? 0.0f : z[q];
-                        else if (activation == 2u) z[q] = z[q] * gelu_gate(z[q]);
+                        else if (activation == 2u) z[q] = z[q] * gelu_gate<true>(z[q]);
                     }
                     pairs[j] = round_pair(z[0], z[1]);
                 }

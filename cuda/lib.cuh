@@ -17,12 +17,20 @@ __device__ __forceinline__ bool is_finite(float x) { return (__float_as_uint(x) 
 __device__ __forceinline__ float clampf(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
 __device__ __forceinline__ u32 div_up(u32 a, u32 b) { return (a + b - 1u) / b; }
 
-// Where exp overflows to infinity, the quotient is its limit 0.
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// Where exp overflows to infinity, the quotient is its limit 0. SHORT, for what is rounded to 16 bits: by the fast exponential and
+// quotient, which are a few units of the last place of f32 off.
+template <bool SHORT = false>
+__device__ __forceinline__ float sigmoid(float x) {
+#ifndef ESPALIER_HOST
+    if (SHORT) return __fdividef(1.0f, 1.0f + __expf(-x));
+#endif
+    return 1.0f / (1.0f + expf(-x));
+}
 
 // (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), written as sigmoid(2 u): no cancellation in the negative tail.
 // GELU (tanh form, Hendrycks and Gimpel 2016) is x gelu_gate(x).
-__device__ __forceinline__ float gelu_gate(float x) { return sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); }
+template <bool SHORT = false>
+__device__ __forceinline__ float gelu_gate(float x) { return sigmoid<SHORT>(1.5957691216f * (x + 0.044715f * x * x * x)); }
 
 __device__ __forceinline__ float gelu_slope(float x) {
     float s = gelu_gate(x);

@@ -6,7 +6,8 @@
 //           lse[N], dloss[N], scale, planes[2, C, W in eights]; kl_planes: student and teacher hidden[C, ..], weight[W, ..], weight[N],
 //           lse_s[N], lse_t[N], expectation[N], dloss[N], scale, planes; product: planes, b, scale, sums (f32), out (E)
 // layout:   operands by tensor maps, widths multiples of 8; a chunk of hidden and a tile of the head are bound from their start
-// launch:   384 threads, gemm_wgmma.cuh, tiles of 128x256 (divergences: 128x128 of each model; narrow products: 128x128); scale: one block
+// launch:   384 threads, gemm_wgmma.cuh, tiles of 128x256 (entropy_planes: by clusters of two blocks; divergences: 128x128 of each model;
+//           narrow products: 128x128); scale: one block
 // cost:     2 N V D flops per product, three of them (teacher: 1 more), those from two planes twice
 // numerics: as mma of linear_loss.cu: dz times a power of two as the sum of two 16-bit numbers, each multiplied for itself; f32
 //           sums until the last tile of words (dhidden) or chunk of tokens (dweight) is added
@@ -119,9 +120,9 @@ struct KlPlanes {
 
 __device__ __forceinline__ void entropy_planes(const EntropyPlanes& finish, const TensorMap* hidden, const TensorMap* weight, const LinearWgmmaParams& p) {
     DYNAMIC_SHARED(shared);
-    WgmmaTiles tiles = {p.down, p.across, 1u, div_up(p.width, 64u)};
-    WgmmaMaps<WGMMA_ROWS, 256u> load = {hidden, weight, false, false, false, false};
-    wgmma_gemm<WgmmaStages<4u, LINEAR_A + 32768u>>(shared, tiles, load, WgmmaProduct<256u, LINEAR_A, false, false>(), finish);
+    WgmmaTilePairs tiles = {p.down, p.across, 1u, div_up(p.width, 64u)};
+    WgmmaMapPairs<WGMMA_ROWS, 256u> load = {{hidden, weight, false, false, false, false}};
+    wgmma_gemm<WgmmaStages<4u, LINEAR_A + 32768u, 2u>>(shared, tiles, load, WgmmaProduct<256u, LINEAR_A, false, false>(), finish);
 }
 
 // Two planes of a (along k or not) and one of b, which is contiguous along n.
@@ -213,7 +214,7 @@ __device__ __forceinline__ void planes_product(const float* scale, float* sums, 
                                                                      PlanesFinish<COLUMNS>{scale, sums, out, p});
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 entropy_planes_wgmma(const E*, const E*, const u32* target, const float* lse, const float* dloss, const float* scale, E* planes,
                      const __grid_constant__ TensorMap hidden, const __grid_constant__ TensorMap weight, LinearWgmmaParams p) {
     entropy_planes({target, lse, dloss, scale, planes, p}, &hidden, &weight, p);

@@ -8,7 +8,7 @@
 //           lse_t[N], expectation[N]; *_planes: the operands, rows of the forward pass, dloss[N], scale[2], planes[2, C, W in eights];
 //           product: planes, b, scale, sums (f32), out (E)
 // layout:   operands by tensor maps, widths multiples of 8; arguments are slots: a chunk of hidden and a tile of the head are bound from their start
-// launch:   384 threads, gemm_wgmma.cuh, tiles of 128x256 (divergences: 128x128 of each model; products also narrow: 128x128);
+// launch:   384 threads, gemm_wgmma.cuh, tiles of 128x256 by clusters of two blocks (divergences: 128x128 of each model, single blocks);
 //           join: a warp a row, 8 a block; scale: one block
 // cost:     2 N V D flops per product: 1 forward, 3 backward (teacher: 1 each)
 // numerics: as mma of linear_loss.cu; rows' sums per tile of words, then over the tiles with maxima taken off; dhidden and dweight are
@@ -79,9 +79,9 @@ struct EntropyFinish {
 __device__ __forceinline__ void entropy_tiles(const u32* target, float4* partial, float* z_target, const TensorMap* hidden, const TensorMap* weight,
                                               const LinearWgmmaParams& p) {
     DYNAMIC_SHARED(shared);
-    WgmmaTiles tiles = {p.down, p.across, 1u, div_up(p.width, 64u)};
-    WgmmaMaps<WGMMA_ROWS, 256u> load = {hidden, weight, false, false, false, false};
-    wgmma_gemm<WgmmaStages<4u, LINEAR_A + 32768u>>(shared, tiles, load, WgmmaProduct<256u, LINEAR_A, false, false>(),
+    WgmmaTilePairs tiles = {p.down, p.across, 1u, div_up(p.width, 64u)};
+    WgmmaMapPairs<WGMMA_ROWS, 256u> load = {{hidden, weight, false, false, false, false}};
+    wgmma_gemm<WgmmaStages<4u, LINEAR_A + 32768u, 2u>>(shared, tiles, load, WgmmaProduct<256u, LINEAR_A, false, false>(),
                                                     EntropyFinish{target, partial, z_target, p});
 }
 
@@ -114,7 +114,7 @@ __device__ __forceinline__ EntropyRow entropy_row(const float4* tiles, u32 count
     return r;
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
 entropy_tiles_wgmma(const E*, const E*, const u32* target, float4* partial, float* z_target, const __grid_constant__ TensorMap hidden,
                     const __grid_constant__ TensorMap weight, LinearWgmmaParams p) {
     entropy_tiles(target, partial, z_target, &hidden, &weight, p);

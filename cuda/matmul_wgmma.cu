@@ -4,7 +4,8 @@
 // shapes:   fwd: a[B, M, K], b[B, K, N], bias[N], y[B, M, N]; a or b may be one matrix for the whole batch
 // layout:   a and b by tensor maps [batch, rows, contiguous axis], contiguous along k or not, rows at multiples of 16 bytes; y contiguous
 // launch:   384 threads: a warp group that copies and two that multiply 64 rows each; a block per multiprocessor walks over tiles
-//           of 128x256 (narrow: 128x128) outputs; shared: four stages of (128 + N) 128 bytes, then barriers
+//           of 128x256 (narrow: 128x128) outputs; pairs: clusters of two blocks take two tiles down a column, each copies one half of
+//           b to both; shared: four stages of (128 + N) 128 bytes, then barriers
 // cost:     2 B M N K flop
 // numerics: f32 sums in the order of k, 16 at a time; NaN passes through
 // source:   Hopper's wgmma and bulk copies: PTX ISA 8.0; producer and consumer warp groups, persistent blocks: CUTLASS, fast.cu
@@ -32,23 +33,28 @@ struct MatmulFinish {
     }
 };
 
-template <u32 COLUMNS>
+template <u32 COLUMNS, u32 CLUSTER, class Tiles, class Load>
 __device__ __forceinline__ void matmul_wgmma(const E* bias, E* y, const TensorMap* a, const TensorMap* b, const MatmulWgmmaParams& p) {
-    typedef WgmmaStages<4u, (WGMMA_ROWS + COLUMNS) * 128u> Stages;
+    typedef WgmmaStages<4u, (WGMMA_ROWS + COLUMNS) * 128u, CLUSTER> Stages;
     DYNAMIC_SHARED(shared);
-    WgmmaTiles tiles = {p.down, p.across, p.batch, div_up(p.k, 64u)};
-    WgmmaMaps<WGMMA_ROWS, COLUMNS> load = {a, b, (p.mode & 64u) != 0u, (p.mode & 128u) != 0u, (p.mode & 16u) != 0u, (p.mode & 32u) != 0u};
+    Tiles tiles = {p.down, p.across, p.batch, div_up(p.k, 64u)};
+    Load load = {a, b, (p.mode & 64u) != 0u, (p.mode & 128u) != 0u, (p.mode & 16u) != 0u, (p.mode & 32u) != 0u};
     wgmma_gemm<Stages>(shared, tiles, load, WgmmaOrders<COLUMNS, WGMMA_ROWS * 128u>{p.mode >> 6}, MatmulFinish<COLUMNS>{bias, y, p});
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
+matmul_pairs_wgmma(const E*, const E*, const E* bias, E* y, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, MatmulWgmmaParams p) {
+    matmul_wgmma<256u, 2u, WgmmaTilePairs, WgmmaMapPairs<WGMMA_ROWS, 256u>>(bias, y, &a, &b, p);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
 matmul_fwd_wgmma(const E*, const E*, const E* bias, E* y, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, MatmulWgmmaParams p) {
-    matmul_wgmma<256u>(bias, y, &a, &b, p);
+    matmul_wgmma<256u, 1u, WgmmaTiles, WgmmaMaps<WGMMA_ROWS, 256u>>(bias, y, &a, &b, p);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
 matmul_narrow_wgmma(const E*, const E*, const E* bias, E* y, const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, MatmulWgmmaParams p) {
-    matmul_wgmma<128u>(bias, y, &a, &b, p);
+    matmul_wgmma<128u, 1u, WgmmaTiles, WgmmaMaps<WGMMA_ROWS, 128u>>(bias, y, &a, &b, p);
 }
 
 #endif

@@ -21,6 +21,9 @@
 //   bulk_load      `bytes` (a multiple of 16) from global to shared memory, both at multiples of 16, counted by the barrier.
 //   named_*        barriers of threads by number, 1 to 15: named_barrier waits for `count` threads (whole warps), those that only
 //                  named_arrive among them.
+//   cluster_*      blocks that run together: cluster_rank is this block's number among them, cluster_barrier waits for all threads of all.
+//                  tma_load_cluster brings a box to the same place in every block of the bits `blocks`, counted by each one's own
+//                  barrier in that place; mbarrier_arrive_at arrives at the barrier in this place of another block.
 //   Tiles          of 16-bit elements, turned in 128 bytes as tensor maps write them: rows of 128 bytes whose chunk of 16 bytes c
 //                  lies at c ^ row % 8, from a multiple of 1,024 bytes. Along k: a row per m or n, 64 of k. Along m or n: a row
 //                  per k, blocks of 64 of m or n, `WGMMA_BLOCK` bytes (64 rows) apart. So no product needs a transposed copy.
@@ -32,10 +35,12 @@
 //   3. boxes partly and wholly outside of a tensor count all their bytes;
 //   4. setmaxnreg to 40 and 232 from 168 registers, which needs 384 threads in the launch bounds and one block;
 //   5. a warp's wgmma.wait_group speaks for its own quarter of an operand only: every warp arrives for itself;
-//   6. a map whose planes overlap (plane stride below the row stride, as for the heads of [B, T, H, D]) is taken by the driver;
+//   6. a map whose planes overlap (plane stride below the row stride, as for the heads of [B, T, H, D]) is taken by the driver, and
+//      fragments of sums, rounded in pairs, are what wgmma_registers takes for a;
 //   7. bytes lie in turned tiles as 16-bit elements do, with the same descriptors: 32 of k are 32 bytes;
 //   8. metadata of 2:4 operands lies in the lanes as said above (one non-zero group at a time against the dense product; CUTLASS's
-//      tables agree), and such an instruction reads 64 bytes of k of b.
+//      tables agree), and such an instruction reads 64 bytes of k of b;
+//   9. a block of a cluster may be sent bytes of a phase before it has said how many it expects.
 
 // A tensor map: a kernel takes it as `const __grid_constant__ TensorMap`, after the buffers and before the parameter block.
 struct __align__(64) TensorMap { u64 opaque[16]; };
@@ -74,6 +79,26 @@ __device__ __forceinline__ void tma_prefetch(const TensorMap* map) { asm volatil
 __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, u64* barrier, u32 x, u32 y, u32 z) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
                  :: "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z) : "memory");
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive_at(u64* barrier, u32 block) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}"
+                 :: "r"(shared_address(barrier)), "r"(block) : "memory");
+}
+
+__device__ __forceinline__ void tma_load_cluster(void* shared, const TensorMap* map, u64* barrier, u32 x, u32 y, u32 z, u32 blocks) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;"
+                 :: "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "h"((u16)blocks) : "memory");
 }
 
 // Between this thread's own writes to shared memory and the copy engine or tensor instructions that use them.

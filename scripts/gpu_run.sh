@@ -11,7 +11,7 @@
 #   gradients    every gradient
 #   wgpu         both on the WGSL kernels, where a Vulkan loader and driver are found
 #   sanitizer    memcheck and racecheck on small shapes, where compute-sanitizer is found
-#   quick        the quick recipe, whole
+#   quick        the quick recipe, whole, with captured steps and without
 #   table        the table's sizes, timed
 #   rounds       ROUNDS times (3): large sizes timed (bench), then the same with PyTorch and what is built on it (peers)
 #   report       report.md: both sides, ratios
@@ -215,6 +215,12 @@ quick() {
   for file in report.md report.json; do
     [ ! -e "$work/quick/$file" ] || cp "$work/quick/$file" "$results/quick-$file"
   done
+  # Once more with every step queued launch by launch: the same bits, and in the metrics what replaying saves.
+  run queued.json env ESPALIER_GRAPHS=0 ./espalier run recipes/quick.toml --device "$device" --out "$work/queued" \
+    --overwrite --quiet --format json
+  cmp -s "$work/quick/model/model.safetensors" "$work/queued/model/model.safetensors" &&
+    note "quick: replayed steps and queued ones give the same model" ||
+    note "quick: replayed steps and queued ones DIFFER"
 }
 
 # Clocks and power while timing, once a second.

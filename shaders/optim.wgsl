@@ -80,44 +80,44 @@ fn sgd(@builtin(global_invocation_id) gid: vec3<u32>) {
     }
 }
 
-@group(0) @binding(0) var<storage, read> factor_squares: array<f32, 1>;
-@group(0) @binding(1) var<storage, read> factor_losses: array<f32, 1>;
-@group(0) @binding(2) var<storage, read> factor_rates: array<f32, 5>;
-@group(0) @binding(3) var<storage, read_write> factor_state: array<f32, 5>;
-@group(0) @binding(4) var<storage, read_write> factor_out: array<f32, 1>;
+@group(0) @binding(0) var<storage, read> step_squares: array<f32, 1>;
+@group(0) @binding(1) var<storage, read> step_losses: array<f32, 1>;
+@group(0) @binding(2) var<storage, read> step_rates: array<f32, 5>;
+@group(0) @binding(3) var<storage, read_write> step_state: array<f32, 5>;
+@group(0) @binding(4) var<storage, read_write> step_factor: array<f32, 1>;
 
 @compute @workgroup_size(1)
 fn update_factor() {
     // The op's block is count, scaled, max_norm, growth, least, most: by place.
     let max_norm = optim.beta1;
-    factor_out[0] = 0.0;
-    if factor_state[2] != 0.0 { return; }
-    let squares = factor_squares[0];
-    let losses = factor_losses[0];
-    let inverse = factor_rates[3];
-    let scale = factor_state[0];
+    step_factor[0] = 0.0;
+    if step_state[2] != 0.0 { return; }
+    let squares = step_squares[0];
+    let losses = step_losses[0];
+    let inverse = step_rates[3];
+    let scale = step_state[0];
     let all = inverse / scale;
     let norm = all * sqrt(squares);
     if is_finite(squares) && is_finite(losses) && is_finite(norm) {
         var clip = 1.0;
         if max_norm > 0.0 { clip = min(1.0, max_norm / (norm + 1e-6)); }
-        factor_out[0] = all * clip;
+        step_factor[0] = all * clip;
         if optim.masked == 1u {
-            let good = factor_state[1] + 1.0;
+            let good = step_state[1] + 1.0;
             let grown = good >= optim.beta2;
-            factor_state[0] = select(scale, min(2.0 * scale, optim.decay), grown);
-            factor_state[1] = select(good, 0.0, grown);
+            step_state[0] = select(scale, min(2.0 * scale, optim.decay), grown);
+            step_state[1] = select(good, 0.0, grown);
         }
-        factor_state[3] = losses * inverse;
-        factor_state[4] = norm;
+        step_state[3] = losses * inverse;
+        step_state[4] = norm;
     } else if optim.masked == 1u && is_finite(losses) && scale > optim.epsilon {
-        factor_state[0] = max(0.5 * scale, optim.epsilon);
-        factor_state[1] = 0.0;
-        factor_state[3] = losses * inverse;
-        factor_state[4] = 0.0;
+        step_state[0] = max(0.5 * scale, optim.epsilon);
+        step_state[1] = 0.0;
+        step_state[3] = losses * inverse;
+        step_state[4] = 0.0;
     } else {
-        factor_state[2] = factor_rates[4];
-        factor_state[3] = 0.0;
-        factor_state[4] = 0.0;
+        step_state[2] = step_rates[4];
+        step_state[3] = 0.0;
+        step_state[4] = 0.0;
     }
 }

@@ -6,6 +6,7 @@ mod doctor;
 mod flow;
 mod kernels;
 mod model;
+mod pipeline;
 mod ranks;
 mod tagger;
 
@@ -91,6 +92,9 @@ enum Command {
     Info(model::Info),
     Report(flow::Report),
     TrainTagger(tagger::TrainTagger),
+    /// Models in stages: plan a cut, simulate a schedule
+    #[command(subcommand)]
+    Pipeline(pipeline::Pipeline),
     /// Completion script for a shell, on standard output
     Completions {
         /// The shell
@@ -127,6 +131,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Info(args) => model::info(&cli.global, args),
         Command::Report(args) => flow::compare_runs(&cli.global, args),
         Command::TrainTagger(args) => tagger::train_tagger(&cli.global, args),
+        Command::Pipeline(command) => pipeline::run(&cli.global, command),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "espalier", &mut script);

@@ -244,7 +244,8 @@ pub trait Device: Send + Sync {
     fn sync(&self) -> Result<()>;
 
     /// Takes down what `work` queues instead of running it. The graph replays it with the same memory as often as wanted, in
-    /// order with everything else that is queued; that memory stays as it is while the graph lives.
+    /// order with everything else that is queued; that memory stays as it is while the graph lives. No other thread may use
+    /// the device meanwhile.
     ///
     /// # Errors
     /// `Error::Capture` where `work` cannot be captured. None of it has run then.

@@ -40,21 +40,26 @@ pub fn assemble(file: File, element: DType, constants: Constants, arch: u32) -> 
     Ok(text)
 }
 
-/// An entry of a CUDA file as its text declares it: `extern "C" __global__ void __launch_bounds__(THREADS) NAME(`.
+/// An entry of a CUDA file as its text declares it: `extern "C" __global__ void __launch_bounds__(THREADS) NAME(`, with
+/// `__cluster_dims__(BLOCKS, 1, 1)` before the name where blocks run in clusters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Declared {
     pub name: String,
     /// Threads of a block; blocks have one dimension.
     pub threads: u32,
+    /// Blocks of a cluster, neighbours along x.
+    pub cluster: u32,
 }
 
 /// The entries of an assembled source, in order. Threads that are not a plain number count as 0, which no launch allows.
 pub fn declared(text: &str) -> Vec<Declared> {
+    let first = |list: &str| list.split(',').next().unwrap_or("").trim().parse().unwrap_or(0);
     let entry = |part: &str| {
         let (bounds, rest) = part.split_once(')')?;
-        let threads = bounds.split(',').next().unwrap_or("").trim().parse().unwrap_or(0);
+        let clusters = rest.trim_start().strip_prefix("__cluster_dims__(").and_then(|rest| rest.split_once(')'));
+        let (cluster, rest) = clusters.map_or((1, rest), |(blocks, rest)| (first(blocks), rest));
         let (name, _) = rest.split_once('(')?;
-        Some(Declared { name: name.trim().to_string(), threads })
+        Some(Declared { name: name.trim().to_string(), threads: first(bounds), cluster })
     };
     text.split("__global__ void __launch_bounds__(").skip(1).filter_map(entry).collect()
 }
@@ -66,8 +71,9 @@ mod tests {
     #[test]
     fn entries_are_read_off_the_text() {
         let text = "extern \"C\" __global__ void __launch_bounds__(64) one(const E* x) {}\n\
-                    extern \"C\" __global__ void __launch_bounds__(256, 2) two(\n    E* y) {}\n";
-        let entry = |name: &str, threads| Declared { name: name.into(), threads };
-        assert_eq!(declared(text), [entry("one", 64), entry("two", 256)]);
+                    extern \"C\" __global__ void __launch_bounds__(256, 2) two(\n    E* y) {}\n\
+                    extern \"C\" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)\nthree(E* y) {}\n";
+        let entry = |name: &str, threads, cluster| Declared { name: name.into(), threads, cluster };
+        assert_eq!(declared(text), [entry("one", 64, 1), entry("two", 256, 1), entry("three", 384, 2)]);
     }
 }

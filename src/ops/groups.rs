@@ -11,6 +11,11 @@ pub(super) fn blocks(p: &Problem, tiles: usize) -> u32 {
     tiles.clamp(1, if p.info.software { 2 } else { MULTIPROCESSORS }) as u32
 }
 
+/// Clusters of two blocks that walk over all pairs of tiles.
+pub(super) fn pairs(p: &Problem, pairs: usize) -> u32 {
+    pairs.clamp(1, if p.info.software { 2 } else { MULTIPROCESSORS / 2 }) as u32
+}
+
 /// Bytes of shared memory: stages of `bytes`, two barriers of eight bytes each, and what the family has behind them.
 pub(super) fn shared(stages: usize, bytes: usize, own: usize) -> usize {
     (stages * (bytes + 16) + own).next_multiple_of(128)

@@ -214,6 +214,7 @@ impl Op for Matmul {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("matmul_fwd", DType::FLOATS, cpu::matmul),
+            plan::GROUPS_PAIRS,
             plan::GROUPS_WIDE,
             plan::GROUPS_NARROW,
             plan::TENSOR,

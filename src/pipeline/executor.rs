@@ -1,6 +1,7 @@
 //! Runs a model in stages: a thread or a process per worker, one step at a time, all of them watched.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -13,7 +14,8 @@ use super::part::{Part, Training};
 use super::post::Mail;
 use super::remote::{self, Across, Ranks};
 use super::route::{Route, Routes};
-use super::schedule::Kind;
+use super::schedule::{Kind, Work};
+use super::simulate::{Span, StageUse, Timeline};
 use super::transport::{Channels, Transport};
 use super::watch::{Judge, Watch};
 use super::worker::{Order, Report, Stop};
@@ -38,6 +40,7 @@ pub struct Setup {
     pub devices: Vec<Arc<dyn Device>>,
     pub optimizer: Settings,
     pub methods: Arc<MakeMethods>,
+    pub teacher: Option<TeacherSetup>,
     pub recompute: bool,
     /// No sign of progress for so long within an event is a fault: longer than the longest kernel.
     pub heartbeat: Duration,
@@ -50,6 +53,16 @@ pub struct Setup {
     /// Where the last events of all stages go when one fails.
     pub record: PathBuf,
     pub planted: Vec<Injection>,
+}
+
+/// A teacher that runs in the same stages, a step ahead of the student.
+#[derive(Clone)]
+pub struct TeacherSetup {
+    pub model: Arc<Model>,
+    /// Pieces of each stage's part, the head left out, in the order of [`Route::teacher_stages`].
+    pub cuts: Vec<Range<usize>>,
+    /// Whether the student learns from its most probable tokens.
+    pub hard: bool,
 }
 
 pub use super::life::Encoded;
@@ -65,6 +78,27 @@ pub struct StepReport {
     pub seconds: f64,
 }
 
+impl StepReport {
+    /// The step as it went, in the form that the simulator gives; waiting for messages is no work.
+    pub fn timeline(&self, name: &str) -> Timeline {
+        let works = |s: &&Span| s.event.is_none_or(|e| !matches!(e.work, Work::ReceiveForward | Work::ReceiveBackward));
+        let all = || self.workers.iter().flat_map(|w| w.spans.iter().filter(works));
+        let begin = all().map(|s| s.start).fold(f64::INFINITY, f64::min);
+        let end = all().map(|s| s.end).fold(0.0, f64::max);
+        let moved = |s: &Span| Span { start: s.start - begin, end: s.end - begin, ..*s };
+        let spans: Vec<Vec<Span>> =
+            self.workers.iter().map(|w| w.spans.iter().filter(works).map(moved).collect()).collect();
+        let stages = spans.iter().zip(&self.workers).map(|(spans, worker)| StageUse {
+            busy: spans.iter().map(|s| s.end - s.start).sum(),
+            first: spans.first().map_or(0.0, |s| s.start),
+            last: spans.last().map_or(0.0, |s| s.end),
+            peak_activation_bytes: worker.held_bytes as f64,
+            peak_activations: 0,
+        });
+        Timeline { name: name.into(), stages: stages.collect(), spans, seconds: (end - begin).max(0.0) }
+    }
+}
+
 pub struct Pipeline {
     setup: Setup,
     /// Of the workers in this process.
@@ -76,6 +110,8 @@ pub struct Pipeline {
     ranks: Option<Ranks>,
     judge: Judge,
     routes: Routes,
+    /// Of the last step, or of the first one before it.
+    current: Arc<Route>,
     compute: Option<DType>,
     step: u64,
     failed: bool,
@@ -120,6 +156,7 @@ impl Pipeline {
             judge: Judge::new(count, setup.heartbeat, setup.slow),
             compute: setup.optimizer.precision.compute(),
             routes: Routes::new(model.config.clone(), setup.kind, route.clone()),
+            current: route.clone(),
             step: 0,
             failed: false,
             setup,
@@ -147,24 +184,41 @@ impl Pipeline {
         &self.setup
     }
 
+    /// Of the last step, or of the first one before it.
+    pub fn current(&self) -> &Route {
+        &self.current
+    }
+
     /// Steps done.
     pub fn steps(&self) -> u64 {
         self.step
     }
 
-    /// One step over `micros`: gradients of all, one update everywhere.
+    /// The teacher's states for `micros`, which the next step will take; nothing else runs meanwhile.
+    pub fn teach(&mut self, micros: &[Micro]) -> Result<()> {
+        let route = self.routes.get(micros.len())?;
+        self.ask(&Command::Teach(route, Arc::new(micros.to_vec()))).map(drop)
+    }
+
+    /// One step over `micros`: gradients of all, one update everywhere. A teacher computes its states for `next` meanwhile.
     ///
     /// # Errors
     /// `Fault` that names the stage at fault; the pipeline takes no more steps then.
-    pub fn step(&mut self, micros: &[Micro], (dropout, seed, total_steps): (f32, u64, u64)) -> Result<StepReport> {
+    pub fn step(
+        &mut self,
+        micros: &[Micro],
+        next: &[Micro],
+        (dropout, seed, total_steps): (f32, u64, u64),
+    ) -> Result<StepReport> {
         let started = Instant::now();
         let route = self.routes.get(micros.len())?;
+        self.current = route.clone();
         let weight: f64 = micros.iter().map(|m| m.weight).sum();
         let (compute, recompute, split) = (self.compute, self.setup.recompute, self.routes.splits_backward());
         let training = Training { compute, dropout, seed, recompute, split };
-        let micros = Arc::new(micros.to_vec());
+        let (micros, next) = (Arc::new(micros.to_vec()), Arc::new(next.to_vec()));
         let order = Order { training, weight, total_steps };
-        let answers = self.ask(&Command::Step(route.clone(), micros.clone(), order))?;
+        let answers = self.ask(&Command::Step(route.clone(), micros, next, order))?;
         let workers: Vec<Report> =
             answers.into_iter().map(|a| if let Answer::Stepped(r) = a { r } else { Report::default() }).collect();
         self.step += 1;

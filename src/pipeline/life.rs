@@ -5,10 +5,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
-use super::executor::Setup;
+use super::executor::{Setup, TeacherSetup};
 use super::message;
 use super::part::{Part, micro_on};
 use super::route::Route;
+use super::teacher::TeacherPart;
 use super::transport::Transport;
 use super::watch::Watch;
 use super::worker::{Order, Report, Stop, Worker};
@@ -24,7 +25,10 @@ pub type Encoded = BTreeMap<String, (Meta, Vec<u8>)>;
 
 #[derive(Clone)]
 pub(super) enum Command {
-    Step(Arc<Route>, Arc<Vec<Micro>>, Order),
+    /// The micro-batches of the step and, for a teacher, those of the next one.
+    Step(Arc<Route>, Arc<Vec<Micro>>, Arc<Vec<Micro>>, Order),
+    /// The teacher's states for the first step.
+    Teach(Arc<Route>, Arc<Vec<Micro>>),
     /// Hooks after the update of this number.
     Hooks(u64),
     /// Parameters, and with `true` the optimizer's state.
@@ -91,17 +95,35 @@ fn start_worker(
     let run = message::run_number(&setup.run);
     let times = (setup.heartbeat, setup.deadline);
     let mut worker = Worker::new(index, run, part, optimizer, setup.route.clone(), transport, watch, times);
+    if let Some(TeacherSetup { model, cuts, hard }) = &setup.teacher {
+        let (stage, _) = setup.route.workers[index];
+        let chunk = setup.route.teacher_stages().iter().position(|&s| s == stage).unwrap_or_default();
+        let device = worker.part.model.device().clone();
+        let how = (setup.optimizer.precision.compute(), *hard);
+        worker.teacher = Some(TeacherPart::new(model, &device, (chunk, cuts), how)?);
+    }
     worker.planted = setup.planted.iter().filter(|i| i.worker == index).copied().collect();
     Ok(worker)
 }
 
+/// Micro-batches on the worker's device.
+fn own(worker: &Worker, micros: &[Micro]) -> Result<Vec<Micro>> {
+    let device = worker.part.model.device();
+    micros.iter().map(|m| micro_on(m, device)).collect()
+}
+
 fn obey(worker: &mut Worker, command: Command) -> Result<Answer, Stop> {
     match command {
-        Command::Step(route, micros, order) => {
+        Command::Step(route, micros, next, order) => {
             worker.route = route;
-            let device = worker.part.model.device().clone();
-            let micros: Vec<Micro> = micros.iter().map(|m| micro_on(m, &device)).collect::<Result<_>>()?;
-            Ok(Answer::Stepped(worker.step(&micros, order)?))
+            let (micros, next) = (own(worker, &micros)?, own(worker, &next)?);
+            Ok(Answer::Stepped(worker.step(&micros, next, order)?))
+        }
+        Command::Teach(route, micros) => {
+            worker.route = route;
+            let micros = own(worker, &micros)?;
+            worker.teach(micros)?;
+            Ok(Answer::Ready)
         }
         Command::Hooks(step) => {
             for method in &mut worker.part.methods {

@@ -18,6 +18,7 @@ pub mod remote;
 pub mod route;
 pub mod schedule;
 pub mod simulate;
+pub mod teacher;
 #[cfg(test)]
 mod tests;
 pub mod trace;

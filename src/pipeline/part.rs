@@ -92,17 +92,10 @@ impl Part {
         })
     }
 
-    /// Tensors that cross a cut in front of `piece`: a head needs no residual, and where the model adds to normalised states
-    /// it is the normalised states.
-    pub fn crossing(&self, piece: usize) -> usize {
-        let same = matches!(self.model.config.residual, Residual::Normalised { .. });
-        if same || piece + 1 == cut::pieces(&self.model.config) { 1 } else { 2 }
-    }
-
     /// Tensors of a chunk's input and of its output.
     pub fn crossings(&self, chunk: u32) -> Result<(usize, usize)> {
         let pieces = self.pieces(chunk)?;
-        Ok((self.crossing(pieces.start), self.crossing(pieces.end)))
+        Ok((crossing(&self.model, pieces.start), crossing(&self.model, pieces.end)))
     }
 
     /// Runs a chunk. Returns its outputs, or for the last chunk the loss (a scalar sum, to be divided by the step's weight).
@@ -132,18 +125,14 @@ impl Part {
         recording: bool,
     ) -> Result<Taped> {
         let pieces = self.pieces(chunk)?;
-        let pieces_end = pieces.end;
+        let end = pieces.end;
         let dropout = trainer::dropout(training.dropout, training.seed, micro);
         let hooks = self.methods.iter().filter_map(|m| m.on_output());
         let pass = if recording { Pass::training(&self.model) } else { Pass::inference(&self.model) };
         let mut pass =
             pass.computing(training.compute).hooks(hooks).dropout(dropout, &self.counter).split_ffn(training.split);
         let inputs: Vec<Var> = inputs.iter().map(|t| pass.tape.leaf(t)).collect();
-        let mut states = match inputs.as_slice() {
-            [] => None,
-            [both] => Some(States { normed: both.clone(), residual: both.clone() }),
-            [normed, residual, ..] => Some(States { normed: normed.clone(), residual: residual.clone() }),
-        };
+        let mut states = entering(&inputs);
         let head = cut::pieces(&self.model.config) - 1;
         let mut loss = None;
         for piece in pieces {
@@ -159,15 +148,35 @@ impl Part {
                 (p, Some(states)) => Some(pass.pass_block(p - 1, states, &data.batch)?),
             };
         }
-        let one = self.crossing(pieces_end) == 1;
         let outputs = match (loss, states) {
             (Some(loss), _) => vec![loss],
-            (None, Some(States { normed, .. })) if one => vec![normed],
-            (None, Some(States { normed, residual })) => vec![normed, residual],
+            (None, Some(states)) => leaving(states, crossing(&self.model, end)),
             (None, None) => Vec::new(),
         };
         let (tape, leaves) = pass.into_leaves();
         Ok(Taped { tape, leaves, inputs, outputs })
+    }
+
+    /// A chunk forward alone, for a teacher: the last one ends with the final hidden states.
+    pub fn infer(
+        model: &Model,
+        pieces: Range<usize>,
+        data: &Micro,
+        inputs: &[Tensor],
+        compute: Option<DType>,
+    ) -> Result<Vec<Tensor>> {
+        let mut pass = Pass::inference(model).computing(compute);
+        let mut states = entering(inputs.iter().cloned().map(Var::constant).collect::<Vec<_>>().as_slice());
+        let end = pieces.end;
+        for piece in pieces {
+            states = match (piece, states) {
+                (0, _) => Some(pass.enter(&data.batch)?),
+                (p, Some(states)) => Some(pass.pass_block(p - 1, states, &data.batch)?),
+                (_, None) => return Err(no_input()),
+            };
+        }
+        let outputs = states.map(|s| leaving(s, crossing(model, end))).unwrap_or_default();
+        Ok(outputs.into_iter().map(|v| v.tensor).collect())
     }
 
     fn take(&mut self, (chunk, micro): (u32, u32), data: &Micro, training: Training) -> Result<Taped> {
@@ -226,6 +235,31 @@ impl Part {
         }
         taped.outputs.iter().map(|loss| self.loss_scale.reshape(loss.dims())).collect()
     }
+}
+
+/// Tensors that cross a cut in front of `piece`: a head needs no residual, and where the model adds to normalised states it is
+/// the normalised states.
+pub fn crossing(model: &Model, piece: usize) -> usize {
+    let same = matches!(model.config.residual, Residual::Normalised { .. });
+    if same || piece + 1 == cut::pieces(&model.config) { 1 } else { 2 }
+}
+
+fn no_input() -> Error {
+    Error::Shape { op: "pipeline", rule: "a chunk has inputs", got: "none".into() }
+}
+
+/// What a chunk begins with, from the tensors that crossed the cut.
+fn entering(inputs: &[Var]) -> Option<States> {
+    match inputs {
+        [] => None,
+        [both] => Some(States { normed: both.clone(), residual: both.clone() }),
+        [normed, residual, ..] => Some(States { normed: normed.clone(), residual: residual.clone() }),
+    }
+}
+
+/// What a chunk ends with, as the tensors that cross the cut.
+fn leaving(states: States, count: usize) -> Vec<Var> {
+    if count == 1 { vec![states.normed] } else { vec![states.normed, states.residual] }
 }
 
 fn pairs<'a>(outputs: &'a [Var], flowed: &'a [Tensor]) -> Vec<(&'a Var, &'a Tensor)> {

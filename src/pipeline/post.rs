@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::transport::Transport;
+use super::transport::{Gone, Transport};
 
 /// What a letter is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -145,8 +145,8 @@ pub struct Mail {
 }
 
 impl Transport for Mail {
-    fn send(&mut self, to: usize, frame: Vec<u8>) -> Result<(), ()> {
-        if self.post.send(to, Lane::Data, self.generation, frame) { Ok(()) } else { Err(()) }
+    fn send(&mut self, to: usize, frame: Vec<u8>) -> Result<(), Gone> {
+        if self.post.send(to, Lane::Data, self.generation, frame) { Ok(()) } else { Err(Gone) }
     }
 
     fn receive(&mut self, wait: Duration) -> Result<Option<(usize, Vec<u8>)>, String> {

@@ -249,7 +249,7 @@ mod tests {
         }
         let first = |middle: usize| {
             let rest = every_cut(middle, end, parts - 1);
-            rest.into_iter().map(move |r| [vec![start..middle], r].concat())
+            rest.into_iter().map(move |r| std::iter::once(start..middle).chain(r).collect())
         };
         (start + 1..=end - (parts - 1)).flat_map(first).collect()
     }

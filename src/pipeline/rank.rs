@@ -159,6 +159,7 @@ impl Running {
             run: start.run,
             record: std::path::PathBuf::new(),
             planted: start.planted,
+            teacher: None,
         };
         let watch = Arc::new(Watch::new(count));
         let told = Mutex::new(0);
@@ -191,7 +192,7 @@ impl Running {
                     split: self.routes.splits_backward(),
                 };
                 let micros = Arc::new(words::micros_of(&micros, tensors, &self.device)?);
-                Command::Step(route, micros, Order { training, weight, total_steps })
+                Command::Step(route, micros, Arc::default(), Order { training, weight, total_steps })
             }
             Word::Hooks(step) => Command::Hooks(step),
             Word::Collect(state) => Command::Collect(state),

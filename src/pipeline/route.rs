@@ -57,9 +57,7 @@ impl Route {
 
     /// The worker of a chunk's micro-batch.
     pub fn worker(&self, chunk: u32, micro: u32) -> usize {
-        let stage = self.schedule.homes[chunk as usize];
-        let first: usize = self.replicas[..stage].iter().sum();
-        first + micro as usize % self.replicas[stage]
+        self.on_stage(self.schedule.homes[chunk as usize], micro)
     }
 
     /// Chunks of a worker and their pieces.
@@ -67,6 +65,18 @@ impl Route {
         let (stage, _) = self.workers[worker];
         let own = self.cuts.iter().zip(&self.schedule.homes).enumerate().filter(|(_, (_, home))| **home == stage);
         own.map(|(chunk, (pieces, _))| (chunk as u32, pieces.clone())).collect()
+    }
+
+    /// Stages in the order in which a teacher's chunks lie on them: its last one is where the student's head is.
+    pub fn teacher_stages(&self) -> Vec<usize> {
+        let head = self.schedule.homes.last().copied().unwrap_or(0);
+        let others = (0..self.replicas.len()).filter(|&stage| stage != head);
+        others.chain([head]).collect()
+    }
+
+    /// The worker of a micro-batch on a stage.
+    pub fn on_stage(&self, stage: usize, micro: u32) -> usize {
+        self.of_stage(stage).start + micro as usize % self.replicas[stage]
     }
 
     /// Workers of a stage.

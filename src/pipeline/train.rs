@@ -12,20 +12,28 @@ use crate::train::lifecycle::{Method, Micro};
 use crate::train::optimizer::Outcome;
 use crate::train::stepper::{StepSettings, Stepper};
 
-/// Called after each step with its number and what was measured.
-pub type OnStep = dyn FnMut(u64, &Pipeline, &StepReport) -> Result<()>;
+/// Called after each step with its number, its micro-batches and what was measured.
+pub type OnStep = dyn FnMut(u64, &Pipeline, &[Micro], &StepReport) -> Result<()>;
 
 pub struct Staged {
     pipeline: Pipeline,
     /// Where state is brought to.
     home: Arc<dyn Device>,
     last: Outcome,
+    /// Whether the teacher has begun: its states are a step ahead from then on.
+    taught: bool,
     on_step: Box<OnStep>,
 }
 
 impl Staged {
     pub fn new(pipeline: Pipeline, home: &Arc<dyn Device>, on_step: Box<OnStep>) -> Self {
-        Self { pipeline, home: home.clone(), last: Outcome { loss: 0.0, norm: 0.0, failed: None }, on_step }
+        Self {
+            pipeline,
+            home: home.clone(),
+            last: Outcome { loss: 0.0, norm: 0.0, failed: None },
+            taught: false,
+            on_step,
+        }
     }
 }
 
@@ -46,12 +54,20 @@ impl Stepper for Staged {
         &mut self,
         _model: &Model,
         micros: Vec<Micro>,
+        next: &[Micro],
         _methods: &[Box<dyn Method>],
         settings: StepSettings,
     ) -> Result<()> {
-        let report = self.pipeline.step(&micros, (settings.dropout, settings.seed, settings.steps))?;
+        if self.looks_ahead() && !std::mem::replace(&mut self.taught, true) {
+            self.pipeline.teach(&micros)?;
+        }
+        let report = self.pipeline.step(&micros, next, (settings.dropout, settings.seed, settings.steps))?;
         self.last = Outcome { loss: report.loss, norm: report.norm, failed: None };
-        (self.on_step)(self.pipeline.steps(), &self.pipeline, &report)
+        (self.on_step)(self.pipeline.steps(), &self.pipeline, &micros, &report)
+    }
+
+    fn looks_ahead(&self) -> bool {
+        self.pipeline.setup().teacher.is_some()
     }
 
     fn outcome(&mut self) -> Result<Outcome> {

@@ -3,13 +3,17 @@
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
+/// The receiver takes no messages any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gone;
+
 /// One worker's end.
 pub trait Transport: Send {
     /// Hands a frame over without waiting for its receiver.
     ///
     /// # Errors
-    /// The receiver is gone.
-    fn send(&mut self, to: usize, frame: Vec<u8>) -> Result<(), ()>;
+    /// [`Gone`].
+    fn send(&mut self, to: usize, frame: Vec<u8>) -> Result<(), Gone>;
 
     /// The next frame and who sent it; `None` when none came within `wait`.
     ///
@@ -35,8 +39,8 @@ impl Channels {
 }
 
 impl Transport for Channels {
-    fn send(&mut self, to: usize, frame: Vec<u8>) -> Result<(), ()> {
-        self.others.get(to).ok_or(())?.send((self.own, frame)).map_err(drop)
+    fn send(&mut self, to: usize, frame: Vec<u8>) -> Result<(), Gone> {
+        self.others.get(to).ok_or(Gone)?.send((self.own, frame)).map_err(|_| Gone)
     }
 
     fn receive(&mut self, wait: Duration) -> Result<Option<(usize, Vec<u8>)>, String> {

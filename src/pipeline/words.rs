@@ -115,7 +115,9 @@ pub(super) fn with_tensors<'a>(word: &Word, tensors: impl Iterator<Item = &'a Lo
 /// `head`: whether the worker has the model's head, which alone sees the teacher's states.
 pub(super) fn of_command(command: &Command, head: bool) -> Result<Vec<u8>> {
     match command {
-        Command::Step(_, micros, order) => {
+        // A teacher beside the student stays in one process.
+        Command::Teach(..) => Err(unsaid("a teacher beside the student runs in one process".into())),
+        Command::Step(_, micros, _, order) => {
             let (mut heads, mut tensors) = (Vec::new(), Vec::new());
             for micro in micros.iter() {
                 let micro = if head { micro.clone() } else { Micro { teacher: None, ..micro.clone() } };

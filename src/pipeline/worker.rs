@@ -12,7 +12,8 @@ use super::part::{Part, Training};
 use super::route::Route;
 use super::schedule::{Event, Work};
 use super::simulate::Span;
-use super::transport::Transport;
+use super::teacher::TeacherPart;
+use super::transport::{Gone, Transport};
 use super::watch::{State, Watch};
 use crate::dispatch;
 use crate::error::Error;
@@ -57,6 +58,7 @@ pub struct Report {
     /// Per unit of weight, the same on all workers; and the norm of all gradients.
     pub loss: f64,
     pub norm: f64,
+    /// Seconds since the pipeline started; a receive lasts until its message is there.
     pub spans: Vec<Span>,
     /// Most bytes live on its device after an event that computes, beyond those at the start: activations that wait for
     /// backward.
@@ -76,6 +78,7 @@ pub struct Worker {
     pub heartbeat: Duration,
     pub deadline: Duration,
     pub planted: Vec<Injection>,
+    pub teacher: Option<TeacherPart>,
     stash: HashMap<Tag, Message>,
     /// Tags of the running step that have been taken.
     taken: HashSet<Tag>,
@@ -121,6 +124,7 @@ impl Worker {
             heartbeat,
             deadline,
             planted: Vec::new(),
+            teacher: None,
             stash: HashMap::new(),
             taken: HashSet::new(),
             sent: vec![0; workers],
@@ -130,16 +134,106 @@ impl Worker {
         }
     }
 
-    /// Runs the schedule once and updates the weights. `micros` lie on this worker's device.
-    pub fn step(&mut self, micros: &[Micro], order: Order) -> Result<Report, Stop> {
+    /// The teacher's states for the next step's micro-batches, with no student's work in between.
+    pub fn teach(&mut self, next: Vec<Micro>) -> Result<(), Stop> {
+        self.step = self.optimizer.steps();
+        self.watch.at(self.index, (self.step, 0), State::Computing, &"teacher", "begins");
+        self.look_ahead(next);
+        self.finish_teacher()?;
+        self.watch.at(self.index, (self.step, 0), State::Idle, &"teacher", "done");
+        Ok(())
+    }
+
+    fn look_ahead(&mut self, next: Vec<Micro>) {
+        let (route, index) = (self.route.clone(), self.index);
+        let (stage, _) = route.workers[index];
+        if let Some(teacher) = &mut self.teacher {
+            teacher.look_ahead(next, |micro| route.on_stage(stage, micro) == index);
+        }
+    }
+
+    /// The messages of the teacher's input for a micro-batch.
+    fn teacher_tags(&self, chunk: u32, micro: u32, count: usize) -> Vec<Tag> {
+        let tag = |part| Tag { step: self.step + 1, purpose: Purpose::Teacher, chunk, micro, part };
+        (0..count as u32).map(tag).collect()
+    }
+
+    /// Runs one piece of the teacher's work if one can run now.
+    fn advance_teacher(&mut self) -> Result<bool, Stop> {
+        let Some(teacher) = &self.teacher else {
+            return Ok(false);
+        };
+        let Some(&micro) = teacher.pending.front() else {
+            return Ok(false);
+        };
+        let tags =
+            if teacher.chunk == 0 { Vec::new() } else { self.teacher_tags(teacher.chunk, micro, teacher.inputs()) };
+        if !tags.iter().all(|tag| self.stash.contains_key(tag)) {
+            return Ok(false);
+        }
+        self.watch.at(
+            self.index,
+            (self.step, self.position),
+            State::Computing,
+            &format_args!("teacher {micro}"),
+            "begins",
+        );
+        let mut inputs = Vec::with_capacity(tags.len());
+        for tag in tags {
+            inputs.push(self.receive(tag, None)?);
+        }
+        let Some(teacher) = &mut self.teacher else {
+            return Ok(false);
+        };
+        teacher.pending.pop_front();
+        let chunk = teacher.chunk;
+        let outputs = teacher.run(micro, &inputs)?;
+        if let Some(&stage) = self.route.teacher_stages().get(chunk as usize + 1) {
+            let to = self.route.on_stage(stage, micro);
+            let tags = self.teacher_tags(chunk + 1, micro, outputs.len());
+            for (tag, tensor) in tags.into_iter().zip(&outputs) {
+                self.send(to, tag, tensor)?;
+            }
+        }
+        Ok(true)
+    }
+
+    fn finish_teacher(&mut self) -> Result<(), Stop> {
+        let began = Instant::now();
+        while self.teacher.as_ref().is_some_and(|t| !t.pending.is_empty()) {
+            if self.advance_teacher()? {
+                continue;
+            }
+            if self.watch.cancelled() {
+                return Err(Stop::Cancelled);
+            }
+            self.watch.state(self.index, State::Waiting);
+            if let Some((from, frame)) = self.transport.receive(GLANCE).map_err(Stop::Fault)? {
+                self.take_in(from, frame)?;
+            } else if began.elapsed() > self.deadline {
+                return Err(Stop::Fault(format!(
+                    "the teacher's states did not come within {:.0} s",
+                    self.deadline.as_secs_f64()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs the schedule once and updates the weights. `micros`, and with a teacher those of the next step, lie on this
+    /// worker's device.
+    pub fn step(&mut self, micros: &[Micro], next: Vec<Micro>, order: Order) -> Result<Report, Stop> {
         self.step = self.optimizer.steps();
         self.optimizer.begin(order.weight, order.total_steps)?;
         self.taken.clear();
+        if let Some(teacher) = &mut self.teacher {
+            teacher.advance();
+        }
+        self.look_ahead(next);
         let device = self.part.model.device().clone();
         device.reset_peak();
         let before = device.stats().bytes_live;
         let route = self.route.clone();
-        let started = Instant::now();
         let mut report = Report::default();
         // Inputs of chunks and gradients of their outputs, by the chunk that they are for, until it runs or they are sent.
         let mut tensors: HashMap<(Purpose, u32, u32), Vec<Tensor>> = HashMap::new();
@@ -149,13 +243,17 @@ impl Worker {
             self.position = position;
             let Event { work, chunk, micro } = event;
             self.begin(event)?;
-            let start = started.elapsed().as_secs_f64();
+            let start = self.watch.seconds();
             let data = &micros[micro as usize];
             let at = (chunk, micro);
             match work {
                 Work::Forward => {
                     let inputs = tensors.remove(&(Purpose::Forward, chunk, micro)).unwrap_or_default();
-                    let outputs = self.part.forward(at, data, inputs, order.training)?;
+                    let taught = match &mut self.teacher {
+                        Some(teacher) if chunk == last => Some(teacher.complete(micro, data)),
+                        _ => None,
+                    };
+                    let outputs = self.part.forward(at, taught.as_ref().unwrap_or(data), inputs, order.training)?;
                     if chunk == last {
                         for loss in outputs {
                             losses = Some(plus(losses, loss.reshape(&[1])?)?);
@@ -211,18 +309,19 @@ impl Worker {
             if work.computes() {
                 report.held_bytes = report.held_bytes.max(device.stats().bytes_live.saturating_sub(before));
             }
-            let end = started.elapsed().as_secs_f64();
+            let end = self.watch.seconds();
             report.spans.push(Span { event: Some(event), start, end });
         }
         self.position = route.events[self.index].len();
-        let start = started.elapsed().as_secs_f64();
+        self.finish_teacher()?;
+        let start = self.watch.seconds();
         self.update(losses)?;
         let outcome = self.optimizer.outcome()?;
         if let Some(step) = outcome.failed {
             return Err(Stop::Error(self.optimizer.find_non_finite(step)?));
         }
         (report.loss, report.norm) = (outcome.loss, outcome.norm);
-        report.spans.push(Span { event: None, start, end: started.elapsed().as_secs_f64() });
+        report.spans.push(Span { event: None, start, end: self.watch.seconds() });
         report.peak_bytes = device.stats().bytes_peak;
         self.watch.at(self.index, (self.step, self.position), State::Idle, &"end of step", "done");
         Ok(report)
@@ -325,14 +424,14 @@ impl Worker {
         let planted = self.planted(|p| matches!(p, Planted::Drop | Planted::Duplicate | Planted::Corrupt));
         match planted {
             Some(Planted::Drop) => return Ok(()),
-            Some(Planted::Duplicate) => self.transport.send(to, frame.clone()).map_err(|()| Stop::Gone(to))?,
+            Some(Planted::Duplicate) => self.transport.send(to, frame.clone()).map_err(|Gone| Stop::Gone(to))?,
             Some(Planted::Corrupt) => {
                 let middle = frame.len() / 2;
                 frame[middle] ^= 0x40;
             }
             _ => {}
         }
-        self.transport.send(to, frame).map_err(|()| Stop::Gone(to))
+        self.transport.send(to, frame).map_err(|Gone| Stop::Gone(to))
     }
 
     /// The tensor that `tag` names. `sender`: who sends it, and where that stands in the sender's schedule.
@@ -349,7 +448,16 @@ impl Worker {
             if self.watch.cancelled() {
                 return Err(Stop::Cancelled);
             }
-            if let Some((from, frame)) = self.transport.receive(GLANCE).map_err(Stop::Fault)? {
+            // What has come is taken in first; then the teacher's work goes before waiting.
+            let mut taken = self.transport.receive(Duration::ZERO).map_err(Stop::Fault)?;
+            if taken.is_none() && tag.purpose != Purpose::Teacher && self.advance_teacher()? {
+                self.watch.state(self.index, State::Waiting);
+                continue;
+            }
+            if taken.is_none() {
+                taken = self.transport.receive(GLANCE).map_err(Stop::Fault)?;
+            }
+            if let Some((from, frame)) = taken {
                 self.take_in(from, frame)?;
                 continue;
             }

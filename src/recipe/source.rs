@@ -42,6 +42,8 @@ pub struct CorpusSource<'a> {
     pub parts: usize,
     pub factors: Factors,
     pub teacher: Option<&'a TeacherCache<'a>>,
+    /// The teacher's states are left out: it runs beside the student.
+    pub teacher_waits: bool,
 }
 
 /// Batches over a list of streams, rows as a training says.
@@ -143,8 +145,11 @@ impl CorpusSource<'_> {
         from_source: &[bool],
         weights: &[f32],
     ) -> Result<Teacher> {
-        let (hidden, predicted) = cache.batch(indices, batch.columns)?;
         let n = batch.targets.len();
+        let (hidden, predicted) = match self.teacher_waits {
+            true => (vec![0.0], vec![IGNORE; n]),
+            false => cache.batch(indices, batch.columns)?,
+        };
         let mut rows = (vec![0.0f32; n], vec![0.0f32; n], vec![IGNORE; n], vec![0.0f32; n]);
         for i in (0..n).filter(|&i| batch.targets[i] != IGNORE) {
             let source = from_source[i / batch.columns];
@@ -157,9 +162,12 @@ impl CorpusSource<'_> {
                 rows.3[i] = weights[i];
             }
         }
-        let floats = |values: &[f32]| Tensor::from_slice(&self.device, &[n], values);
+        let floats = |values: &[f32]| Tensor::from_slice(&self.device, &[values.len()], values);
         Ok(Teacher {
-            hidden: Tensor::from_slice(&self.device, &[n, cache.width()], &hidden)?,
+            hidden: match self.teacher_waits {
+                true => floats(&[0.0]),
+                false => Tensor::from_slice(&self.device, &[n, cache.width()], &hidden),
+            }?,
             hidden_weights: floats(&rows.0)?,
             soft_weights: floats(&rows.1)?,
             hard_targets: Tensor::from_slice(&self.device, &[n], &rows.2)?,

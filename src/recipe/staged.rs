@@ -1,5 +1,6 @@
 //! `[pipeline]` of a recipe: every training in stages, cut by what its pieces cost on this machine.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,17 +9,19 @@ use serde::{Deserialize, Serialize};
 use super::hooks::Promises;
 use super::run_folder::State;
 use super::stages::Context;
+use crate::atomic::write_atomic;
 use crate::compress::distil::Distillation;
 use crate::console;
 use crate::device::{self, Device, Kind as DeviceKind};
 use crate::error::{Error, Result};
 use crate::nn::Model;
-use crate::pipeline::executor::{Pipeline as Executor, Setup};
+use crate::pipeline::executor::{Pipeline as Executor, Setup, StepReport, TeacherSetup};
 use crate::pipeline::profile::Profile;
 use crate::pipeline::remote::Across;
 use crate::pipeline::route::Route;
 use crate::pipeline::train::Staged;
-use crate::pipeline::{Costs, Kind, Schedule, cut, measure, simulate};
+use crate::pipeline::{Costs, Kind, Schedule, Timeline, cut, measure, simulate, trace};
+use crate::report::gantt;
 use crate::train::graphs;
 use crate::train::lifecycle::Micro;
 use crate::train::optimizer::Settings;
@@ -58,6 +61,10 @@ pub struct Pipeline {
     /// Keep the inputs of stages only and run them again in backward.
     #[serde(default)]
     pub recompute: bool,
+    /// Run the teacher in the student's stages, a step ahead, instead of computing its states beforehand and keeping them: for
+    /// texts that are seen once. Needs a fixed number of stages.
+    #[serde(default)]
+    pub teacher: bool,
     /// Seconds without a sign of progress after which a stage counts as stalled: longer than the longest kernel.
     #[serde(default = "default_heartbeat")]
     pub heartbeat: f64,
@@ -98,6 +105,9 @@ impl Pipeline {
         }
         if !(self.heartbeat.is_finite() && (0.05..=86_400.0).contains(&self.heartbeat)) {
             return refuse("heartbeat", self.heartbeat.to_string(), "0.05 to 86400 seconds");
+        }
+        if self.teacher && !matches!(self.stages, Stages::Count(2..)) {
+            return refuse("teacher", "true".into(), "true only with a fixed number of at least 2 stages");
         }
         let fixed = matches!(self.stages, Stages::Count(n) if n == self.replicas.len());
         if !self.replicas.is_empty() && (!fixed || self.replicas.iter().any(|r| !(1..=MAX_STAGES).contains(r))) {
@@ -154,7 +164,7 @@ pub fn stepper(
     settings: Settings,
     probe: &[Micro],
     state: &State,
-    distillation: Option<Distillation>,
+    (distillation, teacher): (Option<Distillation>, Option<&Model>),
 ) -> Result<Box<dyn Stepper>> {
     let home = model.device().clone();
     let shapes = graphs::shapes(home.as_ref());
@@ -232,6 +242,7 @@ pub fn stepper(
     let here = if ranks.is_some() { 1 } else { names.len() };
     let devices = names.iter().take(here).map(|name| pipeline.open(&home, name)).collect::<Result<_>>()?;
     let heartbeat = Duration::from_secs_f64(pipeline.heartbeat);
+    let distillation_is_hard = distillation.as_ref().is_some_and(|d| d.weights.hard > 0.0);
     let promises = Promises::new(state, distillation.as_ref());
     let across = match ranks {
         Some(post) => {
@@ -240,6 +251,21 @@ pub fn stepper(
         }
         None => None,
     };
+    let stages = route.replicas.len();
+    if teacher.is_some() && across.is_some() {
+        let allowed = "false across processes: the teacher's states are computed beforehand there".into();
+        return Err(Error::Recipe { key: "pipeline.teacher".into(), value: "true".into(), allowed });
+    }
+    if let Some(short) = teacher.map(|t| cut::pieces(&t.config) - 1).filter(|&pieces| pieces < stages) {
+        let value = format!("true with {stages} stages");
+        let allowed = format!("at most {short} stages: the teacher's embedding and blocks");
+        return Err(Error::Recipe { key: "pipeline.teacher".into(), value, allowed });
+    }
+    let teacher = teacher.map(|model| TeacherSetup {
+        cuts: cut::even(cut::pieces(&model.config) - 1, stages),
+        model: Arc::new(model.clone()),
+        hard: distillation_is_hard,
+    });
     let methods = move |part: &Model| promises.methods(part, distillation.as_ref());
     let setup = Setup {
         route: Arc::new(route),
@@ -247,6 +273,7 @@ pub fn stepper(
         devices,
         optimizer: settings,
         methods: Arc::new(methods),
+        teacher,
         recompute: pipeline.recompute,
         heartbeat,
         deadline: 30 * heartbeat,
@@ -265,7 +292,38 @@ pub fn stepper(
         1e3 * predicted
     ));
     let executor = Executor::start_across(model, setup, across.as_ref())?;
-    Ok(Box::new(Staged::new(executor, &home, Box::new(|_, _, _| Ok(())))))
+    let mut steps = 0;
+    let (folder, name, wide) = (context.folder.to_path_buf(), context.name.to_string(), size(&probe[0]));
+    let on_step = move |_: u64, pipeline: &Executor, micros: &[Micro], report: &StepReport| {
+        steps += 1;
+        if steps == WARM {
+            let route = pipeline.current();
+            let sizes = micros.iter().map(|m| size(m) / wide).collect();
+            let costs = Costs { sizes, ..profile.costs(&route.cuts, &route.schedule) };
+            compare(&folder, &name, &report.timeline(&name), &simulate(&route.schedule, &costs)?)?;
+        }
+        Ok(())
+    };
+    Ok(Box::new(Staged::new(executor, &home, Box::new(on_step))))
+}
+
+/// The step of a session that is drawn and compared with its prediction: the first ones fill memory pools.
+const WARM: u64 = 4;
+
+/// Prediction beside measurement, on standard error and as charts and a trace in the run folder.
+fn compare(folder: &Path, name: &str, measured: &Timeline, predicted: &Timeline) -> Result<()> {
+    write_atomic(folder.join("pipeline-measured.svg"), gantt(measured).as_bytes())?;
+    write_atomic(folder.join("pipeline-predicted.svg"), gantt(predicted).as_bytes())?;
+    trace::write(folder.join("pipeline-trace.json"), measured)?;
+    console::tell(format_args!(
+        "{name}: a step took {:.1} ms where {:.1} ms were predicted, {:.0} % idle ({:.0} % predicted); charts in {}",
+        1e3 * measured.seconds,
+        1e3 * predicted.seconds,
+        100.0 * measured.idle_share(),
+        100.0 * predicted.idle_share(),
+        folder.display()
+    ));
+    Ok(())
 }
 
 /// Positions of a micro-batch, which its time goes by.

@@ -101,10 +101,12 @@ pub fn fit(
         parts: context.recipe.pipeline.as_ref().map_or(1, |p| p.micro_batches),
         factors,
         teacher: cache,
+        teacher_waits: context.recipe.pipeline.as_ref().is_some_and(|p| p.teacher),
     };
+    let beside = cache.filter(|_| source.teacher_waits).map(TeacherCache::teacher);
     let spread = |model: &mut Model| {
         let probe = source.micro_batches(0)?;
-        staged::stepper(context, model, training.settings(), &probe, state, distillation.clone())
+        staged::stepper(context, model, training.settings(), &probe, state, (distillation.clone(), beside))
     };
     let validate =
         |model: &Model, methods: &[Box<dyn Method>]| validation_loss(model, context.corpus, VALIDATION, methods);
@@ -167,6 +169,7 @@ pub fn calibration(context: &Context, model: &Model, batches: usize) -> Result<V
         parts: 1,
         factors: Factors { gold: 1.0, soft_on_target: false },
         teacher: None,
+        teacher_waits: false,
     };
     let micros: Vec<Vec<Micro>> = (0..batches as u64).map(|i| source.micro_batches(i)).collect::<Result<_>>()?;
     Ok(micros.into_iter().flatten().collect())

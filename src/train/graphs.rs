@@ -16,9 +16,11 @@ const SHAPES: usize = 16;
 /// Captures of one shape that may fail for memory: a step leaves behind in the pool what the next capture takes.
 const TRIES: usize = 3;
 
-/// How many shapes are worth capturing on a device. A CPU's kernels take far longer than queueing them.
+/// How many shapes are worth capturing on a device: `ESPALIER_GRAPHS` where it is set, to compare. A CPU's kernels take far
+/// longer than queueing them.
 pub fn shapes(device: &dyn Device) -> usize {
-    if device.info().kind == Kind::Cuda { SHAPES } else { 0 }
+    let asked = std::env::var("ESPALIER_GRAPHS").ok().and_then(|count| count.parse().ok());
+    asked.unwrap_or(if device.info().kind == Kind::Cuda { SHAPES } else { 0 })
 }
 
 /// The captured steps of a training.
@@ -79,8 +81,11 @@ impl Graphs {
         if step.graph.is_none() && step.tries < TRIES {
             match device.capture(&mut || queue(optimizer, &step.inputs)) {
                 Ok(graph) => step.graph = Some(graph),
-                Err(Error::Capture { reason: Uncapturable::Memory(_), .. } | Error::OutOfMemory { .. }) => {
+                Err(e @ (Error::Capture { reason: Uncapturable::Memory(_), .. } | Error::OutOfMemory { .. })) => {
                     step.tries += 1;
+                    if step.tries == TRIES {
+                        crate::console::warn(format_args!("steps of one shape are queued launch by launch: {e}"));
+                    }
                 }
                 Err(Error::Capture { device, reason }) => {
                     crate::console::warn(format_args!("{device}: steps are not captured: {reason}"));

@@ -30,11 +30,18 @@ pub trait Stepper {
     /// Of the next step.
     fn learning_rate(&self, settings: StepSettings) -> f64;
 
-    /// Gradients of all micro-batches and one update; may still be under way when this returns.
+    /// Whether it works on the next step's micro-batches during this one.
+    fn looks_ahead(&self) -> bool {
+        false
+    }
+
+    /// Gradients of all micro-batches and one update; may still be under way when this returns. `next`: those of the step
+    /// after it, where it looks ahead.
     fn step(
         &mut self,
         model: &Model,
         micros: Vec<Micro>,
+        next: &[Micro],
         methods: &[Box<dyn Method>],
         settings: StepSettings,
     ) -> Result<()>;
@@ -99,6 +106,7 @@ impl Stepper for OneDevice {
         &mut self,
         model: &Model,
         micros: Vec<Micro>,
+        _next: &[Micro],
         methods: &[Box<dyn Method>],
         settings: StepSettings,
     ) -> Result<()> {

@@ -207,12 +207,19 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
     let (mut log, logged) = Log::open(job, done)?;
     let curve = logged_curve(&logged);
     let mut summary = Summary { steps: done, earlier_seconds, curve, ..Summary::default() };
+    let mut ahead: Option<Vec<Micro>> = None;
     let started = Instant::now();
     for step_index in done..job.steps {
-        let micros = job.source.micro_batches(step_index)?;
+        let micros = match ahead.take() {
+            Some(micros) => micros,
+            None => job.source.micro_batches(step_index)?,
+        };
+        if stepper.looks_ahead() && step_index + 1 < job.steps {
+            ahead = Some(job.source.micro_batches(step_index + 1)?);
+        }
         let rate = stepper.learning_rate(settings);
         summary.tokens += micros.iter().map(|m| m.tokens as u64).sum::<u64>();
-        stepper.step(model, micros, methods, settings)?;
+        stepper.step(model, micros, ahead.as_deref().unwrap_or_default(), methods, settings)?;
         let now = step_index + 1;
         stepper.hooks(now, model, methods)?;
         (summary.steps, summary.replayed) = (now, stepper.replayed());
@@ -259,6 +266,9 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
         }
     }
     log.bar.finish_and_clear();
+    if summary.replayed > 0 {
+        log.write(summary.steps, "train", "replayed", summary.replayed as f64, "steps")?;
+    }
     stepper.check_finite()?;
     for method in methods.iter_mut() {
         method.on_finish(model)?;

@@ -23,6 +23,7 @@
 #define __host__
 #define __global__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))
@@ -51,7 +52,7 @@ static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace host {
 
-enum class State { Ready, Barrier, Named, Collective, Waiting, Done };
+enum class State { Ready, Barrier, Named, Collective, Waiting, Cluster, Done };
 
 struct Copy { void* shared; const void* global; int valid; bool committed; };
 
@@ -74,18 +75,22 @@ struct Thread {
 struct Range { const unsigned char* start; size_t bytes; };
 
 static const size_t STACK = 128 << 10, PAGE = 4096;
-static const unsigned MOST_THREADS = 1024, LANES = 32, WARP_GROUP_LANES = 128;
+static const unsigned MOST_THREADS = 1024, LANES = 32, WARP_GROUP_LANES = 128, MOST_BLOCKS = 2;
 static const size_t MOST_SHARED = 227 << 10;
 
 static Thread threads[MOST_THREADS];
 static unsigned char* stacks;
+// Dynamic shared memory of the running thread's block, and of every block of its cluster.
 static unsigned char* dynamic;
+static unsigned char* regions[MOST_BLOCKS];
 static unsigned dynamic_bytes;
 // Per 16 bytes of dynamic shared memory: the thread (plus 1) whose copy has written them without a proxy fence since.
-static unsigned short unfenced[MOST_SHARED / 16];
-static unsigned current;
-// Barriers of threads that the block has passed.
-static unsigned passed;
+static unsigned short unfenced[MOST_BLOCKS * MOST_SHARED / 16];
+// The running thread. A cluster's blocks run together, their threads numbered one block after another.
+static unsigned current, cluster_blocks;
+static dim3 first_block;
+// Barriers of threads that each block has passed, and those of the cluster.
+static unsigned passed[MOST_BLOCKS], cluster_passed;
 static void* scheduler;
 static void (*entry)(void**);
 static void** arguments;
@@ -184,6 +189,16 @@ espalier_switch:
 #error "the CUDA host harness switches fibers on x86-64 and AArch64 only"
 #endif
 
+static unsigned block_of(unsigned thread) { return thread / blockDim.x; }
+
+// Thread and block as the thread's own code sees them.
+static void enter(unsigned thread) {
+    current = thread;
+    threadIdx.x = thread % blockDim.x;
+    blockIdx.x = first_block.x + block_of(thread);
+    dynamic = regions[block_of(thread)];
+}
+
 static void yield() { espalier_switch(&threads[current].stack_pointer, scheduler); }
 
 static void fiber() {
@@ -245,8 +260,7 @@ static bool complete_warps(unsigned count, unsigned order) {
             if (t.state == State::Collective && t.width == width && t.complete == threads[first].complete && t.line == threads[first].line) operands[come++] = t.operands;
         }
         if (come < lanes || threads[first].state != State::Collective) continue;
-        current = first;
-        threadIdx.x = first;
+        enter(first);
         threads[first].complete(operands, lanes);
         for (unsigned i = 0; i < lanes; i++) threads[first + i].state = State::Ready;
         any = true;
@@ -261,6 +275,7 @@ static const char* describe(const Thread& t) {
         case State::Named: return "waits at the named barrier";
         case State::Collective: return t.width == LANES ? "waits in the warp operation" : "waits in the warp group's operation";
         case State::Waiting: return "waits for the mbarrier";
+        case State::Cluster: return "waits for the cluster";
         default: return "has ended";
     }
 }
@@ -272,10 +287,35 @@ static bool complete_waits(unsigned count);
 static void report_waits(unsigned count);
 static void check_finished();
 
-static void run_block(unsigned count, unsigned order) {
+// Lets a block go on whose threads have all come to one barrier, and a cluster whose threads have all come to its own.
+static bool complete_barriers(unsigned count) {
+    bool any = false;
+    unsigned met = 0;
+    for (unsigned block = 0; block < cluster_blocks; block++) {
+        const Thread* t = threads + block * blockDim.x;
+        unsigned same = 0;
+        while (same < blockDim.x && t[same].state == t[0].state && t[same].line == t[0].line) same++;
+        if (same < blockDim.x) continue;
+        met += t[0].state == State::Cluster;
+        if (t[0].state != State::Barrier) continue;
+        passed[block]++;
+        for (unsigned i = 0; i < blockDim.x; i++) threads[block * blockDim.x + i].state = State::Ready;
+        any = true;
+    }
+    if (met < cluster_blocks) return any;
+    for (auto& p : passed) p++;
+    cluster_passed++;
+    for (unsigned i = 0; i < count; i++) threads[i].state = State::Ready;
+    return true;
+}
+
+// Runs the blocks of a cluster, most often one.
+static void run_cluster(unsigned order) {
+    unsigned count = blockDim.x * cluster_blocks;
+    first_block = blockIdx;
     reset_groups(order);
     if (__start_espalier_shared) memset(__start_espalier_shared, 0xff, __stop_espalier_shared - __start_espalier_shared);
-    if (dynamic_bytes) memset(dynamic, 0xff, dynamic_bytes);
+    for (unsigned block = 0; block < cluster_blocks && dynamic_bytes; block++) memset(regions[block], 0xff, dynamic_bytes);
     memset(unfenced, 0, sizeof unfenced);
     for (unsigned i = 0; i < count; i++) start(i);
     for (unsigned round = 0;; round++) {
@@ -284,25 +324,19 @@ static void run_block(unsigned count, unsigned order) {
             unsigned i = order % 3 == 0 ? n : order % 3 == 1 ? count - 1 - n : (n * 37u + round * 11u) % count;
             if (order % 3 == 2 && count % 37 == 0) i = n;
             if (threads[i].state != State::Ready) continue;
-            current = i;
-            threadIdx.x = i;
+            enter(i);
             espalier_switch(&scheduler, threads[i].stack_pointer);
         }
-        if (complete_warps(count, order) || complete_waits(count)) continue;
+        if (complete_warps(count, order) || complete_waits(count) || complete_barriers(count)) continue;
         unsigned other = 0;
         while (other < count && threads[other].state == threads[0].state && (threads[0].state == State::Done || threads[other].line == threads[0].line)) other++;
         if (other == count && threads[0].state == State::Done) {
             check_finished();
             return;
         }
-        if (other == count && threads[0].state == State::Barrier) {
-            passed++;
-            for (unsigned i = 0; i < count; i++) threads[i].state = State::Ready;
-            continue;
-        }
         report_waits(count);
         if (other == count) other = 0;
-        threadIdx.x = 0;
+        enter(0);
         fail("threads part: thread 0 %s (line %u), thread %u %s (line %u)", describe(threads[0]), threads[0].line, other, describe(threads[other]), threads[other].line);
     }
 }
@@ -332,8 +366,10 @@ static void copy_wait(unsigned left_open) {
         for (const Copy& c : groups.front()) {
             memset(c.shared, 0, 16);
             memcpy(c.shared, c.global, c.valid);
-            size_t at = ((unsigned char*)c.shared - dynamic) / 16;
-            if (!dynamic_bytes || (unsigned char*)c.shared < dynamic || at >= dynamic_bytes / 16 || unfenced[at] == current + 1) continue;
+            auto to = (unsigned char*)c.shared;
+            if (!dynamic_bytes || to < dynamic || to >= dynamic + dynamic_bytes) continue;
+            size_t at = (to - dynamic) / 16 + block_of(current) * (MOST_SHARED / 16);
+            if (unfenced[at] == current + 1) continue;
             unfenced[at] = (unsigned short)(current + 1);
             threads[current].unfenced.push_back((unsigned)at);
         }
@@ -492,10 +528,10 @@ template <class T> static inline T atomicExch(T* p, T x) { T old = *p; *p = x; r
 #include "mma.hpp"
 #include "wgmma.hpp"
 
-// Runs `kernel` over a grid. `stacks` holds 1,024 stacks of 128 KiB, the first page of each untouchable; they belong to the caller,
+// Runs `kernel` over a grid, `cluster` blocks along x together. `stacks` holds 1,024 stacks of 128 KiB, the first page of each untouchable; they belong to the caller,
 // because every compiled file is a library of its own. Returns 0, or 1 with the reason in `text`.
 extern "C" int espalier_launch(void (*kernel)(void**), void** arguments, unsigned count, unsigned parameter_bytes, const unsigned groups[3],
-                               unsigned block, unsigned shared, unsigned order, const host::Range* ranges, unsigned range_count, unsigned char* stacks, char* text, size_t bytes) {
+                               unsigned block, unsigned cluster, unsigned shared, unsigned order, const host::Range* ranges, unsigned range_count, unsigned char* stacks, char* text, size_t bytes) {
     using namespace host;
     static unsigned char signal_stack[64 << 10];
     message = text;
@@ -514,11 +550,13 @@ extern "C" int espalier_launch(void (*kernel)(void**), void** arguments, unsigne
     int failed = sigsetjmp(escape, 1);
     if (!failed) {
         if (block == 0 || block > MOST_THREADS) fail("%u threads in a block", block);
+        if (cluster == 0 || cluster > MOST_BLOCKS || block * cluster > MOST_THREADS || groups[0] % cluster) fail("clusters of %u blocks of %u threads in %u", cluster, block, groups[0]);
         if (shared > MOST_SHARED) fail("%u bytes of shared memory", shared);
         host::stacks = stacks;
-        if (shared) {
+        for (unsigned i = 0; i < cluster && shared; i++) {
             // The end lies at a page that nobody may touch, as far as alignment to 128 bytes lets it.
-            static unsigned char* base;
+            static unsigned char* bases[MOST_BLOCKS];
+            unsigned char*& base = bases[i];
             size_t whole = (MOST_SHARED + PAGE - 1) / PAGE * PAGE;
             if (!base) {
                 auto mapped = mmap(nullptr, whole + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -526,8 +564,9 @@ extern "C" int espalier_launch(void (*kernel)(void**), void** arguments, unsigne
                 base = (unsigned char*)mapped;
                 mprotect(base + whole, PAGE, PROT_NONE);
             }
-            dynamic = base + (whole - shared) / 128 * 128;
+            regions[i] = base + (whole - shared) / 128 * 128;
         }
+        cluster_blocks = cluster;
         dynamic_bytes = shared;
         entry = kernel;
         host::arguments = arguments;
@@ -539,9 +578,9 @@ extern "C" int espalier_launch(void (*kernel)(void**), void** arguments, unsigne
         gridDim = {groups[0], groups[1], groups[2]};
         for (unsigned z = 0; z < groups[2]; z++)
             for (unsigned y = 0; y < groups[1]; y++)
-                for (unsigned x = 0; x < groups[0]; x++) {
+                for (unsigned x = 0; x < groups[0]; x += cluster) {
                     blockIdx = {x, y, z};
-                    run_block(block, order + x);
+                    run_cluster(order + x / cluster);
                 }
     }
     sigaction(SIGSEGV, &old_segv, nullptr);

@@ -37,6 +37,8 @@ struct MemoryBarrier {
     // Who made it, how many barriers of threads had passed then, and whether the copy engine was told.
     unsigned maker, made;
     bool published;
+    // The same of barriers of the cluster, for other blocks.
+    unsigned made_in_cluster;
 };
 
 // Sums, and operands in registers, that a thread of a warp group may not touch: their values are kept here, NaN stands in the registers.
@@ -68,14 +70,14 @@ struct WarpGroup {
 
 static std::vector<MemoryBarrier> barriers;
 // Threads that have arrived at a numbered barrier without waiting, and the width they gave.
-static unsigned named_arrived[16], named_width[16];
+static unsigned named_arrived[MOST_BLOCKS][16], named_width[MOST_BLOCKS][16];
 static WarpGroup warp_groups[MOST_THREADS / WARP_GROUP_LANES];
 static bool copies_at_once;
 
 static void reset_groups(unsigned order) {
     barriers.clear();
     for (auto& g : warp_groups) g = {};
-    for (auto& n : named_arrived) n = 0;
+    memset(named_arrived, 0, sizeof named_arrived);
     copies_at_once = order % 2;
 }
 
@@ -85,7 +87,8 @@ static MemoryBarrier& barrier_at(uint64_t* place) {
     for (auto& b : barriers) {
         if (b.place != place) continue;
         if (*place != BARRIER_MARK) fail("the mbarrier at byte %u of shared memory was overwritten", shared_offset(place, 8) - SHARED_BASE);
-        if (b.maker != current && b.made == passed) fail("an mbarrier is used by a thread that no barrier has kept behind its initialization");
+        if (b.maker != current && b.made == passed[block_of(b.maker)]) fail("an mbarrier is used by a thread that no barrier has kept behind its initialization");
+        if (block_of(b.maker) != block_of(current) && b.made_in_cluster == cluster_passed) fail("an mbarrier of another block is used before a barrier of the cluster");
         return b;
     }
     fail("the mbarrier at byte %u of shared memory is not initialized", shared_offset(place, 8) - SHARED_BASE);
@@ -97,7 +100,7 @@ static void barrier_init(uint64_t* place, unsigned count) {
     for (auto& b : barriers)
         if (b.place == place) fail("an mbarrier is initialized twice");
     *place = BARRIER_MARK;
-    barriers.push_back({place, count, count, 0, 0, {}, current, passed, false});
+    barriers.push_back({place, count, count, 0, 0, {}, current, passed[block_of(current)], false, cluster_passed});
 }
 
 static void end_phase(MemoryBarrier& b) {
@@ -129,7 +132,23 @@ static void copy_box(const BulkCopy& c) {
 static long box_bytes(const Map& m) { return (long)m.box[0] * m.box[1] * m.box[2] * m.element_bytes; }
 static long copied_bytes(const BulkCopy& c) { return c.bytes ? (long)c.bytes : box_bytes(c.map); }
 
+// Another block's shared memory in place of the running thread's own, for as long as this lives.
+struct InBlock {
+    unsigned char* own = dynamic;
+    explicit InBlock(unsigned block) {
+        if (block >= cluster_blocks) fail("block %u of a cluster of %u", block, cluster_blocks);
+        bool ended = true;
+        for (unsigned i = 0; i < blockDim.x && ended; i++) ended = threads[block * blockDim.x + i].state == State::Done;
+        if (ended) fail("shared memory of a block that has ended");
+        dynamic = regions[block];
+    }
+    ~InBlock() { dynamic = own; }
+    // What lies here where `place` lies in the own block.
+    template <class T> T* at(T* place) const { return (T*)(dynamic + ((unsigned char*)place - own)); }
+};
+
 static void run_copies(MemoryBarrier& b) {
+    InBlock here(block_of(b.maker));
     for (const BulkCopy& c : b.copies) {
         if (c.bytes) memcpy(c.to, c.from, c.bytes);
         else copy_box(c);
@@ -164,6 +183,27 @@ static void bulk_copy(void* to, const void* map, uint64_t* place, int x, int y, 
     // The turn by 128 bytes repeats every 1,024.
     if (shared_offset(to, (size_t)box_bytes(c.map)) % 1024) fail("a turned tile at byte %u of shared memory: no multiple of 1,024", shared_offset(to, 1) - SHARED_BASE);
     start_copy(c, place);
+}
+
+// The same box to the same place of every block of the cluster that `blocks` names, for each one's own barrier.
+static void bulk_copy_cluster(void* to, const void* map, uint64_t* place, int x, int y, int z, unsigned blocks) {
+    if (blocks >> cluster_blocks || !blocks) fail("a copy to blocks %x of a cluster of %u", blocks, cluster_blocks);
+    for (unsigned block = 0; block < cluster_blocks; block++) {
+        if (!(blocks >> block & 1)) continue;
+        InBlock there(block);
+        bulk_copy(there.at((unsigned char*)to), map, there.at(place), x, y, z);
+    }
+}
+
+static void arrive_at(uint64_t* place, unsigned block) {
+    InBlock there(block);
+    arrive(there.at(place), 0);
+}
+
+static void cluster_wait() {
+    threads[current].state = State::Cluster;
+    threads[current].line = 0;
+    yield();
 }
 
 static void bulk_copy_bytes(void* to, const void* from, uint64_t* place, unsigned bytes) {
@@ -202,21 +242,23 @@ static void named_wait(unsigned number, unsigned count) {
 
 static void named_arrival(unsigned number, unsigned count) {
     if (number > 15 || count == 0 || count % LANES || count > blockDim.x) fail("a barrier with number %u of %u threads", number, count);
-    if (named_arrived[number] && named_width[number] != count) fail("barrier %u of %u threads and of %u", number, named_width[number], count);
-    named_width[number] = count;
-    if (++named_arrived[number] > count) fail("more than %u threads have come to barrier %u", count, number);
+    unsigned &arrived = named_arrived[block_of(current)][number], &width = named_width[block_of(current)][number];
+    if (arrived && width != count) fail("barrier %u of %u threads and of %u", number, width, count);
+    width = count;
+    if (++arrived > count) fail("more than %u threads have come to barrier %u", count, number);
 }
 
 static bool complete_named(unsigned count) {
     for (unsigned i = 0; i < count; i++) {
         if (threads[i].state != State::Named) continue;
-        unsigned number = threads[i].line, width = threads[i].width, come = named_arrived[number];
-        for (unsigned j = 0; j < count; j++) come += threads[j].state == State::Named && threads[j].line == number && threads[j].width == width;
+        unsigned block = block_of(i), first = block * blockDim.x, last = first + blockDim.x;
+        unsigned number = threads[i].line, width = threads[i].width, come = named_arrived[block][number];
+        for (unsigned j = first; j < last; j++) come += threads[j].state == State::Named && threads[j].line == number && threads[j].width == width;
         if (come > width) fail("%u threads at barrier %u of %u", come, number, width);
         if (come < width) continue;
-        passed++;
-        named_arrived[number] = 0;
-        for (unsigned j = 0; j < count; j++)
+        passed[block]++;
+        named_arrived[block][number] = 0;
+        for (unsigned j = first; j < last; j++)
             if (threads[j].state == State::Named && threads[j].line == number) threads[j].state = State::Ready;
         return true;
     }
@@ -229,8 +271,7 @@ static bool complete_waits(unsigned count) {
     for (unsigned late = 0; late < 2 && !any; late++) {
         for (unsigned i = 0; i < count; i++) {
             if (threads[i].state != State::Waiting) continue;
-            current = i;
-            threadIdx.x = i;
+            enter(i);
             MemoryBarrier& b = barrier_at((uint64_t*)threads[i].operands);
             if (late && !b.pending) run_copies(b);
             if (!passes(threads[i])) continue;
@@ -244,8 +285,7 @@ static bool complete_waits(unsigned count) {
 static void report_waits(unsigned count) {
     for (unsigned i = 0; i < count; i++) {
         if (threads[i].state != State::Waiting) continue;
-        current = i;
-        threadIdx.x = i;
+        enter(i);
         const MemoryBarrier& b = barrier_at((uint64_t*)threads[i].operands);
         fail("deadlock: waits for parity %u of the mbarrier at byte %u of shared memory, which is in phase %u and misses %u of %u arrivals and %ld bytes",
              threads[i].line, shared_offset(b.place, 8) - SHARED_BASE, b.phase, b.pending, b.count, b.bytes);
@@ -253,8 +293,8 @@ static void report_waits(unsigned count) {
 }
 
 static void check_finished() {
-    for (unsigned i = 0; i < 16; i++)
-        if (named_arrived[i]) fail("the block has ended while %u threads have arrived at barrier %u", named_arrived[i], i);
+    for (unsigned i = 0; i < MOST_BLOCKS * 16; i++)
+        if (named_arrived[i / 16][i % 16]) fail("the block has ended while %u threads have arrived at barrier %u", named_arrived[i / 16][i % 16], i % 16);
     for (const auto& b : barriers)
         if (!b.copies.empty() || b.bytes) fail("the block has ended with copies in flight");
     for (const auto& g : warp_groups)
@@ -269,7 +309,7 @@ static double operand_value(uint64_t descriptor, bool blocks, bool bytes, unsign
     else address += index / 8 * stride + index % 8 * 128 + k * size;
     address = turned(address);
     if (address < SHARED_BASE || address + size > SHARED_BASE + dynamic_bytes) fail("an operand reaches to byte %d of %u of shared memory", (int)(address - SHARED_BASE), dynamic_bytes);
-    if (unfenced[(address - SHARED_BASE) / 16]) fail("an operand that a thread has copied without a proxy fence behind it");
+    if (unfenced[(address - SHARED_BASE) / 16 + block_of(current) * (MOST_SHARED / 16)]) fail("an operand that a thread has copied without a proxy fence behind it");
     if (bytes) return (signed char)dynamic[address - SHARED_BASE];
     unsigned short value;
     memcpy(&value, dynamic + (address - SHARED_BASE), 2);
@@ -427,6 +467,12 @@ static inline void tma_prefetch(const void*) {}
 static inline void tma_load(void* shared, const void* map, unsigned long long* barrier, unsigned x, unsigned y, unsigned z) {
     host::bulk_copy(shared, map, (uint64_t*)barrier, (int)x, (int)y, (int)z);
 }
+static inline void tma_load_cluster(void* shared, const void* map, unsigned long long* barrier, unsigned x, unsigned y, unsigned z, unsigned blocks) {
+    host::bulk_copy_cluster(shared, map, (uint64_t*)barrier, (int)x, (int)y, (int)z, blocks);
+}
+static inline void mbarrier_arrive_at(unsigned long long* barrier, unsigned block) { host::arrive_at((uint64_t*)barrier, block); }
+static inline unsigned cluster_rank() { return host::block_of(host::current); }
+static inline void cluster_barrier() { host::cluster_wait(); }
 static inline void proxy_fence() {
     auto& own = host::threads[host::current].unfenced;
     for (unsigned at : own)

@@ -145,7 +145,7 @@ const LOOP: &str = "gemm_wgmma.cuh";
 const WEIGHTS: &str = "weights.cuh";
 const FORWARD: &str = "attention_wgmma.cu";
 const BACKWARD: &str = "attention_bwd_wgmma.cu";
-const PLANTED: [Planted; 30] = [
+const PLANTED: [Planted; 31] = [
     planted(
         "blocks of m and n a step of k apart",
         FLOATS,
@@ -241,29 +241,30 @@ const PLANTED: [Planted; 30] = [
         "slopes weigh another step's keys",
         ATTENTION_BACKWARD,
         BACKWARD,
-        "start_sums<STEP_ROWS>(sum, slopes, before.tile(), 1u);",
-        "start_sums<STEP_ROWS>(sum, slopes, place.tile(), 1u);",
+        "(sum, slopes, last.tile(), 1u);",
+        "(sum, slopes, place.tile(), 1u);",
     ),
     planted("another row's statistics", ATTENTION_BACKWARD, BACKWARD, "weight, stats + STEP_ROWS", "weight, stats"),
     planted(
         "a stage given back too early",
         ATTENTION_BACKWARD,
         BACKWARD,
-        "release(old.empty())",
-        "release(before.empty())",
+        "release(last.empty());",
+        "release(place.empty());",
     ),
-    planted(
-        "statistics that are not waited for",
-        ATTENTION_BACKWARD,
-        BACKWARD,
-        "(STATS ? 2u * STEP_ROWS * 4u : 0u)",
-        "0u",
-    ),
+    planted("statistics that are not waited for", ATTENTION_BACKWARD, BACKWARD, "2u * TILE + BYTES", "2u * TILE"),
     planted(
         "a product read before it is done",
         ATTENTION_BACKWARD,
         BACKWARD,
         "        wgmma_wait<1>();\n        hold(product);",
         "        hold(product);",
+    ),
+    planted(
+        "rows replaced while they are read",
+        ATTENTION_BACKWARD,
+        BACKWARD,
+        "mbarrier_wait(s.free, before % 2u ^ 1u);",
+        "",
     ),
 ];

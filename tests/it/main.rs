@@ -11,6 +11,7 @@ mod metrics;
 mod model;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod pipeline;
 mod report;
 mod run_folder;
 mod shaders;

@@ -5,15 +5,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use espalier::Error;
+use espalier::compress::distil::{Distillation, Projection, Weights};
+use espalier::compress::teacher::predictions;
+use espalier::data::batch::IGNORE;
 use espalier::device::{self, Device};
 use espalier::nn::config::Size;
-use espalier::nn::{Config, Model};
-use espalier::pipeline::executor::{Pipeline, Setup};
+use espalier::nn::{Config, Model, Pass};
+use espalier::ops::distill::Reduction;
+use espalier::pipeline::executor::{Pipeline, Setup, TeacherSetup};
 use espalier::pipeline::fault::{Injection, Planted};
 use espalier::pipeline::route::Route;
 use espalier::pipeline::{Kind, Schedule, Work, cut};
 use espalier::tensor::Tensor;
-use espalier::train::lifecycle::{Method, Micro};
+use espalier::train::lifecycle::{Method, Micro, Teacher};
 use espalier::train::optimizer::{Optimizer, Settings};
 use espalier::train::trainer::step;
 
@@ -59,6 +63,7 @@ pub fn setup(
         devices,
         optimizer: no_clip(),
         methods: Arc::new(|_: &Model| Ok(Vec::<Box<dyn Method>>::new())),
+        teacher: None,
         recompute: false,
         heartbeat: Duration::from_secs(5),
         deadline: Duration::from_secs(20),
@@ -88,7 +93,7 @@ fn in_stages(config: &Config, setup: Setup, rows: &[usize], labels: Option<u32>,
     let micros = micros(&device, rows, labels);
     let mut pipeline = Pipeline::start(&model, setup).unwrap();
     let run = |_| {
-        let report = pipeline.step(&micros, (dropout, 1, STEPS)).unwrap();
+        let report = pipeline.step(&micros, &[], (dropout, 1, STEPS)).unwrap();
         (report.loss, report.norm)
     };
     let losses = (0..STEPS).map(run).collect();
@@ -172,11 +177,100 @@ fn state_goes_over_to_another_number_of_stages() {
         if let Some(state) = &state {
             pipeline.restore(state, done as u64).unwrap();
         }
-        pipeline.step(&micros, (0.0, 1, STEPS)).unwrap();
+        pipeline.step(&micros, &[], (0.0, 1, STEPS)).unwrap();
         pipeline.collect(&mut model).unwrap();
         state = Some(pipeline.state(&device).unwrap());
     }
     assert_equal_bits(&want, &(Vec::new(), model), "3, 1 and 4 stages");
+}
+
+/// The student learns from a teacher's hidden states and most probable tokens: computed beforehand on one device, or in the
+/// student's own stages a step ahead.
+#[test]
+fn a_teacher_in_the_same_stages_teaches_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = cpu();
+    let config = Config::glm(SIZE, VOCABULARY);
+    let teacher = Model::init(Config::glm(Size { layers: 4, ..SIZE }, VOCABULARY), &device, 9).unwrap();
+    let width = teacher.config.width;
+    let rows = [2usize, 3, 1];
+    let steps: Vec<Vec<Micro>> = (0..STEPS)
+        .map(|step| {
+            let mut all = micros(&device, &rows, None);
+            for (i, micro) in all.iter_mut().enumerate() {
+                let n = micro.targets.count();
+                // Another step has other tokens.
+                let tokens: Vec<u32> = micro.batch.tokens.to_vec::<u32>().unwrap();
+                let tokens: Vec<u32> = tokens.iter().map(|t| (t * 7 + step as u32 + i as u32) % 37).collect();
+                micro.batch.tokens.upload(&tokens).unwrap();
+                micro.teacher = Some(Teacher {
+                    hidden: Tensor::from_slice(&device, &[1], &[f32::NAN]).unwrap(),
+                    hidden_weights: micro.weights.clone(),
+                    soft_weights: micro.weights.clone(),
+                    hard_targets: Tensor::from_slice(&device, &[n], &vec![IGNORE; n]).unwrap(),
+                    hard_weights: micro.weights.clone(),
+                });
+            }
+            all
+        })
+        .collect();
+    let distillation = Distillation {
+        weights: Weights { hidden: 0.5, soft: 0.5, hard: 0.5 },
+        temperature: 2.0,
+        squared: true,
+        reduction: Reduction::Mean,
+        normalised: false,
+        projection: Projection::None,
+        teacher_head: teacher.get("head.weight").unwrap().clone(),
+    };
+    let taught = |micro: &Micro| {
+        let mut pass = Pass::inference(&teacher);
+        let hidden = pass.hidden(&micro.batch).unwrap();
+        let predicted = predictions(&mut pass, &hidden).unwrap();
+        let n = predicted.len();
+        let hidden = hidden.tensor.reshape(&[n, width]).unwrap();
+        let hard_targets = Tensor::from_slice(&device, &[n], &predicted).unwrap();
+        Micro { teacher: Some(Teacher { hidden, hard_targets, ..micro.teacher.clone().unwrap() }), ..micro.clone() }
+    };
+    let mut model = Model::init(config.clone(), &device, 3).unwrap();
+    let mut optimizer = Optimizer::new(&mut model, no_clip(), |_| true).unwrap();
+    let methods: Vec<Box<dyn Method>> = vec![Box::new(distillation.clone())];
+    let run = |micros: &Vec<Micro>| {
+        let micros: Vec<Micro> = micros.iter().map(taught).collect();
+        step(&model, &mut optimizer, &micros, &methods, (0.0, 1, STEPS)).unwrap()
+    };
+    let losses = steps.iter().map(run).collect();
+    let want = (losses, model);
+    for (kind, stages) in [(Kind::OneForwardOneBackward, 1), (Kind::OneForwardOneBackward, 3), (Kind::ZeroBubbleV, 2)] {
+        let case = format!("{kind}, {stages} stages");
+        let mut setup = setup(&config, (kind, stages, rows.len()), vec![1; stages], folder.path());
+        let distillation = distillation.clone();
+        setup.methods = Arc::new(move |part: &Model| {
+            let mut methods = Vec::<Box<dyn Method>>::new();
+            if part.tensors.contains_key("head.weight") {
+                methods.push(Box::new(distillation.on(part.device())?));
+            }
+            Ok(methods)
+        });
+        let cuts = cut::even(cut::pieces(&teacher.config) - 1, stages);
+        setup.teacher = Some(TeacherSetup { model: Arc::new(teacher.clone()), cuts, hard: true });
+        let student = Model::init(config.clone(), &device, 3).unwrap();
+        let mut pipeline = Pipeline::start(&student, setup).unwrap();
+        pipeline.teach(&steps[0]).unwrap();
+        let mut losses = Vec::new();
+        for (i, micros) in steps.iter().enumerate() {
+            let next = steps.get(i + 1).map_or(&[][..], |m| m.as_slice());
+            let report = pipeline.step(micros, next, (0.0, 1, STEPS)).unwrap();
+            losses.push((report.loss, report.norm));
+        }
+        let mut student = student;
+        pipeline.collect(&mut student).unwrap();
+        let have = (losses, student);
+        if kind == Kind::OneForwardOneBackward {
+            assert_equal_bits(&want, &have, &case);
+        }
+        assert_close(&want, &have, &case);
+    }
 }
 
 /// Positions of a worker's first and last event that does `work`, and of the update.
@@ -217,7 +311,7 @@ fn every_fault_is_named_and_none_hangs() {
                 let began = Instant::now();
                 let mut outcome = Ok(());
                 for _ in 0..=step {
-                    outcome = pipeline.step(&micros, (0.0, 1, STEPS)).map(drop);
+                    outcome = pipeline.step(&micros, &[], (0.0, 1, STEPS)).map(drop);
                 }
                 let case = format!("{what:?} on stage {worker} at {position} of step {step}");
                 let Err(Error::Fault { stage, step: at, what: said, event, .. }) = outcome else {
@@ -242,7 +336,7 @@ fn every_fault_is_named_and_none_hangs() {
                 for stage in 0..4 {
                     assert!(record.contains(&format!("\"stage\":{stage},")), "{case}: stage {stage} left no record");
                 }
-                assert!(pipeline.step(&micros, (0.0, 1, STEPS)).is_err(), "{case}: it goes on");
+                assert!(pipeline.step(&micros, &[], (0.0, 1, STEPS)).is_err(), "{case}: it goes on");
                 injected += 1;
             }
         }
@@ -261,8 +355,8 @@ fn peak_activations_fall_with_early_backward() {
     let held = |kind: Kind| {
         let setup = setup(&config, (kind, 2, rows.len()), vec![1; 2], folder.path());
         let mut pipeline = Pipeline::start(&model, setup).unwrap();
-        pipeline.step(&micros, (0.0, 1, STEPS)).unwrap();
-        let report = pipeline.step(&micros, (0.0, 1, STEPS)).unwrap();
+        pipeline.step(&micros, &[], (0.0, 1, STEPS)).unwrap();
+        let report = pipeline.step(&micros, &[], (0.0, 1, STEPS)).unwrap();
         report.workers.iter().map(|w| w.held_bytes).collect::<Vec<u64>>()
     };
     let (all, early) = (held(Kind::GPipe), held(Kind::OneForwardOneBackward));

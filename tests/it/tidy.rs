@@ -91,8 +91,9 @@ fn height(module: &str) -> Option<u32> {
         | "dispatch" => 0,
         "ops" => 1,
         "tape" | "verify" => 2,
-        "nn" | "pipeline" => 3,
-        "train" | "compress" | "metrics" | "data" => 4,
+        "nn" => 3,
+        // A pipeline takes a training's steps, with the optimizer and the hooks of `train`.
+        "train" | "pipeline" | "compress" | "metrics" | "data" => 4,
         "recipe" | "report" | "flow" => 5,
         "cli" => 6,
         "lib" | "main" => 7,

@@ -2,10 +2,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
 
 use super::device::Gpu;
-use crate::error::Result;
+use crate::error::{Error, Result, Uncapturable};
 
 /// A graph ready to be launched.
 pub struct Executable {
@@ -22,7 +23,11 @@ unsafe impl Send for Handle {}
 impl Executable {
     /// What `work` puts on the stream. The stream leaves the capture whatever happens.
     pub fn of(gpu: &Arc<Gpu>, work: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
-        let failed = |e| gpu.failure("capture", 0, e);
+        // Whatever the driver has against it, the work runs as well without.
+        let failed = |e: DriverError| match gpu.failure("capture", 0, e) {
+            Error::Driver { device, .. } => Error::Capture { device, reason: Uncapturable::Driver(e.0 as u32) },
+            other => other,
+        };
         // Calls that could wait for the stream fail on this thread; other threads go on as they please.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is our own, not the legacy one, and captures nothing yet: the recorder lets one capture begin.

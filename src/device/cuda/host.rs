@@ -101,6 +101,7 @@ type LaunchFunction = unsafe extern "C" fn(
     parameter_bytes: c_uint,
     groups: *const c_uint,
     block: c_uint,
+    cluster: c_uint,
     shared: c_uint,
     order: c_uint,
     ranges: *const Range,
@@ -113,8 +114,8 @@ type LaunchFunction = unsafe extern "C" fn(
 /// One compiled kernel file.
 struct Module {
     library: libloading::Library,
-    /// Threads of a block, by entry.
-    threads: HashMap<String, u32>,
+    /// Threads of a block and blocks of a cluster, by entry.
+    shapes: HashMap<String, [u32; 2]>,
 }
 
 /// `Map` of wgmma.hpp, in the 128 bytes of a tensor map.
@@ -155,6 +156,8 @@ struct Work {
     module: Arc<Module>,
     entry: &'static str,
     threads: u32,
+    /// Blocks of a cluster.
+    cluster: u32,
     groups: [u32; 3],
     shared: u32,
     params: Params,
@@ -263,7 +266,7 @@ impl CudaHostDevice {
         )?;
         // SAFETY: the library was built from the program's own sources; it has no initializers of its own.
         let library = unsafe { libloading::Library::new(&library) }.map_err(|e| self.refused("load", e.to_string()))?;
-        Ok(Module { library, threads: entries.into_iter().map(|e| (e.name, e.threads)).collect() })
+        Ok(Module { library, shapes: entries.into_iter().map(|e| (e.name, [e.threads, e.cluster])).collect() })
     }
 
     /// Compiles to `target`. In one anonymous namespace shared variables of templates stay in the poisoned section.
@@ -347,6 +350,7 @@ impl CudaHostDevice {
                 (words.len() * 4) as c_uint,
                 work.groups.as_ptr(),
                 work.threads,
+                work.cluster,
                 work.shared,
                 order,
                 work.ranges.as_ptr(),
@@ -437,14 +441,14 @@ impl Device for CudaHostDevice {
         let module = self.module(&code, element)?;
         let entry = launch.entry.unwrap_or(code.entry);
         let missing = || self.refused("find an entry", format!("cuda/{} has no entry {entry}", code.file.name));
-        let &threads = module.threads.get(entry).ok_or_else(missing)?;
+        let &[threads, cluster] = module.shapes.get(entry).ok_or_else(missing)?;
         let range = |b: &Binding| self.range(b.buffer, b.offset, b.bytes).map(|start| Range { start, bytes: b.bytes });
         let ranges = arguments.iter().map(range).collect::<Result<Vec<_>>>()?;
         let slot = |m: &TensorMap| self.refused("read a tensor map", format!("{entry} has no slot {}", m.slot));
         let encoded = |m| map(kernel, m, ranges.get(m.slot).ok_or_else(|| slot(m))?);
         let maps = launch.maps.iter().map(encoded).collect::<Result<Vec<_>>>()?;
         let (groups, shared, params) = (launch.groups, launch.shared, launch.params);
-        let work = Work { module, entry, threads, groups, shared, params, ranges, maps };
+        let work = Work { module, entry, threads, cluster, groups, shared, params, ranges, maps };
         self.launches.fetch_add(1, Relaxed);
         self.queue(arguments.iter().map(|b| b.buffer), move |device| device.run(&work))
     }

@@ -13,7 +13,7 @@ const BACKWARD: Source = cuda_source!("attention_bwd_wgmma");
 
 /// Rows of a block; keys of a forward step.
 const SPAN: usize = 128;
-/// The most keys of tiles that blocks walk over.
+/// The most queries and keys of a head with tiles that blocks walk over.
 const WALKED: usize = 4096;
 /// Rows of a box, except for those of keys in the forward direction.
 const ROWS: usize = 64;
@@ -60,7 +60,7 @@ fn fits(p: &Problem, head: usize, rows: impl Fn(&Extents) -> usize) -> bool {
         e.dim.is_multiple_of(8)
             && e.dim <= head
             && e.dim > if head == 64 { 32 } else { 64 }
-            && planes.iter().all(|&n| u32::try_from(n).is_ok())
+            && planes.iter().all(|&n| i32::try_from(n).is_ok())
             && (rows(&e) > ROWS || p.info.software)
     })
 }
@@ -83,10 +83,21 @@ fn forward_shared(head: usize) -> usize {
     groups::shared(ring, tile, tile + 3 * 8 + ring * (head + 1) * 4)
 }
 
-/// Two tensors' rows, a ring of stages of two tiles of 64 rows and their statistics, two barriers and a number.
+/// Two tensors' rows, a ring of stages of two tiles of 64 rows and their statistics, three barriers.
 fn backward_shared(head: usize) -> usize {
     let tile = ROWS * head * 2;
-    groups::shared(4, 2 * tile + 1024, 4 * tile + 16 + 4)
+    groups::shared(4, 2 * tile + 1024, 4 * tile + 3 * 8)
+}
+
+/// Blocks for tiles of `rows` rows of every head. Those that walk over tiles copy for the next one while they finish one; one block
+/// per tile spreads long ones better.
+fn tiles(p: &Problem, e: &Extents, rows: usize) -> Launch {
+    let tiles = e.batch * e.heads * rows.div_ceil(SPAN);
+    if e.queries.max(e.keys) <= WALKED {
+        Launch::new([groups::blocks(p, tiles), 1, 1], p.params())
+    } else {
+        Launch::linear(tiles, 1, p.params())
+    }
 }
 
 /// Boxes of `rows` rows of a tensor [B, extent, H, D]. Planes overlap: one more starts at each head of each row, and only those
@@ -101,14 +112,7 @@ fn plan_forward<const HEAD: usize>(p: &Problem) -> Plan {
     let (Some(e), Some(op)) = (extents(p), p.op::<Attention>()) else { return Plan::default() };
     let [context, lengths, bias] = optional(op);
     let (y, lse) = (op.inputs(), op.inputs() + 1);
-    let tiles = e.batch * e.heads * e.queries.div_ceil(SPAN);
-    // Blocks that walk over tiles copy for the next one while they finish one; one block per tile spreads long ones better.
-    let launch = if e.keys <= WALKED {
-        Launch::new([groups::blocks(p, tiles), 1, 1], p.params())
-    } else {
-        Launch::linear(tiles, 1, p.params())
-    };
-    let launch = launch
+    let launch = tiles(p, &e, e.queries)
         .shared(forward_shared(HEAD))
         .slots(&[0, 1, 2, context, lengths, bias, y, lse])
         .map(map(p, &e, 0, e.queries, ROWS))
@@ -127,7 +131,8 @@ fn plan_backward<const HEAD: usize>(p: &Problem) -> Plan {
     // Slots 0, 1, 2 and 6 of both streaming entries are q, k, v and dy.
     let stream = |entry, rows: usize, outputs: &[usize]| {
         let slots = [&[0, 1, 2, context, lengths, bias, dy, stats], outputs].concat();
-        launch(entry, e.batch * e.heads * rows.div_ceil(SPAN))
+        tiles(p, &e, rows)
+            .entry(entry)
             .shared(backward_shared(HEAD))
             .slots(&slots)
             .map(map(p, &e, 0, e.queries, ROWS))

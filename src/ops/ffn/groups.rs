@@ -29,14 +29,28 @@ fn tiles(rows: usize, columns: usize, width: usize) -> usize {
     rows.div_ceil(ROWS) * columns.div_ceil(width)
 }
 
+/// Whether wide tiles fill every multiprocessor: pairs of blocks take two down a column, so few rows of tiles may not be odd.
+/// Software adapters are never full.
+fn full(p: &Problem, rows: usize, columns: usize) -> bool {
+    let down = rows.div_ceil(ROWS);
+    let even = down.is_multiple_of(2) || down > 8;
+    p.info.software || (even && tiles(rows, columns, WIDE) >= groups::MULTIPROCESSORS)
+}
+
 /// Tensor maps step by multiples of 16 bytes. The hidden layer has wide tiles for every multiprocessor; products with fewer take
-/// narrow ones. Software adapters are never full.
+/// narrow ones.
 fn fits_groups(p: &Problem) -> bool {
     fits(p)
         && problem(p).is_some_and(|(activation, e)| {
-            let many = tiles(e.rows, e.f * activation.halves(), WIDE) >= groups::MULTIPROCESSORS;
-            e.rows > 0 && [e.d, e.f, e.d2].iter().all(|&n| n > 0 && n.is_multiple_of(8)) && (many || p.info.software)
+            let aligned = [e.d, e.f, e.d2].iter().all(|&n| n > 0 && n.is_multiple_of(8));
+            e.rows > 0 && aligned && full(p, e.rows, e.f * activation.halves())
         })
+}
+
+/// Up to this d the groups of `ffn_up_turns_wgmma` take tiles of 64 rows in turns: what they do to z is then much of the work, and
+/// each hides it under the other's products. Where both are even is to be measured. Small on the host, to verify both.
+fn turns(p: &Problem, d: usize) -> bool {
+    d <= if p.info.software { 256 } else { 1024 }
 }
 
 /// A matrix in memory: its slot in the launch, its rows and columns.
@@ -47,10 +61,20 @@ fn map(p: &Problem, (slot, [rows, columns]): Matrix, extent: usize) -> TensorMap
     groups::matrix(slot, p.element, [rows, columns], columns, extent)
 }
 
-/// `FfnWgmmaParams` for outputs in tiles `width` columns wide, and the launch's blocks.
-fn launch(p: &Problem, entry: &'static str, [rows, columns, k]: [usize; 3], mode: usize, width: usize) -> Launch {
-    let params = Params::new().u(rows).u(columns).u(k).u(mode).u(rows.div_ceil(ROWS)).u(columns.div_ceil(width));
-    Launch::new([groups::blocks(p, tiles(rows, columns, width)), 1, 1], params).entry(entry)
+/// `FfnWgmmaParams` for outputs in tiles of (rows, columns), and the launch's blocks: pairs, but for the narrow entry.
+fn launch(
+    p: &Problem,
+    entry: &'static str,
+    [rows, columns, k]: [usize; 3],
+    mode: usize,
+    tile: (usize, usize),
+) -> Launch {
+    let (down, across) = (rows.div_ceil(tile.0), columns.div_ceil(tile.1));
+    let params = Params::new().u(rows).u(columns).u(k).u(mode).u(down).u(across);
+    let single = entry == "ffn_narrow_wgmma";
+    let blocks =
+        if single { groups::blocks(p, down * across) } else { 2 * groups::pairs(p, down.div_ceil(2) * across) };
+    Launch::new([blocks, 1, 1], params).entry(entry)
 }
 
 /// Bytes of four stages with tiles `width` columns wide.
@@ -72,17 +96,17 @@ struct Product {
 impl Product {
     fn launch(&self, p: &Problem) -> Launch {
         let [rows, columns, _] = self.extents;
-        let full = p.info.software || tiles(rows, columns, WIDE) >= groups::MULTIPROCESSORS;
-        let wide = columns > NARROW && full;
+        let wide = columns > NARROW && full(p, rows, columns);
         let (entry, width) = if wide { ("ffn_product_wgmma", WIDE) } else { ("ffn_narrow_wgmma", NARROW) };
         let [a, b] = self.blocks;
         let bias = self.slots[2] != self.slots[0];
         let mode = usize::from(a) | usize::from(b) << 1 | usize::from(bias) << 2;
         let extent = |blocks: bool, extent: usize| if blocks { STAGE_K } else { extent };
-        launch(p, entry, self.extents, mode, width)
+        launch(p, entry, self.extents, mode, (ROWS, width))
             .slots(&self.slots)
             .map(map(p, (0, self.a), extent(a, ROWS)))
-            .map(map(p, (1, self.b), extent(b, width)))
+            // Of a pair each block copies one half of b.
+            .map(map(p, (1, self.b), extent(b, NARROW)))
             .shared(shared(width, 0))
     }
 }
@@ -93,12 +117,15 @@ fn forward(p: &Problem) -> Plan {
         return Plan::default();
     };
     let hidden = e.f * activation.halves();
+    let (entry, rows, stages) =
+        if turns(p, e.d) { ("ffn_up_turns_wgmma", ROWS / 2, 5) } else { ("ffn_up_wgmma", ROWS, 4) };
     // A tile of GEGLU has as many gates as values.
-    let up = launch(p, "ffn_up_wgmma", [e.rows, e.f, e.d], activation.code(), WIDE / activation.halves())
+    let width = WIDE / activation.halves();
+    let up = launch(p, entry, [e.rows, e.f, e.d], activation.code(), (rows, width))
         .slots(&[0, 1, 2, 6, 7])
-        .map(map(p, (0, [e.rows, e.d]), ROWS))
+        .map(map(p, (0, [e.rows, e.d]), rows))
         .map(map(p, (1, [hidden, e.d]), WIDE / 2))
-        .shared(shared(WIDE, 0));
+        .shared(groups::shared(stages, (rows + WIDE) * STAGE_K * 2, 0));
     let down = Product {
         extents: [e.rows, e.d2, e.f],
         blocks: [false, false],
@@ -135,7 +162,7 @@ fn backward(p: &Problem) -> Plan {
     let hidden = e.f * activation.halves();
     let parts = e.rows.div_ceil(PARTIAL);
     // Behind the ring: of both groups, sums of two parts of four warps each.
-    let slope = launch(p, "ffn_slope_wgmma", [e.rows, e.f, e.d2], activation.code(), WIDE)
+    let slope = launch(p, "ffn_slope_wgmma", [e.rows, e.f, e.d2], activation.code(), (ROWS, WIDE))
         .slots(&[4, 2, 3, 10, 11, 12])
         .map(map(p, (0, [e.rows, e.d2]), ROWS))
         .map(map(p, (1, [e.d2, e.f]), STAGE_K))

@@ -36,12 +36,15 @@ fn tiles(rows: usize, columns: usize, width: usize) -> usize {
     rows.div_ceil(ROWS) * columns.div_ceil(width)
 }
 
-/// Tensor maps step by multiples of 16 bytes; logits of all words fill every multiprocessor. Software adapters are never full.
+/// Tensor maps step by multiples of 16 bytes; logits of all words fill every multiprocessor, by pairs of tiles down a column.
+/// Software adapters are never full.
 fn fits(p: &Problem) -> bool {
     let e = Extents::new(p, CHUNK);
     let matrices = p.inputs.iter().filter(|m| m.dims().len() == 2);
     let aligned = matrices.clone().all(|m| m.shape.last() > 0 && m.shape.last().is_multiple_of(8));
-    let full = tiles(e.chunk, e.vocabulary, WIDE) >= groups::MULTIPROCESSORS;
+    let down = e.chunk.div_ceil(ROWS);
+    let even = down.is_multiple_of(2) || down > 8;
+    let full = even && tiles(e.chunk, e.vocabulary, WIDE) >= groups::MULTIPROCESSORS;
     aligned && e.tokens > 0 && (full || p.info.software)
 }
 
@@ -118,13 +121,18 @@ impl Form {
     ) -> Launch {
         let pairs = if e.widths[1] > 0 { 2 } else { 1 };
         let stages = if self.width == WIDE { 4 } else { 6 };
-        let blocks = groups::blocks(p, tiles(rows.1, words.1, self.width));
+        // Wide tiles are worked on by pairs of blocks, two down a column; each block copies one half of the words.
+        let blocks = if self.width == WIDE {
+            2 * groups::pairs(p, rows.1.div_ceil(ROWS).div_ceil(2) * words.1.div_ceil(WIDE))
+        } else {
+            groups::blocks(p, tiles(rows.1, words.1, self.width))
+        };
         let all: Vec<usize> = (0..2 * pairs).chain(slots.iter().copied()).collect();
         let mut launch = Launch::new([blocks, 1, 1], self.params(e, rows, words)).entry(entry).slots(&all);
         for pair in 0..pairs {
             let (first, d) = (2 * pair, e.widths[pair]);
             launch = window(launch, p, first, rows, d).map(map(p, first, [rows.1, d], ROWS));
-            launch = window(launch, p, first + 1, words, d).map(map(p, first + 1, [words.1, d], self.width));
+            launch = window(launch, p, first + 1, words, d).map(map(p, first + 1, [words.1, d], NARROW));
         }
         launch.shared(groups::shared(stages, (ROWS + self.width) * STAGE_K * 2, 0))
     }

@@ -49,7 +49,10 @@ pub(super) const WORKGROUP: Kernel =
     gpu("matmul_fwd_v4", |p| unsplit(p, SHARED), |p| plan(p, "matmul_fwd_v4", TILE, SHARED));
 pub(super) const NAIVE: Kernel = gpu("matmul_fwd", always, |p| plan(p, "matmul_fwd", NAIVE_TILE, ONE));
 
-/// Warp groups of compute capability 9.0 on 16-bit elements: wide tiles where they fill the GPU.
+/// Warp groups of compute capability 9.0 on 16-bit elements: wide tiles where they fill the GPU, in pairs of blocks that share b
+/// where they fill it twice.
+pub(super) const GROUPS_PAIRS: Kernel =
+    groups("matmul_pairs_wgmma", fits_pairs, |p| groups_plan(p, "matmul_pairs_wgmma", WIDE_TILE));
 pub(super) const GROUPS_WIDE: Kernel =
     groups("matmul_fwd_wgmma", |p| fits_groups(p, WIDE_TILE), |p| groups_plan(p, "matmul_fwd_wgmma", WIDE_TILE));
 pub(super) const GROUPS_NARROW: Kernel = groups(
@@ -166,6 +169,15 @@ fn fits_groups(p: &Problem, tile: Tile) -> bool {
     })
 }
 
+/// Pairs of blocks take two tiles down a column, so few rows of tiles may not be odd.
+fn fits_pairs(p: &Problem) -> bool {
+    fits_groups(p, WIDE_TILE)
+        && layout(p).is_some_and(|(_, l)| {
+            let [down, _, all] = tiles(&l, WIDE_TILE);
+            p.info.software || (all >= 2 * LARGE_TILES && (down.is_multiple_of(2) || down > 16))
+        })
+}
+
 fn groups_plan(p: &Problem, entry: &'static str, tile: Tile) -> Plan {
     const STAGES: usize = 4;
     const BLOCK: usize = 64;
@@ -174,6 +186,8 @@ fn groups_plan(p: &Problem, entry: &'static str, tile: Tile) -> Plan {
     };
     let [a, b] = rows(&l);
     let [down, across, all] = tiles(&l, tile);
+    let pairs = entry == "matmul_pairs_wgmma";
+    let blocks = if pairs { 2 * groups::pairs(p, down.div_ceil(2) * across * l.batch) } else { groups::blocks(p, all) };
     let flag = |set: bool, bit: usize| usize::from(set) << bit;
     let mode = mode(&op) | flag(a.dims[2] > 1, 4) | flag(b.dims[2] > 1, 5) | flag(a.blocks, 6) | flag(b.blocks, 7);
     let params = Params::new().u(l.m).u(l.n).u(l.k).u(mode).u(down).u(across).u(l.batch);
@@ -181,11 +195,12 @@ fn groups_plan(p: &Problem, entry: &'static str, tile: Tile) -> Plan {
         let rows = if r.blocks { BLOCK } else { extent };
         TensorMap { slot, element: p.element, dims: r.dims, strides: r.strides, rows }
     };
-    let launch = Launch::new([groups::blocks(p, all), 1, 1], params)
+    let launch = Launch::new([blocks, 1, 1], params)
         .entry(entry)
         .slots(&slots(p, &op))
         .map(map(0, &a, tile.0))
-        .map(map(1, &b, tile.1))
+        // Of a pair each block copies one half of b.
+        .map(map(1, &b, if pairs { tile.1 / 2 } else { tile.1 }))
         .shared(groups::shared(STAGES, (tile.0 + tile.1) * BLOCK * 2, 0));
     Plan::of(launch)
 }

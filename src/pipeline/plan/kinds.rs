@@ -19,21 +19,28 @@ pub struct KindPrice {
     pub fits: bool,
 }
 
-/// Kinds that leave the plan's cut as it is, those first that are preferred among equals. Where memory holds fewer
-/// micro-batches than a kind takes in, DAPPLE's kinds are capped at what it holds.
-fn candidates(plan: &Plan, cluster: &Cluster) -> Vec<Kind> {
-    let stages = plan.stages.len();
-    let held = |cap: f64, stage: &super::StagePlan| (cap - stage.price.parameter_state) / stage.price.activations;
-    let most = cluster.memory.map_or(f64::INFINITY, |cap| {
-        plan.stages.iter().filter(|s| s.price.activations > 0.0).map(|s| held(cap, s)).fold(f64::INFINITY, f64::min)
+/// D: the most micro-batches in flight that a policy may ask for, 0 where memory holds all it wants. `wanted` is K_i without
+/// a limit for a stage with so many behind it; only stages that do not hold theirs count.
+fn limit(plan: &Plan, cluster: &Cluster, wanted: fn(usize) -> usize) -> usize {
+    let Some(cap) = cluster.memory else { return 0 };
+    let last = plan.stages.len().saturating_sub(1);
+    let short = plan.stages.iter().enumerate().filter_map(|(index, stage)| {
+        let wanted = wanted(last - index).min(plan.micro_batches);
+        (1..=wanted).rev().find(|k| stage.price.memory(*k) <= cap || *k == 1).filter(|k| *k < wanted)
     });
-    // The plan fits, so at least one micro-batch does.
-    let most = (most.min(2.0 * stages as f64) as usize).max(1);
-    let capped_b = if most < 2 * stages - 1 { most } else { 0 };
-    let mut kinds = vec![Kind::OneForwardOneBackward, Kind::DappleB { cap: capped_b }];
-    kinds.extend((most < stages).then_some(Kind::DappleA { cap: most }));
-    kinds.extend([Kind::ZeroBubbleH1, Kind::ZeroBubbleH2, Kind::GPipe, Kind::Sequential]);
-    kinds
+    short.min().unwrap_or(0)
+}
+
+/// Kinds that leave the plan's cut as it is, those first that are preferred among equals. Where memory holds fewer
+/// micro-batches than DAPPLE's kinds take in, they are capped at what it holds.
+fn candidates(plan: &Plan, cluster: &Cluster) -> Vec<Kind> {
+    let a = limit(plan, cluster, |behind| behind + 1);
+    let b = limit(plan, cluster, |behind| 2 * behind + 1);
+    // Without a limit policy A is 1F1B.
+    let capped = (a > 0).then_some(Kind::DappleA { cap: a });
+    let zero_bubble = [Kind::ZeroBubbleH1, Kind::ZeroBubbleH2];
+    let kinds = [Kind::OneForwardOneBackward].into_iter().chain(capped).chain([Kind::DappleB { cap: b }]);
+    kinds.chain(zero_bubble).chain([Kind::GPipe, Kind::Sequential]).collect()
 }
 
 /// # Errors

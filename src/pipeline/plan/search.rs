@@ -52,11 +52,14 @@ struct Search<'a> {
     /// Suffixes by the boundary they begin at and the key's number. The latency is not additive, so the best plan need not
     /// end in the best suffix: all are kept that no other dominates, up to the beam's width those that are fastest now.
     states: Vec<Vec<Vec<Suffix>>>,
-    best: Option<(f64, usize)>,
+    /// Whole plans: seconds and foremost stage of the fastest for each number of stages, and the fastest of all.
+    plans: BTreeMap<usize, (f64, usize)>,
+    fastest: f64,
 }
 
-/// The plan with the lowest latency found; `None` when none fits in memory. `limit` is D, the most micro-batches in flight.
-pub fn search(pricing: &Pricing, limit: usize) -> Option<Vec<Cut>> {
+/// The plans with the lowest latency for each number of stages, fastest first; none where none fits in memory. `limit` is D,
+/// the most micro-batches in flight.
+pub fn search(pricing: &Pricing, limit: usize) -> Vec<Vec<Cut>> {
     let small = pricing.cluster.devices() <= SMALL;
     let mut search = Search {
         pricing,
@@ -65,7 +68,8 @@ pub fn search(pricing: &Pricing, limit: usize) -> Option<Vec<Cut>> {
         nodes: Vec::new(),
         keys: BTreeMap::new(),
         states: (0..=pricing.pieces()).map(|_| Vec::new()).collect(),
-        best: None,
+        plans: BTreeMap::new(),
+        fastest: f64::INFINITY,
     };
     search.extend(pricing.pieces(), None);
     for boundary in (1..pricing.pieces()).rev() {
@@ -73,14 +77,13 @@ pub fn search(pricing: &Pricing, limit: usize) -> Option<Vec<Cut>> {
             search.extend(boundary, Some(suffix));
         }
     }
-    let mut next = search.best.map(|(_, node)| node);
-    next?;
-    let mut cuts = Vec::new();
-    while let Some(node) = next {
-        cuts.push(search.nodes[node].cut.clone());
-        next = search.nodes[node].next;
-    }
-    Some(cuts)
+    let mut plans: Vec<(f64, usize)> = search.plans.values().copied().collect();
+    plans.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let cuts = |(_, node): (f64, usize)| {
+        let chain = std::iter::successors(Some(node), |node| search.nodes[*node].next);
+        chain.map(|node| search.nodes[node].cut.clone()).collect()
+    };
+    plans.into_iter().map(cuts).collect()
 }
 
 impl Search<'_> {
@@ -138,16 +141,16 @@ impl Search<'_> {
             let time = price.time();
             let tail = linked.map_or_else(|| Tail::new(time, rounds), |tail| tail.after(time, rounds));
             let seconds = tail.seconds();
-            let best = self.best.map_or(f64::INFINITY, |(best, _)| best);
             if start == 0 {
-                if seconds < best {
+                if self.plans.get(&(behind + 1)).is_none_or(|(best, _)| seconds < *best) {
                     let node = self.node(start..boundary, devices, &used, suffix);
-                    self.best = Some((seconds, node));
+                    self.plans.insert(behind + 1, (seconds, node));
+                    self.fastest = self.fastest.min(seconds);
                 }
                 continue;
             }
             // Even spread over all free devices, the pieces in front keep them busy for this long.
-            if rounds * pricing.work_before(start) / free as f64 >= best || tail.at_least() >= best {
+            if rounds * pricing.work_before(start) / free as f64 >= self.fastest || tail.at_least() >= self.fastest {
                 continue;
             }
             let found = Suffix { tail, seconds, stages: behind + 1, node: self.nodes.len() };
