@@ -9,6 +9,8 @@ mod graphs;
 mod kernels;
 mod metrics;
 mod model;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod pipeline;
 mod report;
 mod run_folder;

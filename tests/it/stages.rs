@@ -23,12 +23,12 @@ use espalier::train::trainer::step;
 
 use crate::model::{assemble, cpu, examples, micro, settings};
 
-const SIZE: Size = Size { layers: 6, heads: 2, head_size: 8, ffn_width: 32, max_positions: 32 };
-const VOCABULARY: usize = 37;
-const STEPS: u64 = 3;
+pub const SIZE: Size = Size { layers: 6, heads: 2, head_size: 8, ffn_width: 32, max_positions: 32 };
+pub const VOCABULARY: usize = 37;
+pub const STEPS: u64 = 3;
 
 /// A micro-batch of each of these numbers of examples.
-fn micros(device: &Arc<dyn Device>, rows: &[usize], labels: Option<u32>) -> Vec<Micro> {
+pub fn micros(device: &Arc<dyn Device>, rows: &[usize], labels: Option<u32>) -> Vec<Micro> {
     let make = |(i, &count): (usize, &usize)| {
         let mut micro = micro(device, &assemble(&examples(count, 20 + i as u64)));
         if let Some(labels) = labels {
@@ -47,7 +47,12 @@ fn no_clip() -> Settings {
     Settings { clip: 0.0, ..settings(1e-2) }
 }
 
-fn setup(config: &Config, (kind, stages, micros): (Kind, usize, usize), replicas: Vec<usize>, folder: &Path) -> Setup {
+pub fn setup(
+    config: &Config,
+    (kind, stages, micros): (Kind, usize, usize),
+    replicas: Vec<usize>,
+    folder: &Path,
+) -> Setup {
     let schedule = Schedule::new(kind, stages, micros).unwrap();
     let cuts = cut::even(cut::pieces(config), schedule.chunks());
     let route = Arc::new(Route::new(config, &schedule, cuts, replicas).unwrap());
@@ -269,7 +274,7 @@ fn a_teacher_in_the_same_stages_teaches_the_same() {
 }
 
 /// Positions of a worker's first and last event that does `work`, and of the update.
-fn places(setup: &Setup, worker: usize, work: &[Work]) -> Vec<usize> {
+pub fn places(setup: &Setup, worker: usize, work: &[Work]) -> Vec<usize> {
     let events = &setup.route.events[worker];
     let found: Vec<usize> = (0..events.len()).filter(|&i| work.contains(&events[i].work)).collect();
     found.first().into_iter().chain(found.last()).copied().collect()

@@ -186,16 +186,17 @@ fn only_dispatch_launches() {
 }
 
 #[test]
-fn features_stay_in_the_device_room() {
+fn features_stay_in_their_rooms() {
     let mut wrong = Vec::new();
     for (name, text) in sources("src", &["rs"]) {
         for (number, line) in code(&text) {
-            if !name.starts_with("src/device/") && line.contains("cfg(feature") {
+            let room = name.starts_with("src/device/") || name == "src/pipeline/mpi.rs";
+            if !room && line.contains("cfg(feature") {
                 wrong.push(format!("{name}:{number}"));
             }
         }
     }
-    assert_none("cfg(feature) outside src/device", &wrong);
+    assert_none("cfg(feature) outside of src/device and the one file that knows MPI", &wrong);
 }
 
 #[test]
