@@ -11,7 +11,7 @@ use super::part::{Part, micro_on};
 use super::route::Route;
 use super::teacher::TeacherPart;
 use super::transport::Transport;
-use super::watch::Watch;
+use super::watch::{State, Watch};
 use super::worker::{Order, Report, Stop, Worker};
 use crate::error::Result;
 use crate::nn::Model;
@@ -99,8 +99,7 @@ fn start_worker(
         let (stage, _) = setup.route.workers[index];
         let chunk = setup.route.teacher_stages().iter().position(|&s| s == stage).unwrap_or_default();
         let device = worker.part.model.device().clone();
-        let how = (setup.optimizer.precision.compute(), *hard);
-        worker.teacher = Some(TeacherPart::new(model, &device, (chunk, cuts), how)?);
+        worker.teacher = Some(TeacherPart::new(model, &device, (chunk, cuts), *hard)?);
     }
     worker.planted = setup.planted.iter().filter(|i| i.worker == index).copied().collect();
     Ok(worker)
@@ -112,7 +111,24 @@ fn own(worker: &Worker, micros: &[Micro]) -> Result<Vec<Micro>> {
     micros.iter().map(|m| micro_on(m, device)).collect()
 }
 
+/// Obeys an order, watched like any other work: one that does not end is a stall.
 fn obey(worker: &mut Worker, command: Command) -> Result<Answer, Stop> {
+    let event = match &command {
+        Command::Step(..) | Command::Teach(..) => "taking in micro-batches",
+        Command::Hooks(_) => "hooks",
+        Command::Collect(_) => "bringing tensors home",
+        Command::Restore(..) => "restoring",
+        Command::CheckFinite => "looking for values that are not finite",
+    };
+    let at = (worker.optimizer.steps(), 0);
+    worker.watch.at(worker.index, at, State::Computing, &event, "begins");
+    let answer = carry_out(worker, command)?;
+    let at = (worker.optimizer.steps(), 0);
+    worker.watch.at(worker.index, at, State::Idle, &event, "done");
+    Ok(answer)
+}
+
+fn carry_out(worker: &mut Worker, command: Command) -> Result<Answer, Stop> {
     match command {
         Command::Step(route, micros, next, order) => {
             worker.route = route;

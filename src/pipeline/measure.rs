@@ -36,6 +36,8 @@ struct Sample {
 /// Those of the ops.
 pub fn profile(model: &Model, micro: &Micro, settings: Settings) -> Result<Profile> {
     let device = model.device().clone();
+    // A loss there must be: where hooks alone make it, the gold labels' stands for theirs.
+    let micro = &Micro { gold: true, ..micro.clone() };
     let count = cut::pieces(&model.config);
     let chunks: BTreeMap<u32, _> = (0..count).map(|p| (p as u32, p..p + 1)).collect();
     let mut own = Part::model_of(model, &device, &chunks)?;

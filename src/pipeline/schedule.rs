@@ -230,6 +230,8 @@ pub struct Schedule {
 /// Stages and micro-batches at most: beyond, a typing mistake is likelier than a plan.
 pub const MAX_STAGES: usize = 65_536;
 pub const MAX_MICROS: usize = 1 << 20;
+/// Work of chunks on micro-batches at most: more does not fit into memory.
+const MAX_WORK: usize = 1 << 26;
 
 impl Schedule {
     /// # Errors
@@ -243,6 +245,9 @@ impl Schedule {
         }
         if !(1..=MAX_MICROS).contains(&micros) {
             return refuse("micro_batches", micros, "1 to 1048576");
+        }
+        if kind.chunks(stages).saturating_mul(micros) > MAX_WORK {
+            return refuse("micro_batches", micros, "at most 2^26 over the number of chunks");
         }
         let build = |i: usize| match kind {
             Kind::Sequential => (0..micros).flat_map(|m| [(Work::Forward, i, m), (Work::Backward, i, m)]).collect(),

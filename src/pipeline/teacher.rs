@@ -2,26 +2,23 @@
 //!
 //! The teacher does not learn, so its states for the next step's micro-batches can be computed at any time of this step: each
 //! worker takes up a piece of that work when the message that the student needs has not come yet. What reaches the student's
-//! head are hidden states; logits, which are far larger, stay where they are made.
+//! head are hidden states; logits, which are far larger, stay where they are made. It computes in f32 whatever the student does.
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::part::Part;
+use crate::compress::teacher::predictions;
 use crate::device::Device;
 use crate::dispatch;
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::{Model, Pass};
-use crate::ops::reduce::ArgMax;
+use crate::ops::unary::Cast;
 use crate::tape::Var;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Micro, Teacher};
-
-use std::sync::Arc;
-
-/// Rows whose logits are held at once where arg-maxes are asked for.
-const ROWS: usize = 512;
 
 /// What one micro-batch's head needs: hidden states `[N, d]` and, where hard labels count, the most probable token of each row.
 pub struct Taught {
@@ -36,7 +33,6 @@ pub struct TeacherPart {
     pub chunk: u32,
     pub last: bool,
     pieces: Range<usize>,
-    compute: Option<DType>,
     /// Whether arg-maxes are needed.
     hard: bool,
     /// Micro-batches of the next step that this worker has still to do, in order.
@@ -52,7 +48,7 @@ impl TeacherPart {
         whole: &Model,
         device: &Arc<dyn Device>,
         (chunk, cuts): (usize, &[Range<usize>]),
-        (compute, hard): (Option<DType>, bool),
+        hard: bool,
     ) -> Result<Self> {
         let pieces = cuts[chunk].clone();
         let last = chunk + 1 == cuts.len();
@@ -64,7 +60,6 @@ impl TeacherPart {
             chunk: chunk as u32,
             last,
             pieces,
-            compute,
             hard,
             pending: VecDeque::new(),
             ahead: Vec::new(),
@@ -78,13 +73,13 @@ impl TeacherPart {
         super::part::crossing(&self.model, self.pieces.start)
     }
 
-    /// Takes up the micro-batches of the step after this one; what was computed for this one is at hand from now on.
+    /// Takes up the micro-batches of the step after this one.
     pub fn look_ahead(&mut self, micros: Vec<Micro>, own: impl Fn(u32) -> bool) {
         self.pending = (0..micros.len() as u32).filter(|&m| own(m)).collect();
         self.ahead = micros;
     }
 
-    /// The step that was ahead begins.
+    /// The step that was ahead begins: what was computed for it is at hand from now on.
     pub fn advance(&mut self) {
         self.now = std::mem::take(&mut self.taught);
     }
@@ -92,41 +87,44 @@ impl TeacherPart {
     /// Runs the next pending micro-batch; gives what the next chunk needs.
     pub fn run(&mut self, micro: u32, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         let data = &self.ahead[micro as usize];
-        let outputs = Part::infer(&self.model, self.pieces.clone(), data, inputs, self.compute)?;
+        let outputs = Part::infer(&self.model, self.pieces.clone(), data, inputs, None)?;
         if !self.last {
             return Ok(outputs);
         }
         if let Some(hidden) = outputs.first() {
             let shape = hidden.shape();
             let hidden = hidden.reshape(&[shape.rows(), shape.last()])?;
-            let predicted = self.hard.then(|| self.predictions(&hidden)).transpose()?;
-            self.taught.insert(micro, Taught { hidden, predicted });
+            let predicted = match self.hard {
+                false => None,
+                true => {
+                    let found = predictions(&mut Pass::inference(&self.model), &Var::constant(hidden.clone()))?;
+                    Some(Tensor::from_slice(hidden.device(), &[found.len()], &found)?)
+                }
+            };
+            self.taught.insert(micro, Taught { hidden: rounded(&hidden)?, predicted });
         }
         Ok(Vec::new())
     }
 
-    fn predictions(&self, hidden: &Tensor) -> Result<Tensor> {
-        let mut pass = Pass::inference(&self.model).computing(self.compute);
-        let width = hidden.shape().last();
-        let bytes = width * hidden.dtype().size();
-        let mut all = Vec::with_capacity(hidden.shape().rows());
-        for start in (0..hidden.shape().rows()).step_by(ROWS) {
-            let rows = ROWS.min(hidden.shape().rows() - start);
-            let block = hidden.to_bytes()?[start * bytes..(start + rows) * bytes].to_vec();
-            let meta = crate::shape::Meta::new(&[rows, width], hidden.dtype())?;
-            let rows = Var::constant(Tensor::from_bytes(hidden.device(), meta, &block)?);
-            let logits = pass.logits(&rows)?;
-            all.extend(dispatch::run_one(&ArgMax, &[&logits.tensor])?.to_vec::<u32>()?);
-        }
-        Tensor::from_slice(hidden.device(), &[all.len()], &all)
-    }
-
     /// `micro` with what the teacher has to say of it.
-    pub fn complete(&mut self, index: u32, micro: &Micro) -> Micro {
-        let (Some(teacher), Some(taught)) = (&micro.teacher, self.now.remove(&index)) else {
-            return micro.clone();
+    ///
+    /// # Errors
+    /// `Shape` where the teacher has not been asked for it.
+    pub fn complete(&mut self, index: u32, micro: &Micro) -> Result<Micro> {
+        let Some(teacher) = &micro.teacher else {
+            return Ok(micro.clone());
+        };
+        let Some(taught) = self.now.remove(&index) else {
+            let got = format!("none for micro-batch {index}");
+            return Err(Error::Shape { op: "pipeline", rule: "a teacher's states come a step ahead", got });
         };
         let hard_targets = taught.predicted.unwrap_or_else(|| teacher.hard_targets.clone());
-        Micro { teacher: Some(Teacher { hidden: taught.hidden, hard_targets, ..teacher.clone() }), ..micro.clone() }
+        Ok(Micro { teacher: Some(Teacher { hidden: taught.hidden, hard_targets, ..teacher.clone() }), ..micro.clone() })
     }
+}
+
+/// Through f16 and back, as the cache of a teacher's states keeps them: both ways of learning are the same then.
+fn rounded(hidden: &Tensor) -> Result<Tensor> {
+    let half = dispatch::run_one(&Cast { to: DType::F16 }, &[hidden])?;
+    dispatch::run_one(&Cast { to: DType::F32 }, &[&half])
 }

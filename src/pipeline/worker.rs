@@ -85,6 +85,8 @@ pub struct Worker {
     sent: Vec<u64>,
     received: Vec<u64>,
     position: usize,
+    /// What stands there.
+    event: String,
     step: u64,
 }
 
@@ -130,6 +132,7 @@ impl Worker {
             sent: vec![0; workers],
             received: vec![0; workers],
             position: 0,
+            event: String::new(),
             step: 0,
         }
     }
@@ -199,9 +202,10 @@ impl Worker {
     }
 
     fn finish_teacher(&mut self) -> Result<(), Stop> {
-        let began = Instant::now();
+        let mut began = Instant::now();
         while self.teacher.as_ref().is_some_and(|t| !t.pending.is_empty()) {
             if self.advance_teacher()? {
+                began = Instant::now();
                 continue;
             }
             if self.watch.cancelled() {
@@ -238,22 +242,26 @@ impl Worker {
         // Inputs of chunks and gradients of their outputs, by the chunk that they are for, until it runs or they are sent.
         let mut tensors: HashMap<(Purpose, u32, u32), Vec<Tensor>> = HashMap::new();
         let mut losses: Option<Tensor> = None;
+        // Micro-batches with their teacher's states, for backward too: a chunk may be run again there.
+        let mut taught: HashMap<u32, Micro> = HashMap::new();
         let last = route.schedule.chunks() as u32 - 1;
         for (position, &event) in route.events[self.index].iter().enumerate() {
             self.position = position;
             let Event { work, chunk, micro } = event;
             self.begin(event)?;
             let start = self.watch.seconds();
-            let data = &micros[micro as usize];
+            if work == Work::Forward
+                && chunk == last
+                && let Some(teacher) = &mut self.teacher
+            {
+                taught.insert(micro, teacher.complete(micro, &micros[micro as usize])?);
+            }
+            let data = taught.get(&micro).filter(|_| chunk == last).unwrap_or(&micros[micro as usize]);
             let at = (chunk, micro);
             match work {
                 Work::Forward => {
                     let inputs = tensors.remove(&(Purpose::Forward, chunk, micro)).unwrap_or_default();
-                    let taught = match &mut self.teacher {
-                        Some(teacher) if chunk == last => Some(teacher.complete(micro, data)),
-                        _ => None,
-                    };
-                    let outputs = self.part.forward(at, taught.as_ref().unwrap_or(data), inputs, order.training)?;
+                    let outputs = self.part.forward(at, data, inputs, order.training)?;
                     if chunk == last {
                         for loss in outputs {
                             losses = Some(plus(losses, loss.reshape(&[1])?)?);
@@ -331,7 +339,8 @@ impl Worker {
         if self.watch.cancelled() {
             return Err(Stop::Cancelled);
         }
-        self.watch.at(self.index, (self.step, self.position), State::Computing, &event, "begins");
+        self.event = event.to_string();
+        self.watch.at(self.index, (self.step, self.position), State::Computing, &self.event, "begins");
         self.inject()
     }
 
@@ -451,7 +460,8 @@ impl Worker {
             // What has come is taken in first; then the teacher's work goes before waiting.
             let mut taken = self.transport.receive(Duration::ZERO).map_err(Stop::Fault)?;
             if taken.is_none() && tag.purpose != Purpose::Teacher && self.advance_teacher()? {
-                self.watch.state(self.index, State::Waiting);
+                let at = (self.step, self.position);
+                self.watch.at(self.index, at, State::Waiting, &self.event, "waits on");
                 continue;
             }
             if taken.is_none() {

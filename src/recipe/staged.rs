@@ -127,7 +127,8 @@ impl Pipeline {
     /// Names of a device for each of so many workers.
     fn devices(&self, home: &Arc<dyn Device>, workers: usize) -> Result<Vec<String>> {
         if !self.devices.is_empty() {
-            if self.devices.len() != workers {
+            let enough = matches!(self.stages, Stages::Auto(_)) && self.devices.len() > workers;
+            if self.devices.len() != workers && !enough {
                 let value = format!("{} devices for {workers} workers", self.devices.len());
                 return Err(Error::Recipe {
                     key: "pipeline.devices".into(),
@@ -135,7 +136,7 @@ impl Pipeline {
                     allowed: "one for each worker".into(),
                 });
             }
-            return Ok(self.devices.clone());
+            return Ok(self.devices[..workers].to_vec());
         }
         let info = home.info();
         let name = |worker: usize| match info.kind {
@@ -174,55 +175,57 @@ pub fn stepper(
         return one_device(model);
     };
     let ranks = context.ranks.filter(|post| post.ranks() > 1);
-    let most = cut::pieces(&model.config) * pipeline.schedule.home(1, 0).max(1);
+    let pieces = cut::pieces(&model.config);
     let wanted = match pipeline.stages {
-        Stages::Count(n) => n..=n,
+        Stages::Count(n) => vec![n],
         Stages::Auto(Auto::Auto) => {
-            let workers = ranks.map_or(home.info().threads.max(pipeline.devices.len()), |post| post.ranks());
-            1..=workers.min(most)
+            let given = if pipeline.devices.is_empty() { home.info().threads } else { pipeline.devices.len() };
+            let workers = ranks.map_or(given, |post| post.ranks());
+            // One device as it is, then halves, quarters and so on of it.
+            let some = std::iter::successors(Some(1), |n| Some(2 * n)).take_while(|n| *n < workers).chain([workers]);
+            some.filter(|n| pipeline.schedule.chunks(*n) <= pieces).collect()
         }
     };
-    if *wanted.end() == 1 && pipeline.replicas.is_empty() {
+    if wanted.last().is_none_or(|n| *n == 1) && pipeline.replicas.is_empty() {
         return one_device(model);
     }
-    let path = context.folder.join("pipeline-profile.json");
-    let profile = match Profile::read(&path) {
-        // A resumed training is cut as it was before.
-        Ok(profile) if profile.pieces.len() == cut::pieces(&model.config) => profile,
-        _ => {
-            let narrow = pipeline.devices(&home, pipeline.workers(*wanted.end()).iter().sum())?;
-            let Some(first) = narrow.first() else {
-                return one_device(model);
-            };
-            let first = pipeline.open(&home, first)?;
-            let part = crate::pipeline::part::micro_on(&probe[0], &first)?;
-            let profile = measure::profile(&model.to_device(&first)?, &part, settings)?;
-            profile.write(&path)?;
-            profile
-        }
-    };
     let sizes: Vec<f64> = probe.iter().map(|m| size(m) / size(&probe[0])).collect();
-    let mut best: Option<(f64, Route)> = None;
+    let mut best: Option<(f64, Route, Profile)> = None;
     for stages in wanted {
-        let schedule = Schedule::new(pipeline.schedule, stages, probe.len())?;
-        if schedule.chunks() > cut::pieces(&model.config) {
-            let (value, pieces) = (schedule.chunks(), cut::pieces(&model.config));
-            if best.is_some() {
-                break;
-            }
-            let value = format!("{stages} stages of schedule {} need {value} pieces", pipeline.schedule);
+        let chunks = pipeline.schedule.chunks(stages);
+        if chunks > pieces {
+            let value = format!("{stages} stages of schedule {} need {chunks} pieces", pipeline.schedule);
             let allowed = format!("at most the model's {pieces} pieces: embedding, blocks and head");
             return Err(Error::Recipe { key: "pipeline.stages".into(), value, allowed });
         }
-        let route = Route::new(&model.config, &schedule, profile.cuts(&schedule)?, pipeline.workers(stages))?;
+        let workers = pipeline.workers(stages);
+        let name = pipeline.devices(&home, workers.iter().sum())?.into_iter().next();
+        // One stage keeps the whole device, which is faster than a share of it.
+        let device = match name.filter(|_| workers.len() > 1 || workers[0] > 1) {
+            Some(name) => pipeline.open(&home, &name)?,
+            None => home.clone(),
+        };
+        let path = context.folder.join(format!("pipeline-profile-{stages}.json"));
+        let profile = match Profile::read(&path) {
+            // A resumed training is cut as it was before.
+            Ok(profile) if profile.pieces.len() == pieces => profile,
+            _ => {
+                let part = crate::pipeline::part::micro_on(&probe[0], &device)?;
+                let profile = measure::profile(&model.to_device(&device)?, &part, settings)?;
+                profile.write(&path)?;
+                profile
+            }
+        };
+        let schedule = Schedule::new(pipeline.schedule, stages, probe.len())?;
+        let route = Route::new(&model.config, &schedule, profile.cuts(&schedule)?, workers)?;
         let costs = Costs { sizes: sizes.clone(), ..profile.costs(&route.cuts, &schedule) };
         let seconds = simulate(&schedule, &costs)?.seconds;
         // More devices must pay for themselves.
-        if best.as_ref().is_none_or(|(least, _)| seconds < 0.95 * least) {
-            best = Some((seconds, route));
+        if best.as_ref().is_none_or(|(least, ..)| seconds < 0.95 * least) {
+            best = Some((seconds, route, profile));
         }
     }
-    let Some((predicted, route)) = best else {
+    let Some((predicted, route, profile)) = best else {
         return one_device(model);
     };
     if route.workers.len() == 1 {
@@ -300,7 +303,10 @@ pub fn stepper(
             let route = pipeline.current();
             let sizes = micros.iter().map(|m| size(m) / wide).collect();
             let costs = Costs { sizes, ..profile.costs(&route.cuts, &route.schedule) };
-            compare(&folder, &name, &report.timeline(&name), &simulate(&route.schedule, &costs)?)?;
+            let predicted = simulate(&route.schedule, &costs)?;
+            if let Err(e) = compare(&folder, &name, &report.timeline(&name), &predicted) {
+                console::tell(format_args!("warning: {name}: the step is not drawn: {e}"));
+            }
         }
         Ok(())
     };

@@ -366,6 +366,8 @@ impl Optimizer {
     /// Sums of this step's gradients, one flat tensor per group; two optimizers of the same parameters have the same layout.
     pub fn gradients(&mut self) -> Result<Vec<Tensor>> {
         self.clear_unfilled()?;
+        // Whatever is added to them from now on counts.
+        self.groups.iter_mut().flat_map(|g| &mut g.slots).for_each(|s| s.filled = true);
         Ok(self.groups.iter().map(|g| g.gradients.clone()).collect())
     }
 

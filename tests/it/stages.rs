@@ -4,14 +4,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use espalier::Error;
 use espalier::compress::distil::{Distillation, Projection, Weights};
 use espalier::compress::teacher::predictions;
 use espalier::data::batch::IGNORE;
 use espalier::device::{self, Device};
+use espalier::dispatch;
 use espalier::nn::config::Size;
 use espalier::nn::{Config, Model, Pass};
 use espalier::ops::distill::Reduction;
+use espalier::ops::unary::Cast;
 use espalier::pipeline::executor::{Pipeline, Setup, TeacherSetup};
 use espalier::pipeline::fault::{Injection, Planted};
 use espalier::pipeline::route::Route;
@@ -19,7 +20,9 @@ use espalier::pipeline::{Kind, Schedule, Work, cut};
 use espalier::tensor::Tensor;
 use espalier::train::lifecycle::{Method, Micro, Teacher};
 use espalier::train::optimizer::{Optimizer, Settings};
+use espalier::train::precision::Precision;
 use espalier::train::trainer::step;
+use espalier::{DType, Error};
 
 use crate::model::{assemble, cpu, examples, micro, settings};
 
@@ -110,8 +113,8 @@ fn assert_equal_bits((_, want): &Trained, (_, have): &Trained, case: &str) {
 /// After a few steps of Adam a rounding may have become a share of a step: the losses, which see all weights, must agree.
 fn assert_close((want, _): &Trained, (have, _): &Trained, case: &str) {
     for ((want, want_norm), (have, norm)) in want.iter().zip(have) {
-        assert!((want - have).abs() < 2e-5 * want.abs(), "{case}: loss {have} where {want} is right");
-        assert!((want_norm - norm).abs() < 1e-4 * want_norm.abs(), "{case}: norm {norm} where {want_norm} is right");
+        assert!((want - have).abs() <= 2e-5 * want.abs(), "{case}: loss {have} where {want} is right");
+        assert!((want_norm - norm).abs() <= 1e-4 * want_norm.abs(), "{case}: norm {norm} where {want_norm} is right");
     }
 }
 
@@ -159,6 +162,55 @@ fn replicas_and_recomputation_change_nothing_but_the_order_of_sums() {
         let case = format!("replicas {replicas:?}");
         assert_close(&want, &in_stages(&config, made(replicas), &rows, None, 0.1), &case);
     }
+}
+
+/// A step with fewer micro-batches than a stage has replicas leaves some of them without gradients of their own.
+#[test]
+fn replicas_without_work_stay_equal_to_the_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config::glm(SIZE, VOCABULARY);
+    let device = cpu();
+    let steps: Vec<Vec<Micro>> =
+        [&[2usize, 3, 1, 4, 1][..], &[2], &[1, 2, 3, 1, 2]].map(|r| micros(&device, r, None)).into();
+    let mut model = Model::init(config.clone(), &device, 3).unwrap();
+    let mut optimizer = Optimizer::new(&mut model, no_clip(), |_| true).unwrap();
+    let whole = |m: &Vec<Micro>| step(&model, &mut optimizer, m, &[], (0.0, 1, STEPS)).unwrap();
+    let want = (steps.iter().map(whole).collect(), model);
+    let mut setup = setup(&config, (Kind::OneForwardOneBackward, 2, 5), vec![1, 3], folder.path());
+    setup.kind = Some(Kind::OneForwardOneBackward);
+    let mut model = Model::init(config.clone(), &device, 3).unwrap();
+    let mut pipeline = Pipeline::start(&model, setup).unwrap();
+    let run = |m: &Vec<Micro>| {
+        let report = pipeline.step(m, &[], (0.0, 1, STEPS)).unwrap();
+        (report.loss, report.norm)
+    };
+    let losses = steps.iter().map(run).collect();
+    pipeline.collect(&mut model).unwrap();
+    assert_close(&want, &(losses, model), "5, 1 and 5 micro-batches on 1 and 3 workers");
+}
+
+/// The norm of all stages clips, and they share one loss scale.
+#[test]
+fn clipping_and_16_bits_go_over_all_stages() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config::glm(SIZE, VOCABULARY);
+    let device = cpu();
+    let rows = [2, 3, 1];
+    for precision in [Precision::F32, Precision::Bf16, Precision::F16] {
+        let settings = Settings { clip: 0.05, precision, ..no_clip() };
+        let mut model = Model::init(config.clone(), &device, 3).unwrap();
+        let mut optimizer = Optimizer::new(&mut model, settings, |_| true).unwrap();
+        let micros = micros(&device, &rows, None);
+        let run = |_| step(&model, &mut optimizer, &micros, &[], (0.1, 1, STEPS)).unwrap();
+        let want = ((0..STEPS).map(run).collect(), model);
+        let mut setup = setup(&config, (Kind::OneForwardOneBackward, 3, 3), vec![1; 3], folder.path());
+        setup.optimizer = settings;
+        assert_close(&want, &in_stages(&config, setup, &rows, None, 0.1), precision_name(precision));
+    }
+}
+
+fn precision_name(precision: Precision) -> &'static str {
+    precision.compute().map_or("f32", |t| t.name())
 }
 
 #[test]
@@ -228,7 +280,10 @@ fn a_teacher_in_the_same_stages_teaches_the_same() {
         let hidden = pass.hidden(&micro.batch).unwrap();
         let predicted = predictions(&mut pass, &hidden).unwrap();
         let n = predicted.len();
-        let hidden = hidden.tensor.reshape(&[n, width]).unwrap();
+        // As the cache keeps them.
+        let hidden =
+            dispatch::run_one(&Cast { to: DType::F16 }, &[&hidden.tensor.reshape(&[n, width]).unwrap()]).unwrap();
+        let hidden = dispatch::run_one(&Cast { to: DType::F32 }, &[&hidden]).unwrap();
         let hard_targets = Tensor::from_slice(&device, &[n], &predicted).unwrap();
         Micro { teacher: Some(Teacher { hidden, hard_targets, ..micro.teacher.clone().unwrap() }), ..micro.clone() }
     };
@@ -241,9 +296,13 @@ fn a_teacher_in_the_same_stages_teaches_the_same() {
     };
     let losses = steps.iter().map(run).collect();
     let want = (losses, model);
-    for (kind, stages) in [(Kind::OneForwardOneBackward, 1), (Kind::OneForwardOneBackward, 3), (Kind::ZeroBubbleV, 2)] {
-        let case = format!("{kind}, {stages} stages");
+    let early = Kind::OneForwardOneBackward;
+    for (kind, stages, recompute) in
+        [(early, 1, false), (early, 3, false), (early, 2, true), (Kind::ZeroBubbleV, 2, false)]
+    {
+        let case = format!("{kind}, {stages} stages, recompute {recompute}");
         let mut setup = setup(&config, (kind, stages, rows.len()), vec![1; stages], folder.path());
+        setup.recompute = recompute;
         let distillation = distillation.clone();
         setup.methods = Arc::new(move |part: &Model| {
             let mut methods = Vec::<Box<dyn Method>>::new();
@@ -318,7 +377,12 @@ fn every_fault_is_named_and_none_hangs() {
                     panic!("{case}: {outcome:?}");
                 };
                 assert_eq!(at, step, "{case}: {said}");
-                assert!(began.elapsed() < 3 * heartbeat, "{case}: {:?}, {said}", began.elapsed());
+                // Two to be named, one for the others to stop, and what a busy machine takes.
+                assert!(
+                    began.elapsed() < 3 * heartbeat + Duration::from_secs(4),
+                    "{case}: {:?}, {said}",
+                    began.elapsed()
+                );
                 // What is wrong with a message is seen by its receiver, who names the sender.
                 let named = if message { said.contains(&format!("worker {worker}")) } else { stage == worker };
                 assert!(named, "{case}: stage {stage} at {event}: {said}");
