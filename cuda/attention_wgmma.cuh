@@ -119,7 +119,7 @@ __device__ __forceinline__ void clean_tiles(u8* tiles, u32 bytes, Note note) {
         for (u32 i = 0; i < 8u; i++) {
             u16* element = (u16*)(tiles + at) + i;
             if (!unusual(*element)) continue;
-            *element = 0u;
+            operand_store(element, (u16)0u);
             note(at / TILE * 64u + row, column + i);
         }
     }

@@ -5,7 +5,7 @@
 //   Stages     WgmmaStages<how many, bytes, blocks of a cluster, TURNS>: the bytes of a stage are a multiple of 1,024. Behind the ring,
 //              from OWN, shared memory is the family's, filled before `wgmma_gemm` (which starts with a barrier of the block). With
 //              TURNS the groups take tiles of 64 rows in turns: one finishes while the other multiplies; each is group 0 to the parts
-//              below. Blocks of a cluster have the same stages, and what they copy to each other lies in the same place.
+//              below, and every number is a tile. Blocks of a cluster have the same stages, and what they copy to each other lies in the same place.
 //   tiles      `count()` numbers, `Tile`, `at(id, tile)`: whether there is a tile of this number, and which; `steps(tile)`: its
 //              stages, one at least. Whole warps call these, so they may use shuffles.
 //   load       THREADS that copy (WARP or WARP_GROUP) and how they report a stage:
@@ -21,6 +21,8 @@
 #define CONSUMERS 2u
 // Rows of outputs of a tile.
 #define WGMMA_ROWS (CONSUMERS * 64u)
+// With TURNS, the named barrier of group 0's turns; that of group 1 follows. Lower numbers are the families'.
+#define WGMMA_TURN 8u
 // Rows of tiles that are worked off together, column by column: their operands stay in cache while they are shared.
 #define TILES_TOGETHER 16u
 
@@ -238,6 +240,8 @@ __device__ __forceinline__ void wgmma_produce(u8* shared, const Tiles& tiles, Lo
             // In the first round every stage is empty: parity 1 of a new barrier passes.
             mbarrier_wait(place.empty(), place.parity ^ 1u);
             load.stage(place, tile, step);
+            // One lane may have copied alone.
+            __syncwarp();
             place.next();
         }
     }
@@ -248,16 +252,20 @@ template <class Stages, class Tiles, class Product, class Finish>
 __device__ __forceinline__ void wgmma_consume(u8* shared, u32 group, const Tiles& tiles, const Product& product, const Finish& finish) {
     Stages place(shared);
     typename Tiles::Tile tile;
-    u32 turn = 0u;
-    for (u32 id = blockIdx.x / Stages::CLUSTER; id < tiles.count(); id += gridDim.x / Stages::CLUSTER) {
+    u32 turn = 0u, stride = gridDim.x / Stages::CLUSTER;
+    for (u32 id = blockIdx.x / Stages::CLUSTER; id < tiles.count(); id += stride) {
         if (!tiles.at(id, tile)) continue;
         u32 steps = tiles.steps(tile);
         if (Stages::TURNS && turn++ % CONSUMERS != group) {
             place.skip(steps);
             continue;
         }
+        // A parity tells a phase from the one before alone, so nobody waits for a stage before the other group has had all before it.
+        // The first turn is free, and after the last one nobody waits.
+        if (Stages::TURNS && turn > 1u) named_barrier(WGMMA_TURN + group, CONSUMERS * WARP_GROUP);
         typename Product::Sums sums;
         product.sum(place, tile, steps, Stages::TURNS ? 0u : group, sums);
+        if (Stages::TURNS && id + stride < tiles.count()) named_arrive(WGMMA_TURN + 1u - group, CONSUMERS * WARP_GROUP);
         finish(sums, tile, Stages::TURNS ? 0u : group);
     }
 }

@@ -275,8 +275,8 @@ struct TokenMap {
 //   load(read, step)      starts to read what a stage needs (anything beyond the weights is harmless), into a `Read`
 //   make(operands, read)  its operands, a warp together
 //   issue, finish         start the products of one stage; what is to be done when they are done
-// While a stage is multiplied the operands of the next one are made, and memory is two stages ahead. Two warp groups take turns, so
-// that tensor instructions go on while one of them waits for its own.
+// While a stage is multiplied the operands of the next one are made, and memory is two stages ahead. Two warp groups do so side
+// by side, each at its own pace: tensor instructions go on while one of them waits for its own.
 template <class Work>
 struct RegisterProduct {
     typedef typename Work::Sums Sums;

@@ -40,7 +40,11 @@
 //   7. bytes lie in turned tiles as 16-bit elements do, with the same descriptors: 32 of k are 32 bytes;
 //   8. metadata of 2:4 operands lies in the lanes as said above (one non-zero group at a time against the dense product; CUTLASS's
 //      tables agree), and such an instruction reads 64 bytes of k of b;
-//   9. a block of a cluster may be sent bytes of a phase before it has said how many it expects.
+//   9. a block of a cluster may be sent bytes of a phase before it has said how many it expects;
+//  10. setmaxnreg to 56 and 224, where threads copy;
+//  11. registers as left operand have no fence for the compiler behind them, as sums have in `wgmma_hold`: that it leaves them alone
+//      until the product was waited for is seen in its code alone;
+//  12. `sigmoid<true>` (lib.cuh), by the fast exponential and quotient, is near enough for results of 16 bits over all of f32.
 
 // A tensor map: a kernel takes it as `const __grid_constant__ TensorMap`, after the buffers and before the parameter block.
 struct __align__(64) TensorMap { u64 opaque[16]; };
@@ -88,6 +92,8 @@ __device__ __forceinline__ u32 cluster_rank() {
 }
 
 __device__ __forceinline__ void cluster_barrier() {
+    // Threads of a warp come to it together.
+    __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
@@ -101,6 +107,8 @@ __device__ __forceinline__ void tma_load_cluster(void* shared, const TensorMap* 
                  :: "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "h"((u16)blocks) : "memory");
 }
 
+// A thread's own write to what tensor instructions read: a plain one, but on the host they then miss a fence.
+template <class T> __device__ __forceinline__ void operand_store(T* operand, T value) { *operand = value; }
 // Between this thread's own writes to shared memory and the copy engine or tensor instructions that use them.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -109,10 +117,17 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, u64*
                  :: "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
 
-// A barrier of `count` threads (a multiple of 32) with a number from 1 to 15; 0 is that of __syncthreads.
-__device__ __forceinline__ void named_barrier(u32 number, u32 count) { asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(count) : "memory"); }
+// A barrier of `count` threads (a multiple of 32) with a number from 1 to 15; 0 is that of __syncthreads. Those of a warp come to it
+// together, also from where one lane has worked alone.
+__device__ __forceinline__ void named_barrier(u32 number, u32 count) {
+    __syncwarp();
+    asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(count) : "memory");
+}
 // Counts as one of them, and goes on.
-__device__ __forceinline__ void named_arrive(u32 number, u32 count) { asm volatile("bar.arrive %0, %1;" :: "r"(number), "r"(count) : "memory"); }
+__device__ __forceinline__ void named_arrive(u32 number, u32 count) {
+    __syncwarp();
+    asm volatile("bar.arrive %0, %1;" :: "r"(number), "r"(count) : "memory");
+}
 
 template <u32 COUNT> __device__ __forceinline__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT)); }
 template <u32 COUNT> __device__ __forceinline__ void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT)); }

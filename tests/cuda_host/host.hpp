@@ -360,18 +360,23 @@ static void copy_commit() {
     threads[current].open.clear();
 }
 
+// A thread's own write to shared memory, which tensor instructions may read once the thread has fenced it.
+static void leave_unfenced(const void* written) {
+    auto to = (const unsigned char*)written;
+    if (!dynamic_bytes || to < dynamic || to >= dynamic + dynamic_bytes) return;
+    size_t at = (to - dynamic) / 16 + block_of(current) * (MOST_SHARED / 16);
+    if (unfenced[at] == current + 1) return;
+    unfenced[at] = (unsigned short)(current + 1);
+    threads[current].unfenced.push_back((unsigned)at);
+}
+
 static void copy_wait(unsigned left_open) {
     auto& groups = threads[current].groups;
     while (groups.size() > left_open) {
         for (const Copy& c : groups.front()) {
             memset(c.shared, 0, 16);
             memcpy(c.shared, c.global, c.valid);
-            auto to = (unsigned char*)c.shared;
-            if (!dynamic_bytes || to < dynamic || to >= dynamic + dynamic_bytes) continue;
-            size_t at = (to - dynamic) / 16 + block_of(current) * (MOST_SHARED / 16);
-            if (unfenced[at] == current + 1) continue;
-            unfenced[at] = (unsigned short)(current + 1);
-            threads[current].unfenced.push_back((unsigned)at);
+            leave_unfenced(c.shared);
         }
         groups.erase(groups.begin());
     }

@@ -473,6 +473,11 @@ static inline void tma_load_cluster(void* shared, const void* map, unsigned long
 static inline void mbarrier_arrive_at(unsigned long long* barrier, unsigned block) { host::arrive_at((uint64_t*)barrier, block); }
 static inline unsigned cluster_rank() { return host::block_of(host::current); }
 static inline void cluster_barrier() { host::cluster_wait(); }
+template <class T>
+static inline void operand_store(T* operand, T value) {
+    *operand = value;
+    host::leave_unfenced(operand);
+}
 static inline void proxy_fence() {
     auto& own = host::threads[host::current].unfenced;
     for (unsigned at : own)

@@ -65,6 +65,8 @@ pub(super) fn cases() -> Vec<Case> {
         // And of 256, with rings that go round, for the wide tiles.
         cases.push(forward(activation, &[270], [328, 280], DType::Bf16));
         cases.push(backward(activation, &[270], [328, 280], DType::F16));
+        // Where groups no longer take tiles in turns, on the host.
+        cases.push(forward(activation, &[270], [400, 264], DType::F16));
         // GPT-2 small's block over 64 tokens, and the demo model's over 512.
         cases.push(forward(activation, &[64], [768, 3072], DType::F32).bench());
         cases.push(backward(activation, &[64], [768, 3072], DType::F32).bench());

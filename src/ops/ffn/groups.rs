@@ -50,7 +50,7 @@ fn fits_groups(p: &Problem) -> bool {
 /// Up to this d the groups of `ffn_up_turns_wgmma` take tiles of 64 rows in turns: what they do to z is then much of the work, and
 /// each hides it under the other's products. Where both are even is to be measured. Small on the host, to verify both.
 fn turns(p: &Problem, d: usize) -> bool {
-    d <= if p.info.software { 256 } else { 1024 }
+    d <= if p.info.software { 384 } else { 1024 }
 }
 
 /// A matrix in memory: its slot in the launch, its rows and columns.

@@ -1,4 +1,4 @@
-//! WGSL records of the matrix product and their launches.
+//! Records of the matrix product and their launches.
 
 use super::{Epilogue, Layout, Matmul};
 use crate::device::Class;
