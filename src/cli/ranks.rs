@@ -10,6 +10,9 @@ use crate::pipeline::post::Post;
 use crate::pipeline::{mpi, rank, remote};
 use crate::recipe::hooks;
 
+/// Time for the launcher to read what was said last.
+const LINGER: Duration = Duration::from_millis(500);
+
 /// Exit code of what can be resumed.
 const INTERRUPTED: i32 = 5;
 
@@ -53,7 +56,11 @@ pub fn among(work: impl FnOnce(Option<Arc<Post>>) -> Result<()>) -> Result<()> {
         if done.is_ok() {
             console::warn("a rank did not say that it ends; all results are written");
         }
-        joined.abort(code);
+        // A launcher that is ending the ranks throws away what one of them wrote just before it went.
+        std::thread::sleep(LINGER);
+        // Without MPI's own end, which waits for all: the launcher sees it and ends the rest.
+        drop(joined);
+        std::process::exit(if code == 0 { 1 } else { code });
     }
     joined.leave();
     if done.is_err() {

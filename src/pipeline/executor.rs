@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::fault::Injection;
 use super::life::{Answer, Command, run_worker};
 use super::part::{Part, Training};
-use super::post::Mail;
+use super::post::{ALIVE_EVERY, Mail};
 use super::remote::{self, Across, Ranks};
 use super::route::{Route, Routes};
 use super::schedule::{Kind, Work};
@@ -19,6 +19,7 @@ use super::simulate::{Span, StageUse, Timeline};
 use super::transport::{Channels, Transport};
 use super::watch::{Judge, Watch};
 use super::worker::{Order, Report, Stop};
+use crate::console;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -297,7 +298,10 @@ impl Pipeline {
     fn gather(&mut self) -> Result<Vec<Answer>> {
         let count = self.setup.route.workers.len();
         let mut answers: Vec<Option<Answer>> = (0..count).map(|_| None).collect();
-        let look = remote::show_every(self.setup.heartbeat);
+        let mut look = remote::show_every(self.setup.heartbeat);
+        if self.ranks.is_some() {
+            look = look.min(ALIVE_EVERY / 2);
+        }
         while answers.iter().any(Option::is_none) {
             match self.answers.recv_timeout(look) {
                 Ok((worker, Answer::Stopped(stop))) => return Err(self.stopped(worker, stop)),
@@ -318,6 +322,8 @@ impl Pipeline {
                 if let Some(silence) = silent {
                     let what =
                         format!("its process is gone or silent: no sign of life for {:.1} s", silence.as_secs_f64());
+                    // At once: a launcher that has lost a process may leave no time for the whole report.
+                    console::warn(format_args!("rank {worker}: {what}"));
                     return Err(self.fault(worker, what));
                 }
                 if let Some(what) = self.judge.look(worker, &self.watch.glance(worker)) {

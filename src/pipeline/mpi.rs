@@ -156,15 +156,11 @@ mod present {
                 drop(self.universe.take());
             }
         }
-
-        /// Ends all ranks at once: one of them takes no part any more, and MPI would wait for it.
-        pub fn abort(self, code: i32) -> ! {
-            SimpleCommunicator::world().abort(code)
-        }
     }
 
     impl Drop for Joined {
-        /// A process that ends in disorder must not wait for the others, as MPI's own end does.
+        /// A process that ends in disorder must not wait for the others, as MPI's own end does. The launcher notices and ends
+        /// the others, more reliably than MPI_Abort when some of them are gone.
         fn drop(&mut self) {
             self.stopping.store(true, Relaxed);
             std::mem::forget(self.universe.take());
@@ -193,10 +189,6 @@ mod absent {
 
     impl Joined {
         pub fn leave(self) {
-            match self.never {}
-        }
-
-        pub fn abort(self, _code: i32) -> ! {
             match self.never {}
         }
     }

@@ -1,6 +1,6 @@
 //! Letters between the processes of a run: sent without waiting, sorted on arrival, and a sign of life in each of them.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -82,6 +82,7 @@ pub struct Post {
     control: Mutex<Receiver<Letter>>,
     data: Mutex<Receiver<Letter>>,
     heard: Arc<Heard>,
+    lost: AtomicBool,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -101,6 +102,7 @@ impl Post {
             control: Mutex::new(controls),
             data: Mutex::new(frames),
             heard: heard.clone(),
+            lost: AtomicBool::new(false),
         };
         (post, Inbox { control, data, heard })
     }
@@ -130,6 +132,15 @@ impl Post {
     pub fn silence(&self, rank: usize) -> Duration {
         let last = self.heard.last.get(rank).map_or(0, |last| last.load(Relaxed));
         Duration::from_micros(self.heard.now().saturating_sub(last))
+    }
+
+    /// Notes that a rank is not to be reached any more.
+    pub fn lose(&self) {
+        self.lost.store(true, Relaxed);
+    }
+
+    pub fn has_lost(&self) -> bool {
+        self.lost.load(Relaxed)
     }
 
     /// Sends what is queued and nothing more.

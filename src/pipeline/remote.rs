@@ -35,7 +35,7 @@ static STARTED: AtomicU32 = AtomicU32::new(0);
 const HURRIED: Duration = Duration::from_millis(500);
 
 /// How long the others may take to stop then.
-const HURRIED_STOP: Duration = Duration::from_millis(200);
+const HURRIED_STOP: Duration = Duration::from_millis(100);
 
 /// Silence after which a process is not waited for when the program ends.
 const DEAD: Duration = Duration::from_secs(3);
@@ -155,10 +155,18 @@ impl Ranks {
         Ok(())
     }
 
+    /// Silence that is too long.
+    fn limit(&self) -> Duration {
+        if trainer::STOP.load(Relaxed) { self.limit.min(HURRIED) } else { self.limit }
+    }
+
     /// How long a rank has shown no sign of life, if that is too long.
     pub fn silent(&self, rank: usize) -> Option<Duration> {
-        let limit = if trainer::STOP.load(Relaxed) { self.limit.min(HURRIED) } else { self.limit };
-        Some(self.post.silence(rank)).filter(|silence| *silence > limit)
+        let silence = Some(self.post.silence(rank)).filter(|silence| *silence > self.limit());
+        if silence.is_some() {
+            self.post.lose();
+        }
+        silence
     }
 
     /// How long the workers may take to stop, where `usual` is enough time.
@@ -178,7 +186,7 @@ impl Ranks {
     /// Waits until all have stopped that still show signs of life, but not longer than `wait`.
     pub fn join(&mut self, wait: Duration) {
         let began = Instant::now();
-        let open = |rank: &usize| !self.ended[*rank].load(Relaxed) && self.post.silence(*rank) < self.limit;
+        let open = |rank: &usize| !self.ended[*rank].load(Relaxed) && self.post.silence(*rank) < self.limit();
         while (1..self.count).any(|rank| open(&rank)) && began.elapsed() < wait {
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -225,8 +233,12 @@ fn read(shown: &Shown, every: Duration, answer: &Sender<(usize, Answer)>, ended:
     }
 }
 
-/// Ends the program on all other ranks with `code`. `false` if one of them does not answer within `wait`.
+/// Ends the program on all other ranks with `code`. `false` if one of them does not answer within `wait`; if one is lost the
+/// others are not told, because MPI has no end that some of the ranks take part in: the launcher ends them.
 pub fn end(post: &Post, code: i32, wait: Duration) -> bool {
+    if post.has_lost() {
+        return false;
+    }
     let Ok(word) = words::plain(&Word::End(code)) else {
         return false;
     };

@@ -171,10 +171,13 @@ fn a_lost_rank_ends_the_run_which_then_goes_on() {
     if !launcher() {
         return;
     }
-    let long = ["teacher.steps=160", "teacher.checkpoint_every=10", "teacher.validate_every=0", PIPELINE];
+    let pipeline = PIPELINE.replace("5.0", "2.0");
+    let long = ["teacher.steps=160", "teacher.checkpoint_every=10", "teacher.validate_every=0", &pipeline];
     let threads = Threads::run(&teacher(&long));
-    for (rank, signal) in [(2, Signal::SIGKILL), (0, Signal::SIGKILL), (3, Signal::SIGSTOP)] {
-        let (mut command, out) = threads.ranks(&format!("lost {rank}"));
+    let killed = (0..RANKS).map(|rank| (rank, Signal::SIGKILL));
+    for (rank, signal) in killed.chain([(3, Signal::SIGSTOP)]) {
+        let name = format!("rank {rank} {signal}");
+        let (mut command, out) = threads.ranks(&name);
         let child = command.spawn().unwrap();
         let checkpoints = out.join("stages/teacher/checkpoints");
         let began = Instant::now();
@@ -182,19 +185,27 @@ fn a_lost_rank_ends_the_run_which_then_goes_on() {
             assert!(began.elapsed() < Duration::from_secs(60), "no checkpoint");
             std::thread::sleep(Duration::from_millis(5));
         }
+        // Somewhere in the steps after it.
+        std::thread::sleep(Duration::from_millis(7 * rank as u64));
         kill(process_of(child.id(), rank).expect("a process of that rank"), signal).unwrap();
         let began = Instant::now();
         let output = finish(child, Duration::from_secs(40));
         let (took, message) = (began.elapsed(), said(&output));
-        println!("rank {rank}, {signal}: {:.1} s, {:?}\n{message}", took.as_secs_f64(), output.status);
+        println!("{name}: {:.1} s, {:?}\n{message}", took.as_secs_f64(), output.status);
         assert!(!output.status.success() && !out.join("model").exists(), "{message}");
         if rank > 0 {
-            assert!(message.contains(&format!("pipeline stage {rank} failed")), "{message}");
-            assert!(message.contains("gone or silent"), "{message}");
+            assert!(message.contains(&format!("rank {rank}: its process is gone or silent")), "{message}");
         }
-        let output = finish(threads.ranks(&format!("lost {rank}")).0.spawn().unwrap(), Duration::from_secs(120));
+        // A launcher that has lost a process gives the others a second, which a busy disk may need for the record.
+        if signal == Signal::SIGSTOP {
+            assert!(message.contains(&format!("pipeline stage {rank} failed")), "{message}");
+            assert!(message.contains("goes on from the last checkpoint"), "{message}");
+            assert!(out.join("stages/teacher/flight-recorder.jsonl").exists(), "{message}");
+            assert_eq!(output.status.code(), Some(5), "{message}");
+        }
+        let output = finish(threads.ranks(&name).0.spawn().unwrap(), Duration::from_secs(120));
         assert!(output.status.success(), "{}", said(&output));
-        assert!(weights(&threads.out()) == weights(&out), "rank {rank}: other weights after resuming");
+        assert!(weights(&threads.out()) == weights(&out), "{name}: other weights after resuming");
     }
 }
 
@@ -249,7 +260,7 @@ fn every_fault_in_a_process_is_named_and_none_hangs() {
                 let began = Instant::now();
                 let mut outcome = Ok(());
                 for _ in 0..=step {
-                    outcome = pipeline.step(&micros, (0.0, 1, STEPS)).map(drop);
+                    outcome = pipeline.step(&micros, &[], (0.0, 1, STEPS)).map(drop);
                 }
                 let took = began.elapsed();
                 let Err(Error::Fault { stage, step: at, position: place, what: said, event, .. }) = outcome else {
