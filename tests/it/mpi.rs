@@ -101,7 +101,7 @@ impl Threads {
     fn ranks(&self, name: &str) -> (Command, PathBuf) {
         let out = self.folder.path().join(name);
         for stage in self.stages() {
-            let profile = format!("stages/{stage}/pipeline-profile.json");
+            let profile = format!("stages/{stage}/pipeline-profile-4.json");
             fs::create_dir_all(out.join("stages").join(&stage)).unwrap();
             if self.out().join(&profile).exists() && !out.join(&profile).exists() {
                 fs::copy(self.out().join(&profile), out.join(&profile)).unwrap();
