@@ -31,7 +31,7 @@ mod present {
     const LAUNCHERS: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"];
 
     /// Longer letters go in pieces: MPI counts in 32 bits.
-    const PIECE: usize = 1 << 28;
+    const PIECE: usize = 8 << 20;
 
     /// Pause between looks for a letter.
     const LOOK: Duration = Duration::from_micros(100);
@@ -120,6 +120,8 @@ mod present {
             };
             let (bytes, status) = matched.matched_receive_vec::<u8>();
             let (rank, tag) = (status.source_rank() as usize, status.tag());
+            // A large letter is a sign of life as long as it lasts.
+            inbox.hear(rank);
             let key = (rank, tag >> 1);
             if tag & 1 == 1 {
                 pieces.entry(key).or_default().extend(bytes);

@@ -61,10 +61,15 @@ pub struct Inbox {
 }
 
 impl Inbox {
-    pub fn deliver(&self, letter: Letter) {
-        if let Some(last) = self.heard.last.get(letter.rank) {
+    /// Something came from `rank`.
+    pub fn hear(&self, rank: usize) {
+        if let Some(last) = self.heard.last.get(rank) {
             last.store(self.heard.now(), Relaxed);
         }
+    }
+
+    pub fn deliver(&self, letter: Letter) {
+        self.hear(letter.rank);
         // Nobody reads any more where the program ends.
         let _ = match letter.lane {
             Lane::Control => self.control.send(letter),
