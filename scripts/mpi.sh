@@ -5,7 +5,7 @@ missing=""
 command -v mpicc >/dev/null 2>&1 && command -v mpirun >/dev/null 2>&1 || missing="openmpi-bin libopenmpi-dev"
 clang=""
 for place in "${LIBCLANG_PATH:-/nonexistent}" /usr/lib/llvm*/lib /usr/lib/*-linux-gnu /usr/lib64 /usr/local/lib /opt/homebrew/opt/llvm/lib; do
-  for file in "$place"/libclang.so* "$place"/libclang-*.so* "$place"/libclang.dylib; do
+  for file in "$place"/libclang.so* "$place"/libclang-[0-9]*.so* "$place"/libclang.dylib; do
     if [ -e "$file" ]; then
       clang="$file"
     fi
