@@ -73,12 +73,17 @@ static std::vector<MemoryBarrier> barriers;
 static unsigned named_arrived[MOST_BLOCKS][16], named_width[MOST_BLOCKS][16];
 static WarpGroup warp_groups[MOST_THREADS / WARP_GROUP_LANES];
 static bool copies_at_once;
+// Of a cluster, the block that goes on while it can, so that only what it waits for keeps it from others; none where they keep step.
+static unsigned leader;
+static bool leads;
 
 static void reset_groups(unsigned order) {
     barriers.clear();
     for (auto& g : warp_groups) g = {};
     memset(named_arrived, 0, sizeof named_arrived);
     copies_at_once = order % 2;
+    leads = order % 3 != 2;
+    leader = order % 3 == 0 ? 0 : cluster_blocks - 1;
 }
 
 static MemoryBarrier& barrier_at(uint64_t* place) {
@@ -267,16 +272,20 @@ static bool complete_named(unsigned count) {
 
 static bool complete_waits(unsigned count) {
     bool any = complete_named(count);
-    // Copies are late: only where nobody goes on without them.
-    for (unsigned late = 0; late < 2 && !any; late++) {
-        for (unsigned i = 0; i < count; i++) {
-            if (threads[i].state != State::Waiting) continue;
-            enter(i);
-            MemoryBarrier& b = barrier_at((uint64_t*)threads[i].operands);
-            if (late && !b.pending) run_copies(b);
-            if (!passes(threads[i])) continue;
-            threads[i].state = State::Ready;
-            any = true;
+    unsigned parts = leads ? cluster_blocks : 1, each = count / parts;
+    for (unsigned n = 0; n < parts && !any; n++) {
+        unsigned first = leads ? (leader + n) % cluster_blocks * each : 0;
+        // Copies are late: only where nobody goes on without them.
+        for (unsigned late = 0; late < 2 && !any; late++) {
+            for (unsigned i = first; i < first + each; i++) {
+                if (threads[i].state != State::Waiting) continue;
+                enter(i);
+                MemoryBarrier& b = barrier_at((uint64_t*)threads[i].operands);
+                if (late && !b.pending) run_copies(b);
+                if (!passes(threads[i])) continue;
+                threads[i].state = State::Ready;
+                any = true;
+            }
         }
     }
     return any;
@@ -309,7 +318,7 @@ static double operand_value(uint64_t descriptor, bool blocks, bool bytes, unsign
     else address += index / 8 * stride + index % 8 * 128 + k * size;
     address = turned(address);
     if (address < SHARED_BASE || address + size > SHARED_BASE + dynamic_bytes) fail("an operand reaches to byte %d of %u of shared memory", (int)(address - SHARED_BASE), dynamic_bytes);
-    if (unfenced[(address - SHARED_BASE) / 16 + block_of(current) * (MOST_SHARED / 16)]) fail("an operand that a thread has copied without a proxy fence behind it");
+    if (unfenced[(address - SHARED_BASE) / 16 + block_of(current) * (MOST_SHARED / 16)]) fail("an operand that a thread has written without a proxy fence behind it");
     if (bytes) return (signed char)dynamic[address - SHARED_BASE];
     unsigned short value;
     memcpy(&value, dynamic + (address - SHARED_BASE), 2);

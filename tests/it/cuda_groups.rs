@@ -96,6 +96,22 @@ fn planted_bugs_in_warp_groups_are_caught() {
     }
 }
 
+/// The values that attention cleans are written by threads and read by products. The test above runs again, on kernels without the
+/// fence between.
+#[test]
+fn an_operand_written_without_its_fence_is_caught() {
+    if !host() {
+        return;
+    }
+    let fence = "    proxy_fence();\n    named_barrier(COPIERS, WARP_GROUP);\n}";
+    let folder = mutated("attention_wgmma.cuh", fence, "    named_barrier(COPIERS, WARP_GROUP);\n}");
+    let mut test = Command::new(std::env::current_exe().unwrap());
+    test.env("ESPALIER_CUDA", folder.path()).args(["--exact", "cuda_groups::what_attention_hides_may_be_nan"]);
+    let output = test.output().unwrap();
+    let lines = String::from_utf8_lossy(&output.stdout);
+    assert!(!output.status.success() && lines.contains("without a proxy fence"), "not caught:\n{lines}");
+}
+
 /// An op and the label of one of its cases.
 type OneCase = (&'static str, &'static str);
 /// Several tiles to a block, more steps of k than stages, ragged edges; one operand along its rows, one across.
@@ -107,6 +123,14 @@ const SPARSE: OneCase =
 const SPARSE_BYTES: OneCase = (
     "matmul_sparse24_int8",
     "MatmulSparse24Int8{bias:true} i8[135,352] f32[135] i8[131,176] u32[131,11] f32[131] f32[131]",
+);
+/// Groups take tiles in turns, with more steps of k than stages.
+const TURNS: OneCase =
+    ("ffn_relu", "Ffn{activation:Relu} bf16[270,328] bf16[280,328] bf16[280] bf16[328,280] bf16[328]");
+/// Rows that threads copy.
+const GATHERED: OneCase = (
+    "grouped_matmul",
+    "GroupedMatmul{k:2,relu:true,bias:true,gather:true,experts:2} f16[140,168] f16[2,136,168] f16[2,136] u32[280] u32[3]",
 );
 /// Groups that end within a stage.
 const FOUR_BITS: OneCase = ("matmul_int4", "MatmulInt4{group:96,bias:false} bf16[5,2112] u32[70,264] f32[70,22]");
@@ -145,7 +169,7 @@ const LOOP: &str = "gemm_wgmma.cuh";
 const WEIGHTS: &str = "weights.cuh";
 const FORWARD: &str = "attention_wgmma.cu";
 const BACKWARD: &str = "attention_bwd_wgmma.cu";
-const PLANTED: [Planted; 31] = [
+const PLANTED: [Planted; 37] = [
     planted(
         "blocks of m and n a step of k apart",
         FLOATS,
@@ -163,7 +187,37 @@ const PLANTED: [Planted; 31] = [
         "mbarrier_arrive_expect(place.full(), (ROWS + COLUMNS) * 128u)",
         "mbarrier_arrive_expect(place.full(), ROWS * 128u)",
     ),
-    planted("barriers used before they are made", FLOATS, LOOP, "    __syncthreads();\n", ""),
+    planted("barriers used before they are made", FLOATS, LOOP, "    else __syncthreads();\n", ""),
+    planted(
+        "barriers used before other blocks have made them",
+        FLOATS,
+        LOOP,
+        "if (Stages::CLUSTER > 1u) cluster_barrier();\n    else __syncthreads();",
+        "__syncthreads();",
+    ),
+    planted(
+        "a stage given back to one's own block alone",
+        FLOATS,
+        LOOP,
+        "mbarrier_arrive_at(empty, lane)",
+        "mbarrier_arrive_at(empty, cluster_rank())",
+    ),
+    planted("a half that the other block never gets", FLOATS, LOOP, "k0, batch, 3u)", "k0, batch, 1u)"),
+    planted(
+        "a block that ends before its neighbour",
+        FLOATS,
+        LOOP,
+        "    if (Stages::CLUSTER > 1u) cluster_barrier();\n}",
+        "}",
+    ),
+    planted(
+        "rows copied by threads without a fence",
+        GATHERED,
+        LOOP,
+        "        proxy_fence();\n        __syncwarp();",
+        "        __syncwarp();",
+    ),
+    planted("a turn not waited for", TURNS, LOOP, "if (Stages::TURNS && turn > 1u)", "if (false)"),
     planted("products without their fence", FLOATS, LOOP, "        wgmma_fence();\n", ""),
     planted("a turn by 64 bytes", FLOATS, "wgmma.cuh", "(u64)1u << 62", "(u64)2u << 62"),
     planted("steps of k of the wrong length", FLOATS, "wgmma.cuh", "BLOCKS ? 2048u : 32u", "BLOCKS ? 1024u : 32u"),
