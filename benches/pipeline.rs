@@ -92,7 +92,7 @@ fn staged(model: &Model, kind: Kind, count: usize, profile: &Profile, teacher: O
             }),
             teacher: teacher.map(|t| TeacherSetup {
                 model: Arc::new(t.clone()),
-                cuts: cut::even(cut::pieces(&t.config) - 1, 2),
+                cuts: cut::teacher(&t.config, 2),
                 hard: false,
             }),
             recompute: false,

@@ -259,13 +259,13 @@ pub fn stepper(
         let allowed = "false across processes: the teacher's states are computed beforehand there".into();
         return Err(Error::Recipe { key: "pipeline.teacher".into(), value: "true".into(), allowed });
     }
-    if let Some(short) = teacher.map(|t| cut::pieces(&t.config) - 1).filter(|&pieces| pieces < stages) {
+    if let Some(short) = teacher.map(|t| t.config.blocks.len()).filter(|&blocks| blocks < stages) {
         let value = format!("true with {stages} stages");
-        let allowed = format!("at most {short} stages: the teacher's embedding and blocks");
+        let allowed = format!("at most {short} stages: the teacher's blocks");
         return Err(Error::Recipe { key: "pipeline.teacher".into(), value, allowed });
     }
     let teacher = teacher.map(|model| TeacherSetup {
-        cuts: cut::even(cut::pieces(&model.config) - 1, stages),
+        cuts: cut::teacher(&model.config, stages),
         model: Arc::new(model.clone()),
         hard: distillation_is_hard,
     });

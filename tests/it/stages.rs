@@ -311,7 +311,7 @@ fn a_teacher_in_the_same_stages_teaches_the_same() {
             }
             Ok(methods)
         });
-        let cuts = cut::even(cut::pieces(&teacher.config) - 1, stages);
+        let cuts = cut::teacher(&teacher.config, stages);
         setup.teacher = Some(TeacherSetup { model: Arc::new(teacher.clone()), cuts, hard: true });
         let student = Model::init(config.clone(), &device, 3).unwrap();
         let mut pipeline = Pipeline::start(&student, setup).unwrap();
