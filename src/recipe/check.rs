@@ -139,7 +139,8 @@ impl Recipe {
             h.check(self.data.target_share)?;
         }
         if let Some(pipeline) = &self.pipeline {
-            pipeline.check()?;
+            let layers = self.structure.as_ref().map_or(self.model.layers, |s| s.layers.min(self.model.layers));
+            pipeline.check(layers)?;
         }
         self.evaluate.check()
     }

@@ -29,7 +29,7 @@ use crate::train::stepper::{OneDevice, Stepper};
 
 /// Number of stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "\"auto\" or a number of stages")]
 pub enum Stages {
     Count(usize),
     Auto(Auto),
@@ -91,7 +91,8 @@ const MAX_STAGES: usize = 256;
 const MAX_MICRO_BATCHES: usize = 1024;
 
 impl Pipeline {
-    pub(super) fn check(&self) -> Result<()> {
+    /// `layers`: blocks of the smallest model that is trained.
+    pub(super) fn check(&self, layers: usize) -> Result<()> {
         let refuse = |key: &str, value: String, allowed: &str| {
             Err(Error::Recipe { key: format!("pipeline.{key}"), value, allowed: allowed.into() })
         };
@@ -99,6 +100,17 @@ impl Pipeline {
             && !(1..=MAX_STAGES).contains(&n)
         {
             return refuse("stages", n.to_string(), "\"auto\" or 1 to 256");
+        }
+        if let Stages::Count(n) = self.stages
+            && self.schedule.chunks(n) > layers + 2
+        {
+            let value =
+                format!("{n} stages of schedule {}, which need {} pieces", self.schedule, self.schedule.chunks(n));
+            let allowed = format!(
+                "at most {} pieces: the smallest model's {layers} blocks, its embedding and its head",
+                layers + 2
+            );
+            return Err(Error::Recipe { key: "pipeline.stages".into(), value, allowed });
         }
         if !(1..=MAX_MICRO_BATCHES).contains(&self.micro_batches) {
             return refuse("micro_batches", self.micro_batches.to_string(), "1 to 1024");
