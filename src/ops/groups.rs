@@ -6,6 +6,23 @@ use crate::kernel::{Problem, TensorMap};
 /// Multiprocessors of a data-centre GPU. Tiles that fill them are wanted.
 pub(super) const MULTIPROCESSORS: usize = 132;
 
+/// Rows of a tile, and columns of a wide one.
+const ROWS: usize = 128;
+const WIDE: usize = 256;
+
+/// Tiles of `width` columns that cover a matrix.
+pub(super) fn tiles(rows: usize, columns: usize, width: usize) -> usize {
+    rows.div_ceil(ROWS) * columns.div_ceil(width)
+}
+
+/// Whether wide tiles fill every multiprocessor: pairs of blocks take two down a column, so few rows of tiles may not be odd.
+/// Software adapters are never full.
+pub(super) fn full(p: &Problem, rows: usize, columns: usize) -> bool {
+    let down = rows.div_ceil(ROWS);
+    let even = down.is_multiple_of(2) || down > 8;
+    p.info.software || (even && tiles(rows, columns, WIDE) >= MULTIPROCESSORS)
+}
+
 /// Blocks that walk over all tiles: one per multiprocessor. On the host two, so that a block has several tiles.
 pub(super) fn blocks(p: &Problem, tiles: usize) -> u32 {
     tiles.clamp(1, if p.info.software { 2 } else { MULTIPROCESSORS }) as u32

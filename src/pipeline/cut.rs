@@ -42,7 +42,7 @@ pub fn tensors_of(model: &Model, pieces: &Range<usize>) -> Vec<String> {
     model.tensors.keys().filter(|name| pieces.contains(&piece_of(&model.config, name))).cloned().collect()
 }
 
-/// Pieces of each chunk, as even as their number allows, the larger chunks last but for the head: what a plan should beat.
+/// Pieces of each chunk, as even as their number allows, whatever they cost.
 pub fn even(pieces: usize, chunks: usize) -> Vec<Range<usize>> {
     (0..chunks).map(|c| c * pieces / chunks..(c + 1) * pieces / chunks).collect()
 }

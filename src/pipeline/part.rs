@@ -138,9 +138,7 @@ impl Part {
         for piece in pieces {
             states = match (piece, states) {
                 (0, _) => Some(pass.enter(&data.batch)?),
-                (_, None) => {
-                    return Err(Error::Shape { op: "pipeline", rule: "a chunk has inputs", got: "none".into() });
-                }
+                (_, None) => return Err(no_input()),
                 (p, Some(states)) if p == head => {
                     loss = Some(trainer::loss_of(&mut pass, &states.normed, data, &self.methods)?);
                     Some(states)
@@ -222,11 +220,6 @@ impl Part {
             Some(Held::Deferred(deferred, leaves)) => Ok(Gradients { leaves, grads: deferred.backward_weight()? }),
             _ => Err(Error::Shape { op: "pipeline", rule: "input gradients first", got: format!("{}W{}", at.0, at.1) }),
         }
-    }
-
-    /// Forgets what an interrupted step left.
-    pub fn clear(&mut self) {
-        self.held.clear();
     }
 
     fn seeds(&self, taped: &Taped, flowed: Vec<Tensor>) -> Result<Vec<Tensor>> {

@@ -109,16 +109,10 @@ impl Profile {
         }
     }
 
-    /// The contiguous cut into `parts` whose slowest part is fastest.
+    /// The contiguous cut into `parts` whose heaviest part is lightest.
     ///
     /// # Errors
     /// `Parameter` for more parts than pieces, or none.
-    pub fn balanced(&self, parts: usize) -> Result<Vec<Range<usize>>> {
-        let time = |piece: &PieceProfile| piece.cost.forward + piece.cost.backward_input + piece.cost.backward_weight;
-        self.cut(parts, time)
-    }
-
-    /// As [`Profile::balanced`], for any weight of a piece.
     pub(super) fn cut(&self, parts: usize, weight: impl Fn(&PieceProfile) -> f64) -> Result<Vec<Range<usize>>> {
         let count = self.pieces.len();
         if !(1..=count).contains(&parts) {
@@ -232,7 +226,7 @@ mod tests {
             for parts in 1..=times.len() {
                 let slowest =
                     |cuts: &[Range<usize>]| cuts.iter().map(|r| times[r.clone()].iter().sum()).fold(0.0, f64::max);
-                let cut = profile.balanced(parts).unwrap();
+                let cut = profile.cut(parts, |p| p.cost.forward).unwrap();
                 assert!(cut.len() == parts && cut.iter().all(|r| !r.is_empty()), "{cut:?}");
                 assert!(cut[0].start == 0 && cut[parts - 1].end == times.len(), "{cut:?}");
                 assert!(cut.windows(2).all(|w| w[0].end == w[1].start), "{cut:?}");
@@ -240,7 +234,7 @@ mod tests {
                 assert!(slowest(&cut) <= best + 1e-9, "{times:?} in {parts}: {cut:?}");
             }
         }
-        assert!(profile(&[1.0]).balanced(2).is_err() && profile(&[1.0]).balanced(0).is_err());
+        assert!([0, 2].iter().all(|&parts| profile(&[1.0]).cut(parts, |_| 1.0).is_err()));
     }
 
     fn every_cut(start: usize, end: usize, parts: usize) -> Vec<Vec<Range<usize>>> {

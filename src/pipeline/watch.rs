@@ -23,7 +23,6 @@ pub enum State {
     Computing = 1,
     /// For a message.
     Waiting = 2,
-    Gone = 3,
 }
 
 /// One line of the flight recorder.
@@ -171,7 +170,6 @@ impl Watch {
             state: match seen.state.load(Relaxed) {
                 1 => State::Computing,
                 2 => State::Waiting,
-                3 => State::Gone,
                 _ => State::Idle,
             },
             event: locked(&seen.event).clone(),

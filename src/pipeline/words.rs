@@ -1,6 +1,7 @@
 //! What the controller and a worker in another process say to each other.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -16,7 +17,6 @@ use crate::nn::{Batch, Config};
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Micro, Teacher};
 use crate::train::optimizer::Settings;
-use std::sync::Arc;
 
 /// What a stage's hooks are made from, in a form that reaches another process.
 #[derive(Clone, Debug, Default)]

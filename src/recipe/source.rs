@@ -1,6 +1,6 @@
 //! Micro-batches of a stage: pure functions of the step.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::corpus::{Corpus, upload};
 use super::schema::Training;
@@ -13,7 +13,6 @@ use crate::nn::Model;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Micro, Teacher};
 use crate::train::trainer::Source;
-use std::sync::Arc;
 
 /// Which examples a step takes.
 pub enum Draw {

@@ -19,7 +19,7 @@ use espalier::recipe::Recipe;
 
 use crate::model::cpu;
 use crate::run_folder::teacher;
-use crate::stages::{SIZE, STEPS, VOCABULARY, micros, places, setup};
+use crate::stages::{SIZE, STEPS, VOCABULARY, micros, places, setup, word};
 use crate::training::tiny;
 
 const RANKS: usize = 4;
@@ -272,16 +272,7 @@ fn every_fault_in_a_process_is_named_and_none_hangs() {
                 // What is wrong with a message is seen by its receiver, who names the sender.
                 let named = if message { said.contains(&format!("worker {worker}")) } else { stage == worker };
                 assert!(named && (message || place == position), "{case}: stage {stage} at {event}: {said}");
-                let word = match what {
-                    Planted::Panic => "panicked: planted",
-                    Planted::Exit => "gone",
-                    Planted::Stall => "stalls",
-                    Planted::Slow => "slow",
-                    Planted::Drop => "lost",
-                    Planted::Duplicate => "twice",
-                    Planted::Corrupt => "corrupted",
-                };
-                assert!(said.contains(word), "{case}: {said}");
+                assert!(said.contains(word(what)), "{case}: {said}");
                 let events = fs::read_to_string(&record).unwrap();
                 for stage in 0..RANKS {
                     assert!(events.contains(&format!("\"stage\":{stage},")), "{case}: stage {stage} left no record");

@@ -339,6 +339,19 @@ pub fn places(setup: &Setup, worker: usize, work: &[Work]) -> Vec<usize> {
     found.first().into_iter().chain(found.last()).copied().collect()
 }
 
+/// What a fault's message says of it.
+pub fn word(what: Planted) -> &'static str {
+    match what {
+        Planted::Panic => "panicked: planted",
+        Planted::Exit => "gone",
+        Planted::Stall => "stalls",
+        Planted::Slow => "slow",
+        Planted::Drop => "lost",
+        Planted::Duplicate => "twice",
+        Planted::Corrupt => "corrupted",
+    }
+}
+
 #[test]
 fn every_fault_is_named_and_none_hangs() {
     let folder = tempfile::tempdir().unwrap();
@@ -386,16 +399,7 @@ fn every_fault_is_named_and_none_hangs() {
                 // What is wrong with a message is seen by its receiver, who names the sender.
                 let named = if message { said.contains(&format!("worker {worker}")) } else { stage == worker };
                 assert!(named, "{case}: stage {stage} at {event}: {said}");
-                let word = match what {
-                    Planted::Panic => "panicked: planted",
-                    Planted::Exit => "gone",
-                    Planted::Stall => "stalls",
-                    Planted::Slow => "slow",
-                    Planted::Drop => "lost",
-                    Planted::Duplicate => "twice",
-                    Planted::Corrupt => "corrupted",
-                };
-                assert!(said.contains(word), "{case}: {said}");
+                assert!(said.contains(word(what)), "{case}: {said}");
                 let record = std::fs::read_to_string(folder.path().join("flight-recorder.jsonl")).unwrap();
                 for stage in 0..4 {
                     assert!(record.contains(&format!("\"stage\":{stage},")), "{case}: stage {stage} left no record");

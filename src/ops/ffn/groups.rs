@@ -25,25 +25,13 @@ const STAGE_K: usize = 64;
 const PARTIAL: usize = 64;
 const SUM_BLOCK: usize = 128;
 
-fn tiles(rows: usize, columns: usize, width: usize) -> usize {
-    rows.div_ceil(ROWS) * columns.div_ceil(width)
-}
-
-/// Whether wide tiles fill every multiprocessor: pairs of blocks take two down a column, so few rows of tiles may not be odd.
-/// Software adapters are never full.
-fn full(p: &Problem, rows: usize, columns: usize) -> bool {
-    let down = rows.div_ceil(ROWS);
-    let even = down.is_multiple_of(2) || down > 8;
-    p.info.software || (even && tiles(rows, columns, WIDE) >= groups::MULTIPROCESSORS)
-}
-
 /// Tensor maps step by multiples of 16 bytes. The hidden layer has wide tiles for every multiprocessor; products with fewer take
 /// narrow ones.
 fn fits_groups(p: &Problem) -> bool {
     fits(p)
         && problem(p).is_some_and(|(activation, e)| {
             let aligned = [e.d, e.f, e.d2].iter().all(|&n| n > 0 && n.is_multiple_of(8));
-            e.rows > 0 && aligned && full(p, e.rows, e.f * activation.halves())
+            e.rows > 0 && aligned && groups::full(p, e.rows, e.f * activation.halves())
         })
 }
 
@@ -96,7 +84,7 @@ struct Product {
 impl Product {
     fn launch(&self, p: &Problem) -> Launch {
         let [rows, columns, _] = self.extents;
-        let wide = columns > NARROW && full(p, rows, columns);
+        let wide = columns > NARROW && groups::full(p, rows, columns);
         let (entry, width) = if wide { ("ffn_product_wgmma", WIDE) } else { ("ffn_narrow_wgmma", NARROW) };
         let [a, b] = self.blocks;
         let bias = self.slots[2] != self.slots[0];

@@ -3,6 +3,7 @@
 use super::{Extents, Ffn, FfnActivation, FfnBackward, extents};
 use crate::dtype::DType;
 use crate::kernel::{Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, source};
+use crate::ops::groups::MULTIPROCESSORS;
 
 pub(super) const SOURCE: Source = source!("ffn");
 
@@ -131,14 +132,13 @@ fn backward(p: &Problem) -> Plan {
     Plan::sequence(launches).scratch(hidden_bytes).scratch(hidden_bytes).scratch(e.rows * hidden * 4)
 }
 
-/// Outputs of a block of the tensor rung, per axis, and tiles enough for the multiprocessors of a data-centre GPU.
+/// Outputs of a block of the tensor rung, per axis.
 const LARGE_TILE: usize = 128;
-const LARGE_TILES: usize = 132;
 
 /// Whether a product of the large rung has tiles enough. Software adapters are never full, so that small cases verify the
 /// large tile too.
 fn many(p: &Problem, rows: usize, columns: usize) -> bool {
-    p.info.software || rows.div_ceil(LARGE_TILE) * columns.div_ceil(LARGE_TILE) >= LARGE_TILES
+    p.info.software || rows.div_ceil(LARGE_TILE) * columns.div_ceil(LARGE_TILE) >= MULTIPROCESSORS
 }
 
 /// The large tile copies 16 bytes at a time from every matrix. Its plan takes the small tile for products with few outputs.

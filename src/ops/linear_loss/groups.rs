@@ -32,20 +32,13 @@ const STAGE_K: usize = 64;
 const CHUNK: usize = 4096;
 const WORDS: usize = 4096;
 
-fn tiles(rows: usize, columns: usize, width: usize) -> usize {
-    rows.div_ceil(ROWS) * columns.div_ceil(width)
-}
-
 /// Tensor maps step by multiples of 16 bytes; logits of all words fill every multiprocessor, by pairs of tiles down a column.
 /// Software adapters are never full.
 fn fits(p: &Problem) -> bool {
     let e = Extents::new(p, CHUNK);
     let matrices = p.inputs.iter().filter(|m| m.dims().len() == 2);
     let aligned = matrices.clone().all(|m| m.shape.last() > 0 && m.shape.last().is_multiple_of(8));
-    let down = e.chunk.div_ceil(ROWS);
-    let even = down.is_multiple_of(2) || down > 8;
-    let full = even && tiles(e.chunk, e.vocabulary, WIDE) >= groups::MULTIPROCESSORS;
-    aligned && e.tokens > 0 && (full || p.info.software)
+    aligned && e.tokens > 0 && groups::full(p, e.chunk, e.vocabulary)
 }
 
 #[derive(Clone, Copy)]
@@ -222,7 +215,7 @@ struct Product {
 
 impl Product {
     fn launch(&self, p: &Problem, at: Places) -> Launch {
-        let full = p.info.software || tiles(self.rows, self.columns, WIDE) >= groups::MULTIPROCESSORS;
+        let full = p.info.software || groups::tiles(self.rows, self.columns, WIDE) >= groups::MULTIPROCESSORS;
         let wide = self.columns > NARROW && full;
         let (entry, width, stages) =
             if wide { ("planes_product_wgmma", WIDE, 3) } else { ("planes_narrow_wgmma", NARROW, 4) };
@@ -235,7 +228,7 @@ impl Product {
         let params = Params::new().u(self.rows).u(self.columns).u(self.over).u(mode).u(self.first).u(0).u(0);
         let params = params.flag(self.blocks).f(0.0).f(0.0).f(0.0);
         let params = params.u(self.rows.div_ceil(ROWS)).u(self.columns.div_ceil(width));
-        Launch::new([groups::blocks(p, tiles(self.rows, self.columns, width)), 1, 1], params)
+        Launch::new([groups::blocks(p, groups::tiles(self.rows, self.columns, width)), 1, 1], params)
             .entry(entry)
             .slots(&[at.planes, self.b, at.scale(), self.sums, self.out])
             .map(dz)

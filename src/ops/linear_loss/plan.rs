@@ -3,6 +3,7 @@
 use crate::dtype::DType;
 use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, source};
 use crate::ops::distill::Divergence;
+use crate::ops::groups::MULTIPROCESSORS;
 use crate::ops::rows::BLOCK;
 
 use super::{LinearCrossEntropy, LinearCrossEntropyBackward, LinearKl, LinearKlBackward, LinearPredict};
@@ -42,14 +43,13 @@ pub(super) enum Rung {
     Large,
 }
 
-/// Outputs of a block of the tensor rungs, per axis, and large tiles enough for the multiprocessors of a data-centre GPU.
+/// Outputs of a block of the tensor rungs, per axis.
 const LARGE_TILE: usize = 128;
 const SMALL_TILE: usize = 64;
-const LARGE_TILES: usize = 132;
 
 /// Whether a product has large tiles enough. Software adapters are never full, so that small cases verify them too.
 fn many(p: &Problem, rows: usize, columns: usize) -> bool {
-    p.info.software || rows.div_ceil(LARGE_TILE) * columns.div_ceil(LARGE_TILE) >= LARGE_TILES
+    p.info.software || rows.div_ceil(LARGE_TILE) * columns.div_ceil(LARGE_TILE) >= MULTIPROCESSORS
 }
 
 /// The large tile copies 16 bytes at a time. Its plan takes the small one for products with few outputs.

@@ -7,6 +7,7 @@ use crate::kernel::{
     Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, TensorMap, always, cuda_source, source,
 };
 use crate::ops::groups;
+use crate::ops::groups::MULTIPROCESSORS;
 
 pub(super) const SOURCE: Source = source!("matmul");
 
@@ -163,7 +164,7 @@ fn tiles(l: &Layout, tile: Tile) -> [usize; 3] {
 fn fits_groups(p: &Problem, tile: Tile) -> bool {
     layout(p).is_some_and(|(_, l)| {
         let aligned = rows(&l).iter().all(|r| r.strides.iter().all(|s| s.is_multiple_of(8)));
-        let wanted = if tile == WIDE_TILE { LARGE_TILES } else { LARGE_TILES / 2 };
+        let wanted = if tile == WIDE_TILE { MULTIPROCESSORS } else { MULTIPROCESSORS / 2 };
         let full = tiles(&l, tile)[2] >= wanted && l.n > tile.1 / 2;
         l.k > 0 && aligned && (full || p.info.software)
     })
@@ -174,7 +175,7 @@ fn fits_pairs(p: &Problem) -> bool {
     fits_groups(p, WIDE_TILE)
         && layout(p).is_some_and(|(_, l)| {
             let [down, _, all] = tiles(&l, WIDE_TILE);
-            p.info.software || (all >= 2 * LARGE_TILES && (down.is_multiple_of(2) || down > 16))
+            p.info.software || (all >= 2 * MULTIPROCESSORS && (down.is_multiple_of(2) || down > 16))
         })
 }
 
@@ -205,9 +206,6 @@ fn groups_plan(p: &Problem, entry: &'static str, tile: Tile) -> Plan {
     Plan::of(launch)
 }
 
-/// Large tiles wanted: enough for the multiprocessors of a data-centre GPU, most of them two at a time.
-const LARGE_TILES: usize = 132;
-
 /// Copies of 16 bytes need rows that start at multiples of eight elements. Fewer tiles than multiprocessors leave some idle,
 /// which small tiles do not; software adapters are never full, so that small cases verify this rung too.
 fn fits_tensor(p: &Problem) -> bool {
@@ -221,7 +219,7 @@ fn fits_tensor(p: &Problem) -> bool {
         let a = if column_a == 1 { aligned(batch_a, row_a, l.m) } else { aligned(batch_a, column_a, l.k) };
         let b = if row_b == 1 { aligned(batch_b, column_b, l.n) } else { aligned(batch_b, row_b, l.k) };
         let tiles = l.batch * l.m.div_ceil(TENSOR_TILE.0) * l.n.div_ceil(TENSOR_TILE.1);
-        a && b && (tiles >= LARGE_TILES || p.info.software)
+        a && b && (tiles >= MULTIPROCESSORS || p.info.software)
     })
 }
 

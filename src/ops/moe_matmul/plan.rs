@@ -2,6 +2,7 @@
 
 use crate::dtype::DType;
 use crate::kernel::{Code, Kernel, Launch, MAX_GROUPS, Plan, Problem, Source, always, source};
+use crate::ops::groups::MULTIPROCESSORS;
 
 pub(super) const SOURCE: Source = source!("moe_matmul");
 const BLOCK: u32 = 64;
@@ -35,10 +36,9 @@ const fn tensor(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Proble
     Kernel { name, code, dtypes: &[DType::F16, DType::Bf16], fits, plan }
 }
 
-/// Outputs of a block of the tensor rungs, per axis, and large tiles enough for the multiprocessors of a data-centre GPU.
+/// Outputs of a block of the tensor rungs, per axis.
 const LARGE_TILE: usize = 128;
 const SMALL_TILE: usize = 64;
-const LARGE_TILES: usize = 132;
 
 /// Rows, n, d and experts of any of the three products.
 pub(super) fn extents(p: &Problem) -> [usize; 4] {
@@ -85,14 +85,14 @@ fn fits_large(p: &Problem) -> bool {
     let [rows, _, _, experts] = extents(p);
     let columns = p.outputs[0].dims()[1];
     let tiles = rows.div_ceil(LARGE_TILE) * columns.div_ceil(LARGE_TILE);
-    let full = rows >= experts * SMALL_TILE && tiles >= LARGE_TILES;
+    let full = rows >= experts * SMALL_TILE && tiles >= MULTIPROCESSORS;
     aligned(p) && (full || p.info.software) && launchable(row_groups(p, columns, LARGE_TILE))
 }
 
 fn fits_weight_large(p: &Problem) -> bool {
     let [_, n, d, experts] = extents(p);
     let tiles = experts * n.div_ceil(LARGE_TILE) * d.div_ceil(LARGE_TILE);
-    aligned(p) && (tiles >= LARGE_TILES || p.info.software) && launchable(weight_groups(p, LARGE_TILE))
+    aligned(p) && (tiles >= MULTIPROCESSORS || p.info.software) && launchable(weight_groups(p, LARGE_TILE))
 }
 
 /// Bytes of shared memory: four stages of 32 of the summed axis of both operands.
