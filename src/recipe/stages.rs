@@ -8,7 +8,7 @@ use super::source::{CorpusSource, Draw, Factors};
 use super::staged;
 use crate::compress::distil::{Distillation, PROJECTION, Projection, Weights, selection};
 use crate::compress::hybrid::StudentLoss;
-use crate::compress::quantize::QuantizationAware;
+use crate::compress::quantization::QuantizationAware;
 use crate::compress::sparsify::Sparsity24;
 use crate::compress::structure::{self, Keep, Target};
 use crate::compress::teacher::TeacherCache;
