@@ -13,17 +13,22 @@ use crate::atomic::write_atomic;
 use crate::compress::distil::Distillation;
 use crate::console;
 use crate::device::{self, Device, Kind as DeviceKind};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::pipeline::executor::{Pipeline as Executor, Setup, StepReport, TeacherSetup};
+use crate::pipeline::predict::predict;
 use crate::pipeline::profile::Profile;
+use crate::pipeline::reads::Reads;
 use crate::pipeline::remote::Across;
 use crate::pipeline::route::Route;
 use crate::pipeline::train::Staged;
-use crate::pipeline::{Costs, Kind, Schedule, Timeline, cut, measure, simulate, trace};
+use crate::pipeline::{Kind, Schedule, Timeline, cut, measure, trace};
 use crate::report::gantt;
+use crate::shape::Meta;
+use crate::tensor::Tensor;
 use crate::train::graphs;
-use crate::train::lifecycle::Micro;
+use crate::train::lifecycle::{Micro, Teacher};
 use crate::train::optimizer::Settings;
 use crate::train::stepper::{OneDevice, Stepper};
 
@@ -201,6 +206,7 @@ pub fn stepper(
     if wanted.last().is_none_or(|n| *n == 1) && pipeline.replicas.is_empty() {
         return one_device(model);
     }
+    let promises = Promises::new(state, distillation.as_ref());
     let sizes: Vec<f64> = probe.iter().map(|m| size(m) / size(&probe[0])).collect();
     let mut best: Option<(f64, Route, Profile)> = None;
     for stages in wanted {
@@ -222,16 +228,17 @@ pub fn stepper(
             // A resumed training is cut as it was before.
             Ok(profile) if profile.pieces.len() == pieces => profile,
             _ => {
-                let part = crate::pipeline::part::micro_on(&probe[0], &device)?;
-                let profile = measure::profile(&model.to_device(&device)?, &part, settings)?;
+                let part = Reads::ALL.bring(&probe[0], &device)?;
+                let part = if let Some(teacher) = teacher { stood_in(&part, teacher.config.width)? } else { part };
+                let methods = |whole: &Model| promises.methods(whole, distillation.as_ref());
+                let profile = measure::profile(&model.to_device(&device)?, &part, settings, &methods)?;
                 profile.write(&path)?;
                 profile
             }
         };
         let schedule = Schedule::new(pipeline.schedule, stages, probe.len())?;
         let route = Route::new(&model.config, &schedule, profile.cuts(&schedule)?, workers)?;
-        let costs = Costs { sizes: sizes.clone(), ..profile.costs(&route.cuts, &schedule) };
-        let seconds = simulate(&schedule, &costs)?.seconds;
+        let seconds = predict(&profile, &route, sizes.clone())?.seconds;
         // More devices must pay for themselves.
         if best.as_ref().is_none_or(|(least, ..)| seconds < 0.95 * least) {
             best = Some((seconds, route, profile));
@@ -258,7 +265,6 @@ pub fn stepper(
     let devices = names.iter().take(here).map(|name| pipeline.open(&home, name)).collect::<Result<_>>()?;
     let heartbeat = Duration::from_secs_f64(pipeline.heartbeat);
     let distillation_is_hard = distillation.as_ref().is_some_and(|d| d.weights.hard > 0.0);
-    let promises = Promises::new(state, distillation.as_ref());
     let across = match ranks {
         Some(post) => {
             let methods = promises.described(distillation.as_ref())?;
@@ -314,15 +320,24 @@ pub fn stepper(
         if steps == WARM {
             let route = pipeline.current();
             let sizes = micros.iter().map(|m| size(m) / wide).collect();
-            let costs = Costs { sizes, ..profile.costs(&route.cuts, &route.schedule) };
-            let predicted = simulate(&route.schedule, &costs)?;
-            if let Err(e) = compare(&folder, &name, &report.timeline(&name), &predicted) {
+            let predicted = predict(&profile, route, sizes)?;
+            if let Err(e) = compare(&folder, &name, &report.timeline(&name, &route.replicas), &predicted) {
                 console::tell(format_args!("warning: {name}: the step is not drawn: {e}"));
             }
         }
         Ok(())
     };
     Ok(Box::new(Staged::new(executor, &home, Box::new(on_step))))
+}
+
+/// A micro-batch that waits for its teacher with states and labels of the right size, for a profile of what the head costs.
+fn stood_in(micro: &Micro, width: usize) -> Result<Micro> {
+    let Some(teacher) = &micro.teacher else {
+        return Ok(micro.clone());
+    };
+    let hidden = Tensor::zeros(micro.targets.device(), Meta::new(&[micro.targets.count(), width], DType::F32)?)?;
+    let teacher = Teacher { hidden, hard_targets: micro.targets.clone(), ..teacher.clone() };
+    Ok(Micro { teacher: Some(teacher), ..micro.clone() })
 }
 
 /// The step of a session that is drawn and compared with its prediction: the first ones fill memory pools.
