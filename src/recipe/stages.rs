@@ -15,14 +15,13 @@ use super::schema::{Distil, HiddenProjection, Recipe, Training};
 use super::source::{CorpusSource, Draw, Factors};
 use super::staged;
 use crate::compress::distil::{Distillation, PROJECTION, Projection, selection};
+use crate::compress::pruning::{Held, Pattern};
 use crate::compress::quantization::QuantizationAware;
-use crate::compress::sparsify::Sparsity24;
 use crate::compress::teacher::TeacherCache;
 use crate::data::batch::{Batch, Example, GmaskPosition};
 use crate::error::{Error, Result};
 use crate::nn::{self, Config, Model};
 use crate::ops::distill::Reduction;
-use crate::ops::sparse24::Form24;
 use crate::pipeline::post::Post;
 use crate::report::model::LossCurve;
 use crate::rng::Stream;
@@ -80,8 +79,8 @@ pub fn held(model: &Model, state: &State) -> Result<Vec<Box<dyn Method>>> {
     let mut methods: Vec<Box<dyn Method>> = Vec::new();
     let sparse: Vec<String> = state.sparse.iter().filter(|name| model.tensors.contains_key(*name)).cloned().collect();
     if !sparse.is_empty() {
-        let form = if state.two_dimensional { Form24::TwoDimensional } else { Form24::OneDimensional };
-        methods.push(Box::new(Sparsity24::new(model, sparse, form)?));
+        let pattern = if state.two_dimensional { Pattern::TwoFour2d } else { Pattern::TwoFour };
+        methods.push(Box::new(Held::new(model, sparse, pattern, 0.5)?));
     }
     if !state.int8.is_empty() {
         methods.push(Box::new(QuantizationAware { bits: 8, linears: state.int8.clone() }));

@@ -1,7 +1,7 @@
 //! 2:4 masks on the weights as they are now, then recovery under them.
 
 use super::{Student, linears, recover, text};
-use crate::compress::sparsify::prunable;
+use crate::compress::pruning::{Pattern, prunable};
 use crate::compress::teacher::TeacherCache;
 use crate::error::Result;
 use crate::recipe::flow::Flow;
@@ -12,7 +12,7 @@ pub fn run(flow: &mut Flow, settings: &Sparsify, student: &Student, cache: &Teac
     let parts = [&student.fingerprint, &text(settings)?, "sparsify"];
     flow.stage("sparsify", &parts, false, |context| {
         let model = student.model.duplicate()?;
-        let sparse = prunable(&model, &linears(&model.config, &settings.linears));
+        let sparse = prunable(&model, &linears(&model.config, &settings.linears), Pattern::TwoFour);
         let state = State { sparse, two_dimensional: settings.mask == Mask::TwoDimensional, ..student.state.clone() };
         recover(context, (model, state), &settings.training, &settings.distil, cache, 2)
     })
