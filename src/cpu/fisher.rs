@@ -10,11 +10,12 @@ multiversion! {
         for (row, out) in f.chunks(b).zip(fg.iter_mut()) {
             *out = simd::sums2(row, g, |f, g| [f * g])[0];
         }
-        let scale = 1.0 / (count + simd::sums2(fg, g, |a, b| [a * b])[0]);
+        let divisor = count + simd::sums2(fg, g, |a, b| [a * b])[0];
         for (i, row) in f.chunks_mut(b).enumerate() {
-            let a = fg[i] * scale;
+            let a = fg[i];
             for (f, x) in row.iter_mut().zip(fg.iter()) {
-                *f -= a * x;
+                // In this order entry (i, j) is entry (j, i) to the bit.
+                *f -= a * x / divisor;
             }
         }
     }

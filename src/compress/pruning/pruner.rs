@@ -116,6 +116,8 @@ pub struct Pruner {
     units: Vec<Tensor>,
     /// Updates done when the last mask was made.
     made: Option<u64>,
+    /// Updates that a checkpoint had behind it: what belongs to the last of them is in its state.
+    resumed: Option<u64>,
 }
 
 /// Names of the units in a checkpoint.
@@ -130,7 +132,7 @@ impl Pruner {
             Tensor::from_slice(model.device(), &grid, &vec![1.0f32; grid[0] * grid[1]])
         };
         let units = weights.iter().map(full).collect::<Result<_>>()?;
-        Ok(Self { weights, settings, criterion, units, made: None })
+        Ok(Self { weights, settings, criterion, units, made: None, resumed: None })
     }
 
     /// Names of the weights and the share of their units that is pruned so far.
@@ -174,8 +176,7 @@ impl Method for Pruner {
     }
 
     fn on_update(&mut self, step: u64, model: &Model, optimizer: &mut Optimizer) -> Result<()> {
-        // A resumed training begins with the masks of its checkpoint.
-        if self.made == Some(step) {
+        if self.resumed == Some(step) {
             return Ok(());
         }
         if step > 0 {
@@ -197,7 +198,7 @@ impl Method for Pruner {
     }
 
     fn restore(&mut self, state: &BTreeMap<String, Tensor>, step: u64) -> Result<()> {
-        self.made = self.settings.timing.last_update(step);
+        (self.made, self.resumed) = (self.settings.timing.last_update(step), Some(step));
         if self.made.is_some() {
             for (name, units) in self.weights.iter().zip(&mut self.units) {
                 let key = format!("{UNITS}{name}");
