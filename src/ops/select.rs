@@ -35,9 +35,7 @@ impl Op for KeepLargest {
 
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
         match inputs {
-            [x] if x.dtype != DType::F32 => {
-                Err(Error::Dtype { op: self.name(), expected: "f32", got: x.to_string() })
-            }
+            [x] if x.dtype != DType::F32 => Err(Error::Dtype { op: self.name(), expected: "f32", got: x.to_string() }),
             [x] if x.shape.rank() == 2 && self.keep <= x.shape.last() => Ok(vec![*x]),
             _ => {
                 let got = format!("{} with keep {}", shape::list(inputs), self.keep);
@@ -188,7 +186,8 @@ fn cases() -> Vec<Case> {
     let ties = Fill::Integers { low: -2, high: 2 };
     for [rows, n] in [[1, 1], [1, 2], [3, 7], [2, 64], [5, 65], [1, 1000], [4, 4099], [2, 70_001]] {
         for magnitude in [false, true] {
-            for keep in [n / 3, n - 1] {
+            // Of one element both are the same case.
+            for keep in [n / 3, n - 1].into_iter().take(n) {
                 let case = || Case::new(KeepLargest { keep, magnitude }, Tolerance::Exact);
                 cases.push(case().normal(&[rows, n], DType::F32));
                 cases.push(case().input(&[rows, n], DType::F32, ties.clone()).variant("ties"));

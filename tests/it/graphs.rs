@@ -98,8 +98,8 @@ fn run(
     let mut model = Model::init(Config::glm(SIZE, VOCABULARY), device, 1).unwrap();
     let mut methods: Vec<Box<dyn Method>> = method.into_iter().collect();
     if plan.pruned {
-        let weights = vec!["blocks.0.ffn.in.weight".to_string(), "blocks.1.attention.query.weight".to_string()];
-        methods.push(Box::new(Held::new(&model, weights, Pattern::TwoFour, 0.5).unwrap()));
+        let weights = ["blocks.0.ffn.in.weight", "blocks.1.attention.query.weight"].map(|name| (name.to_string(), 0));
+        methods.push(Box::new(Held::new(&model, weights.into(), Pattern::TwoFour).unwrap()));
     }
     let source = Steps { device, plan, seen: Mutex::default() };
     let schedule = Schedule { peak: 1e-2, warmup: 4, shape: Shape::Cosine { floor: 0.1 } };

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use espalier::compress::pruning::{Binariser, Curve, Learned24, Movement, Pattern, Scope, Settings, Timing, gates, prunable};
+use espalier::compress::pruning::{
+    Binariser, Curve, Learned24, Movement, Pattern, Scope, Settings, Timing, gates, prunable,
+};
 use espalier::device;
 use espalier::nn::{Config, Model, OutputHook, Pass};
 use espalier::rng::Stream;
@@ -14,7 +16,7 @@ use espalier::train::trainer::{loss_of, weighted_cross_entropy};
 use espalier::{DType, Result};
 
 use crate::model::{SIZE, assemble, examples, micro};
-use crate::pruning::{Killed, cpu, STEPS, Steps, linears, model, trained};
+use crate::pruning::{Killed, STEPS, Steps, cpu, linears, model, trained};
 
 /// A model in f64.
 fn truth() -> Model {
@@ -65,9 +67,13 @@ fn movement_scores_get_the_gradient_of_their_masks() {
         set(&mut model, &gates::of(weight), &scores);
         method.choose(0, &model).unwrap();
         let (_, gradient_of_scores) = gradient(&model, &method, &gates::of(weight));
-        let dims = { let d = model.get(weight).unwrap().dims(); [d[0], d[1]] };
+        let dims = {
+            let d = model.get(weight).unwrap().dims();
+            [d[0], d[1]]
+        };
         let units = method.state()[&format!("pruning.movement/{weight}")].clone();
-        let (mask, values) = (pattern.expand(&units, dims).unwrap().to_f64().unwrap(), model.get(weight).unwrap().to_f64().unwrap());
+        let (mask, values) =
+            (pattern.expand(&units, dims).unwrap().to_f64().unwrap(), model.get(weight).unwrap().to_f64().unwrap());
         let [rows, columns] = pattern.unit(dims);
         let grid = pattern.grid(dims).unwrap();
         for unit in (0..count).step_by(count / 7 + 1) {
@@ -97,7 +103,8 @@ fn gates_get_the_gradient_of_penalty_and_patterns() {
     let timing = Timing { curve: Curve::Linear, initial: 0.0, start: 0, end: 10, every: 1 };
     let settings = Settings { pattern: Pattern::Unstructured, scope: Scope::Layer, sparsity: 0.1, timing };
     let mut model = truth();
-    let mut soft = Movement::new(&mut model, vec![weight.into()], settings, Binariser::Threshold { penalty: 30.0 }, 1e-2).unwrap();
+    let mut soft =
+        Movement::new(&mut model, vec![weight.into()], settings, Binariser::Threshold { penalty: 30.0 }, 1e-2).unwrap();
     let mut stream = Stream::new(2, 0);
     let count = model.get(&gates::of(weight)).unwrap().count();
     set(&mut model, &gates::of(weight), &(0..count).map(|_| stream.normal()).collect::<Vec<_>>());
@@ -200,5 +207,8 @@ fn a_window_beyond_the_training_is_refused() {
     assert!(error.to_string().contains("window"), "{error}");
     let settings = Settings { pattern: Pattern::TwoFour2d, scope: Scope::Layer, sparsity: 0.5, timing };
     let weights = vec!["blocks.0.ffn.in.weight".to_string()];
-    assert_eq!(Movement::new(&mut model, weights, settings, Binariser::TopK, 1e-2).err().unwrap().code(), "E-PARAMETER");
+    assert_eq!(
+        Movement::new(&mut model, weights, settings, Binariser::TopK, 1e-2).err().unwrap().code(),
+        "E-PARAMETER"
+    );
 }

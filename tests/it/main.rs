@@ -15,6 +15,7 @@ mod model;
 mod mpi;
 mod pipeline;
 mod pruning;
+mod pruning_recipes;
 mod report;
 mod run_folder;
 mod second_order;

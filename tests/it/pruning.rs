@@ -75,7 +75,8 @@ fn selection_keeps_exactly_the_declared_count_and_the_best() {
         let pattern = PATTERNS[case % PATTERNS.len()];
         let scope = SCOPES[stream.below(3)];
         let sparsity = [0.0, 0.1, 0.5, 0.73, 0.97, 1.0][stream.below(6)];
-        let dims: Vec<[usize; 2]> = (0..1 + stream.below(3)).map(|_| [8 * (1 + stream.below(3)), 8 * (1 + stream.below(4))]).collect();
+        let dims: Vec<[usize; 2]> =
+            (0..1 + stream.below(3)).map(|_| [8 * (1 + stream.below(3)), 8 * (1 + stream.below(4))]).collect();
         let all: Vec<Tensor> = dims.iter().map(|&d| scores(&device, d, &mut stream)).collect();
         let names: Vec<String> = (0..dims.len()).map(|i| format!("w{i}")).collect();
         let pooled: Vec<Tensor> = all.iter().map(|s| pattern.pool(s).unwrap()).collect();
@@ -103,7 +104,13 @@ fn best_were_kept(scores: &[Tensor], units: &[Tensor], scope: Scope) {
     };
     let mut groups: Vec<Vec<(f64, f64)>> = scores.iter().zip(units).map(pairs).collect();
     match scope {
-        Scope::Row => groups = groups.iter().zip(scores).flat_map(|(g, s)| g.chunks(s.dims()[1]).map(<[_]>::to_vec).collect::<Vec<_>>()).collect(),
+        Scope::Row => {
+            groups = groups
+                .iter()
+                .zip(scores)
+                .flat_map(|(g, s)| g.chunks(s.dims()[1]).map(<[_]>::to_vec).collect::<Vec<_>>())
+                .collect()
+        }
         Scope::Layer => {}
         Scope::Global => groups = vec![groups.concat()],
     }
@@ -168,7 +175,13 @@ impl Source for Killed {
     }
 }
 
-pub fn trained(model: &mut Model, methods: &mut [Box<dyn Method>], folder: &Path, source: &dyn Source, (steps, graphs): (u64, usize)) -> Result<()> {
+pub fn trained(
+    model: &mut Model,
+    methods: &mut [Box<dyn Method>],
+    folder: &Path,
+    source: &dyn Source,
+    (steps, graphs): (u64, usize),
+) -> Result<()> {
     let validate = |_: &Model, _: &[Box<dyn Method>]| Ok(0.0);
     let job = Job {
         stage: "prune",
@@ -227,7 +240,8 @@ fn gradual_pruning_ends_at_the_declared_sparsity() {
     }
     for pattern in [Pattern::Row, Pattern::Column] {
         let activation: Make = || Box::new(Activation { micros: micros(2, 7) });
-        pruned(activation, gradual(pattern, Scope::Layer, 0.5), &Steps, tempfile::tempdir().unwrap().path(), 0).unwrap();
+        pruned(activation, gradual(pattern, Scope::Layer, 0.5), &Steps, tempfile::tempdir().unwrap().path(), 0)
+            .unwrap();
     }
 }
 
@@ -262,7 +276,8 @@ fn masks_survive_a_thousand_updates() {
     let mut model = model();
     let weights = prunable(&model, &["blocks.0.ffn.in".into()], Pattern::Unstructured);
     let settings = Settings { pattern: Pattern::Unstructured, scope: Scope::Row, sparsity: 0.9, timing: Timing::ONCE };
-    let mut methods: Vec<Box<dyn Method>> = vec![Box::new(Pruner::new(&model, weights, settings, Box::new(Magnitude)).unwrap())];
+    let mut methods: Vec<Box<dyn Method>> =
+        vec![Box::new(Pruner::new(&model, weights, settings, Box::new(Magnitude)).unwrap())];
     struct Same(Micro);
     impl Source for Same {
         fn micro_batches(&self, _: u64) -> Result<Vec<Micro>> {
@@ -286,7 +301,8 @@ fn wanda_scores_are_weights_times_input_norms() {
     let mut norms = vec![0.0f64; model.config.width];
     for micro in &batches {
         let states = espalier::nn::Pass::inference(&model).enter(&micro.batch).unwrap();
-        let (x, lengths) = (states.normed.tensor.to_f64().unwrap(), micro.batch.lengths.as_ref().unwrap().to_vec::<u32>().unwrap());
+        let (x, lengths) =
+            (states.normed.tensor.to_f64().unwrap(), micro.batch.lengths.as_ref().unwrap().to_vec::<u32>().unwrap());
         let (t, k) = (states.normed.dims()[1], model.config.width);
         for (row, x) in x.chunks(k).enumerate().filter(|(row, _)| row % t < lengths[row / t] as usize) {
             let _ = row;
@@ -298,7 +314,15 @@ fn wanda_scores_are_weights_times_input_norms() {
     let want: Vec<f64> = weight.iter().enumerate().map(|(i, w)| w.abs() * norms[i % k].sqrt()).collect();
     let units = [tensor(&cpu(), &[weight.len() / k, k], &vec![1.0; weight.len()])];
     let weights = [name];
-    let work = Work { model: &model, weights: &weights, pattern: Pattern::Unstructured, scope: Scope::Row, sparsity: 0.5, before: 0.0, units: &units };
+    let work = Work {
+        model: &model,
+        weights: &weights,
+        pattern: Pattern::Unstructured,
+        scope: Scope::Row,
+        sparsity: 0.5,
+        before: 0.0,
+        units: &units,
+    };
     let mask = Wanda { micros: batches }.prune(&work).unwrap()[0].to_f64().unwrap();
     for (mask, want) in mask.chunks(k).zip(want.chunks(k)) {
         let least = mask.iter().zip(want).filter(|(m, _)| **m == 1.0).map(|(_, s)| *s).fold(f64::INFINITY, f64::min);
@@ -318,7 +342,8 @@ fn activations_rank_rows_and_columns_only() {
         (Box::new(FirstOrder::new(0.9)), "step 1 or later"),
     ] {
         let mut copy = model.duplicate().unwrap();
-        let mut methods: Vec<Box<dyn Method>> = vec![Box::new(Pruner::new(&copy, weights.clone(), settings, criterion).unwrap())];
+        let mut methods: Vec<Box<dyn Method>> =
+            vec![Box::new(Pruner::new(&copy, weights.clone(), settings, criterion).unwrap())];
         let error = trained(&mut copy, &mut methods, tempfile::tempdir().unwrap().path(), &Steps, (2, 0)).unwrap_err();
         assert!(error.to_string().contains(what), "{error}");
     }

@@ -99,7 +99,12 @@ fn group_updates_are_optimal() {
 fn hopeless_curvature_is_a_typed_error() {
     let flat = Inverse { block: 2, values: vec![1.0, 2.0, 2.0, 1.0] };
     assert_eq!(flat.saliency(&[0, 1], &[1.0, 1.0]).unwrap_err().code(), "E-PARAMETER");
-    let settings = |block, damping, recomputations| fisher::Settings { block, damping, recomputations, ..fisher::Settings::default() };
+    let settings = |block, damping, recomputations| fisher::Settings {
+        block,
+        damping,
+        recomputations,
+        ..fisher::Settings::default()
+    };
     let model = model();
     for (settings, micros, what) in [
         (settings(0, 1e-7, 1), micros(1, 1), "block"),
@@ -205,7 +210,9 @@ fn sparsegpt_keeps_its_counts_and_lowers_the_error() {
 
 #[test]
 fn senseless_sparsegpt_is_refused() {
-    let run = |settings, gram: &[f64]| sparsegpt::prune([1, 2], &[1.0, 1.0], &[true; 2], (gram, 1), TARGETS[0], &settings).map(|_| ());
+    let run = |settings, gram: &[f64]| {
+        sparsegpt::prune([1, 2], &[1.0, 1.0], &[true; 2], (gram, 1), TARGETS[0], &settings).map(|_| ())
+    };
     let good = sparsegpt::Settings::default();
     let identity = [1.0, 0.0, 0.0, 1.0];
     assert!(run(good, &identity).is_ok());
@@ -216,7 +223,10 @@ fn senseless_sparsegpt_is_refused() {
     ] {
         assert_eq!(run(settings, &identity).unwrap_err().code(), "E-PARAMETER");
     }
-    assert_eq!(run(sparsegpt::Settings { damping: 0.0, ..good }, &[1.0, 2.0, 2.0, 1.0]).unwrap_err().code(), "E-PARAMETER");
+    assert_eq!(
+        run(sparsegpt::Settings { damping: 0.0, ..good }, &[1.0, 2.0, 2.0, 1.0]).unwrap_err().code(),
+        "E-PARAMETER"
+    );
     assert_eq!(run(good, &[f64::NAN; 4]).unwrap_err().code(), "E-PARAMETER");
     // All zero: every input is dead.
     assert!(run(good, &[0.0; 4]).is_ok());
@@ -248,7 +258,9 @@ fn second_order_criteria_prune_models_to_the_declared_sparsity() {
         let settings = fisher::Settings { block: 16, damping: 1e-5, update, recomputations };
         prune(Box::new(SecondOrder { settings, micros: micros(4, 50) }), pattern, scope);
     }
-    for (pattern, scope) in [(Pattern::Unstructured, Scope::Layer), (Pattern::Unstructured, Scope::Row), (Pattern::TwoFour, Scope::Layer)] {
+    for (pattern, scope) in
+        [(Pattern::Unstructured, Scope::Layer), (Pattern::Unstructured, Scope::Row), (Pattern::TwoFour, Scope::Layer)]
+    {
         prune(Box::new(SparseGpt::new(sparsegpt::Settings::default(), micros(2, 60))), pattern, scope);
     }
 }

@@ -143,7 +143,11 @@ pub fn walk(
 ) -> Result<()> {
     if micros.is_empty() {
         let (key, value) = ("calibration_batches".into(), "0".into());
-        return Err(Error::Recipe { key, value, allowed: "at least 1 for a criterion that looks at activations".into() });
+        return Err(Error::Recipe {
+            key,
+            value,
+            allowed: "at least 1 for a criterion that looks at activations".into(),
+        });
     }
     let mut entered = Vec::with_capacity(micros.len());
     for micro in micros {

@@ -228,7 +228,8 @@ impl Criterion for SecondOrder {
         let mut units = work.units.to_vec();
         for round in 1..=rounds {
             let share = round as f64 / rounds as f64;
-            let sparsity = if round == rounds { work.sparsity } else { work.before + (work.sparsity - work.before) * share };
+            let sparsity =
+                if round == rounds { work.sparsity } else { work.before + (work.sparsity - work.before) * share };
             let work = Work { sparsity, units: &units, ..*work };
             let inverses = inverses(work.model, work.weights, &self.micros, &self.settings)?;
             let pairs = || work.weights.iter().zip(&inverses);

@@ -87,7 +87,8 @@ impl Movement {
     /// Masks from the scores as they are after `step` updates.
     pub fn choose(&mut self, step: u64, model: &Model) -> Result<()> {
         let Settings { pattern, scope, sparsity, timing } = self.settings;
-        let scores = self.weights.iter().map(|name| Ok(model.get(&gates::of(name))?.clone())).collect::<Result<Vec<_>>>()?;
+        let scores =
+            self.weights.iter().map(|name| Ok(model.get(&gates::of(name))?.clone())).collect::<Result<Vec<_>>>()?;
         let now = timing.sparsity(sparsity, step);
         let units = match self.binariser {
             Binariser::TopK => select(&self.weights, &scores, pattern, scope, now)?,

@@ -29,9 +29,10 @@ pub enum Pattern {
     Column,
     /// The two best of every four neighbours of a row: exact, lower index first on ties.
     #[default]
+    #[serde(alias = "one_dimensional")]
     TwoFour,
     /// Two in each row and column of every 4 x 4 block: the best of the 90 patterns.
-    #[serde(rename = "two_four_2d")]
+    #[serde(rename = "two_four_2d", alias = "two_dimensional")]
     TwoFour2d,
     /// As `TwoFour2d` by the greedy search of earlier systems, which may keep 7 of 8.
     #[serde(rename = "two_four_2d_greedy")]

@@ -55,7 +55,8 @@ impl Work<'_> {
 
     /// Selects among all weights by scores of units, all >= 0. What is pruned stays pruned.
     pub fn select(&self, scores: &[Tensor]) -> Result<Vec<Tensor>> {
-        let scores = scores.iter().zip(self.units).map(|(s, units)| self.demoted(s, units)).collect::<Result<Vec<_>>>()?;
+        let scores =
+            scores.iter().zip(self.units).map(|(s, units)| self.demoted(s, units)).collect::<Result<Vec<_>>>()?;
         selection::select(self.weights, &scores, self.pattern, self.scope, self.sparsity)
     }
 
@@ -151,7 +152,13 @@ impl Pruner {
         Work { model, weights: &self.weights, pattern, scope, sparsity, before, units: &self.units }
     }
 
-    fn prune(&mut self, step: u64, model: &Model, optimizer: &mut Optimizer) -> Result<()> {
+    /// Prunes a model that is not being trained, to the final sparsity.
+    pub fn once(&mut self, model: &Model) -> Result<()> {
+        self.masks(self.settings.timing.end, model).map(|_| ())
+    }
+
+    /// Makes new masks and zeroes what they prune; gives them in the weights' shapes.
+    fn masks(&mut self, step: u64, model: &Model) -> Result<Vec<Tensor>> {
         // Taken out for the call, which reads the rest of the pruner.
         let mut criterion = std::mem::replace(&mut self.criterion, Box::new(super::score::Magnitude));
         let work = self.work(model, step);
@@ -161,12 +168,8 @@ impl Pruner {
         });
         self.criterion = criterion;
         let (masks, units) = made?;
-        for (name, mask) in self.weights.iter().zip(&masks) {
-            // Copied into the memory that captured steps read.
-            optimizer.set_mask(name, mask)?;
-        }
         (self.units, self.made) = (units, Some(step));
-        Ok(())
+        Ok(masks)
     }
 }
 
@@ -183,7 +186,9 @@ impl Method for Pruner {
             self.criterion.observe(model, &self.weights, optimizer)?;
         }
         if self.settings.timing.updates_at(step) {
-            self.prune(step, model, optimizer)?;
+            let masks = self.masks(step, model)?;
+            // Copied into the memory that captured steps read.
+            self.weights.iter().zip(&masks).try_for_each(|(name, mask)| optimizer.set_mask(name, mask))?;
         }
         Ok(())
     }

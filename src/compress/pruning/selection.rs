@@ -1,20 +1,17 @@
 //! Which units stay: exactly the declared count, lower index first on ties, chosen on the device.
 
-use std::sync::Arc;
-
 use serde::{Deserialize, Serialize};
 
 use super::pattern::{Pattern, matrix_dims};
-use crate::device::Device;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::binary::{Binary, BinaryFunction};
-use crate::ops::layout::Fill;
+use crate::ops::layout::{Concat, Fill, Slice};
 use crate::ops::reduce::CountNonFinite;
 use crate::ops::select::KeepLargest;
 use crate::ops::sparse24::{Form24, Mask24, mask24_greedy};
-use crate::shape::{Meta, Shape};
+use crate::shape::Shape;
 use crate::tensor::Tensor;
 
 /// What units are compared with (the papers differ: Wanda a row, SparseGPT's magnitude baseline a layer, oBERT everything).
@@ -49,7 +46,13 @@ pub fn declared(grids: &[[usize; 2]], pattern: Pattern, scope: Scope, sparsity: 
 ///
 /// # Errors
 /// `Error::NonFinite` naming the weight whose scores are no numbers.
-pub fn select(names: &[String], scores: &[Tensor], pattern: Pattern, scope: Scope, sparsity: f64) -> Result<Vec<Tensor>> {
+pub fn select(
+    names: &[String],
+    scores: &[Tensor],
+    pattern: Pattern,
+    scope: Scope,
+    sparsity: f64,
+) -> Result<Vec<Tensor>> {
     for (name, scores) in names.iter().zip(scores) {
         check_finite(name, scores)?;
     }
@@ -64,10 +67,9 @@ pub fn select(names: &[String], scores: &[Tensor], pattern: Pattern, scope: Scop
         Scope::Row => scores.iter().map(|s| keep(s, matrix_dims(s))).collect(),
         Scope::Layer => scores.iter().map(|s| keep(s, [1, s.count()])).collect(),
         Scope::Global => {
-            let [first, ..] = scores else {
+            let Some(flat) = join(scores)? else {
                 return Ok(Vec::new());
             };
-            let flat = join(first.device(), scores)?;
             split(&keep(&flat, [1, flat.count()])?, scores)
         }
     }
@@ -134,24 +136,29 @@ fn check_finite(name: &str, scores: &Tensor) -> Result<()> {
 }
 
 /// All elements end to end.
-fn join(device: &Arc<dyn Device>, parts: &[Tensor]) -> Result<Tensor> {
-    let flat = Tensor::empty(device, Meta::new(&[parts.iter().map(Tensor::count).sum()], DType::F32)?)?;
-    let mut at = 0;
-    for part in parts {
-        device.copy(part.buffer(), part.offset(), flat.buffer(), at, part.meta().bytes())?;
-        at += part.meta().bytes();
+fn join(parts: &[Tensor]) -> Result<Option<Tensor>> {
+    let mut flat = parts.iter().map(|part| part.reshape(&[part.count()])).collect::<Result<Vec<_>>>()?;
+    while flat.len() > 1 {
+        let concat = |some: &[Tensor]| match some {
+            [one] => Ok(one.clone()),
+            _ => dispatch::run_one(&Concat { axis: 0 }, &some.iter().collect::<Vec<_>>()),
+        };
+        flat = flat.chunks(MOST_JOINED).map(concat).collect::<Result<_>>()?;
     }
-    Ok(flat)
+    Ok(flat.pop())
 }
+
+/// Inputs of [`Concat`] at most.
+const MOST_JOINED: usize = 7;
 
 /// The inverse of [`join`].
 fn split(flat: &Tensor, like: &[Tensor]) -> Result<Vec<Tensor>> {
-    let mut at = 0;
+    let mut start = 0;
     let take = |part: &Tensor| {
-        let own = Tensor::empty(flat.device(), part.meta())?;
-        flat.device().copy(flat.buffer(), at, own.buffer(), 0, part.meta().bytes())?;
-        at += part.meta().bytes();
-        Ok(own)
+        let length = part.count();
+        start += length;
+        let op = Slice { axis: 0, start: start - length, length };
+        dispatch::run_one(&op, &[&flat.reshape(&[flat.count()])?])?.reshape(part.dims())
     };
     like.iter().map(take).collect()
 }

@@ -119,7 +119,8 @@ pub fn prune(
 
 /// U with H^-1 = U^T U, upper triangular `[k, k]`, of the damped H.
 fn factor(k: usize, gram: &[f64], rows: usize, settings: &Settings) -> Result<Vec<f64>> {
-    let refuse = |parameter, value: String, allowed| Err(Error::Parameter { op: "SparseGPT", parameter, value, allowed });
+    let refuse =
+        |parameter, value: String, allowed| Err(Error::Parameter { op: "SparseGPT", parameter, value, allowed });
     if !(settings.damping.is_finite() && settings.damping >= 0.0) {
         return refuse("damping", settings.damping.to_string(), "a finite number, not negative");
     }
@@ -181,7 +182,8 @@ impl Criterion for SparseGpt {
     /// # Errors
     /// `Error::Parameter` for a pattern or scope that the method does not have.
     fn prune(&mut self, work: &Work) -> Result<Vec<Tensor>> {
-        let refuse = |parameter, value: String, allowed| Error::Parameter { op: "SparseGPT", parameter, value, allowed };
+        let refuse =
+            |parameter, value: String, allowed| Error::Parameter { op: "SparseGPT", parameter, value, allowed };
         if !matches!(work.pattern, Pattern::Unstructured | Pattern::TwoFour) {
             return Err(refuse("pattern", format!("{:?}", work.pattern), "unstructured or two_four"));
         }
