@@ -9,6 +9,7 @@ pub mod ceiling;
 pub mod distill;
 pub mod embed;
 pub mod ffn;
+pub mod fisher;
 mod groups;
 pub mod large;
 pub mod layout;
@@ -26,6 +27,7 @@ pub mod random;
 pub mod reduce;
 pub mod rope;
 mod rows;
+pub mod select;
 pub mod softmax;
 pub mod sparse24;
 mod sparse24_matmul;
@@ -45,6 +47,7 @@ pub static FAMILIES: &[&Family] = &[
     &distill::FAMILY,
     &linear_loss::FAMILY,
     &ffn::FAMILY,
+    &fisher::FAMILY,
     &matmul::FAMILY,
     &moe::FAMILY,
     &moe_matmul::FAMILY,
@@ -54,6 +57,7 @@ pub static FAMILIES: &[&Family] = &[
     &random::FAMILY,
     &reduce::FAMILY,
     &rope::FAMILY,
+    &select::FAMILY,
     &softmax::FAMILY,
     &quant_int4::FAMILY,
     &quant_matmul::FAMILY,

@@ -8,13 +8,17 @@ mod data;
 mod device;
 mod graphs;
 mod kernels;
+mod learned_masks;
 mod metrics;
 mod model;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod pipeline;
+mod pruning;
+mod pruning_recipes;
 mod report;
 mod run_folder;
+mod second_order;
 mod shaders;
 mod staged;
 mod stages;
