@@ -14,7 +14,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::nn::Model;
 use crate::tensor::Tensor;
-use crate::train::lifecycle::Micro;
+use crate::train::lifecycle::{Method, Micro};
 use crate::train::optimizer::{Optimizer, Settings};
 
 /// Rounds whose median is taken; one more goes before to warm up.
@@ -30,19 +30,22 @@ struct Sample {
     output: f64,
 }
 
-/// Profiles `model` for micro-batches like `micro`, which lies on `device` as `model` does.
+/// Makes a training's hooks from the model.
+type Make<'a> = dyn Fn(&Model) -> Result<Vec<Box<dyn Method>>> + 'a;
+
+/// Profiles `model` for micro-batches like `micro`, which lies on `device` as `model` does, under the hooks of its training:
+/// a teacher's loss costs at the head what gold labels do or more, fake quantization costs in every block.
 ///
 /// # Errors
-/// Those of the ops.
-pub fn profile(model: &Model, micro: &Micro, settings: Settings) -> Result<Profile> {
+/// Those of the ops and hooks.
+pub fn profile(model: &Model, micro: &Micro, settings: Settings, methods: &Make) -> Result<Profile> {
     let device = model.device().clone();
-    // A loss there must be: where hooks alone make it, the gold labels' stands for theirs.
-    let micro = &Micro { gold: true, ..micro.clone() };
     let count = cut::pieces(&model.config);
     let chunks: BTreeMap<u32, _> = (0..count).map(|p| (p as u32, p..p + 1)).collect();
     let mut own = Part::model_of(model, &device, &chunks)?;
     let mut optimizer = Optimizer::new(&mut own, settings, |_| true)?;
     let mut part = Part::new(own, chunks, &optimizer)?;
+    part.methods = methods(&part.model)?;
     let compute = settings.precision.compute();
     let whole = Training { compute, dropout: 0.0, seed: 0, recompute: false, split: false };
     let split = Training { split: true, ..whole };

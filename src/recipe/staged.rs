@@ -13,6 +13,7 @@ use crate::atomic::write_atomic;
 use crate::compress::distil::Distillation;
 use crate::console;
 use crate::device::{self, Device, Kind as DeviceKind};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::pipeline::executor::{Pipeline as Executor, Setup, StepReport, TeacherSetup};
@@ -22,8 +23,10 @@ use crate::pipeline::route::Route;
 use crate::pipeline::train::Staged;
 use crate::pipeline::{Costs, Kind, Schedule, Timeline, cut, measure, simulate, trace};
 use crate::report::gantt;
+use crate::shape::Meta;
+use crate::tensor::Tensor;
 use crate::train::graphs;
-use crate::train::lifecycle::Micro;
+use crate::train::lifecycle::{Micro, Teacher};
 use crate::train::optimizer::Settings;
 use crate::train::stepper::{OneDevice, Stepper};
 
@@ -201,6 +204,7 @@ pub fn stepper(
     if wanted.last().is_none_or(|n| *n == 1) && pipeline.replicas.is_empty() {
         return one_device(model);
     }
+    let promises = Promises::new(state, distillation.as_ref());
     let sizes: Vec<f64> = probe.iter().map(|m| size(m) / size(&probe[0])).collect();
     let mut best: Option<(f64, Route, Profile)> = None;
     for stages in wanted {
@@ -223,7 +227,9 @@ pub fn stepper(
             Ok(profile) if profile.pieces.len() == pieces => profile,
             _ => {
                 let part = crate::pipeline::part::micro_on(&probe[0], &device)?;
-                let profile = measure::profile(&model.to_device(&device)?, &part, settings)?;
+                let part = if let Some(teacher) = teacher { stood_in(&part, teacher.config.width)? } else { part };
+                let methods = |whole: &Model| promises.methods(whole, distillation.as_ref());
+                let profile = measure::profile(&model.to_device(&device)?, &part, settings, &methods)?;
                 profile.write(&path)?;
                 profile
             }
@@ -258,7 +264,6 @@ pub fn stepper(
     let devices = names.iter().take(here).map(|name| pipeline.open(&home, name)).collect::<Result<_>>()?;
     let heartbeat = Duration::from_secs_f64(pipeline.heartbeat);
     let distillation_is_hard = distillation.as_ref().is_some_and(|d| d.weights.hard > 0.0);
-    let promises = Promises::new(state, distillation.as_ref());
     let across = match ranks {
         Some(post) => {
             let methods = promises.described(distillation.as_ref())?;
@@ -323,6 +328,16 @@ pub fn stepper(
         Ok(())
     };
     Ok(Box::new(Staged::new(executor, &home, Box::new(on_step))))
+}
+
+/// A micro-batch that waits for its teacher with states and labels of the right size, for a profile of what the head costs.
+fn stood_in(micro: &Micro, width: usize) -> Result<Micro> {
+    let Some(teacher) = &micro.teacher else {
+        return Ok(micro.clone());
+    };
+    let hidden = Tensor::zeros(micro.targets.device(), Meta::new(&[micro.targets.count(), width], DType::F32)?)?;
+    let teacher = Teacher { hidden, hard_targets: micro.targets.clone(), ..teacher.clone() };
+    Ok(Micro { teacher: Some(teacher), ..micro.clone() })
 }
 
 /// The step of a session that is drawn and compared with its prediction: the first ones fill memory pools.

@@ -16,12 +16,13 @@ use espalier::ops::unary::Cast;
 use espalier::pipeline::executor::{Pipeline, Setup, TeacherSetup};
 use espalier::pipeline::fault::{Injection, Planted};
 use espalier::pipeline::route::Route;
-use espalier::pipeline::{Kind, Schedule, Work, cut};
+use espalier::pipeline::{Kind, Schedule, Work, cut, measure};
+use espalier::tape::Var;
 use espalier::tensor::Tensor;
 use espalier::train::lifecycle::{Method, Micro, Teacher};
 use espalier::train::optimizer::{Optimizer, Settings};
 use espalier::train::precision::Precision;
-use espalier::train::trainer::step;
+use espalier::train::trainer::{step, sum};
 use espalier::{DType, Error};
 
 use crate::model::{assemble, cpu, examples, micro, settings};
@@ -330,6 +331,34 @@ fn a_teacher_in_the_same_stages_teaches_the_same() {
         }
         assert_close(&want, &have, &case);
     }
+}
+
+/// A hook whose loss takes a while, as a teacher's does.
+struct Costly(Duration);
+
+impl Method for Costly {
+    fn name(&self) -> &'static str {
+        "costly"
+    }
+
+    fn on_loss(&self, pass: &mut Pass, hidden: &Var, _: &Micro) -> espalier::Result<Option<Var>> {
+        std::thread::sleep(self.0);
+        sum(pass, &hidden.reshape(&[hidden.tensor.count()])?).map(Some)
+    }
+}
+
+#[test]
+fn a_profile_sees_what_hooks_cost_at_the_head() {
+    let device = cpu();
+    let model = Model::init(Config::glm(SIZE, VOCABULARY), &device, 3).unwrap();
+    // Where hooks alone make the loss there are no gold labels.
+    let micro = Micro { gold: false, ..micros(&device, &[2], None).remove(0) };
+    let pause = Duration::from_millis(20);
+    let costly = |_: &Model| Ok(vec![Box::new(Costly(pause)) as Box<dyn Method>]);
+    let profile = measure::profile(&model, &micro, no_clip(), &costly).unwrap();
+    let (head, others) = profile.pieces.split_last().unwrap();
+    assert!(head.cost.forward >= pause.as_secs_f64(), "{head:?}");
+    assert!(others.iter().all(|piece| piece.cost.forward < head.cost.forward), "{profile:?}");
 }
 
 /// Positions of a worker's first and last event that does `work`, and of the update.
