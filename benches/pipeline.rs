@@ -116,7 +116,7 @@ fn compare(rounds: usize) -> Result<()> {
     let home = device::open("cpu:1")?;
     let model = Model::init(Config::glm(SIZE, VOCABULARY), &home, 1)?;
     let probe = micros(&home, 1)?;
-    let profile = measure::profile(&model, &probe[0], settings(), &|_| Ok(Vec::new()))?;
+    let profile = measure::profile(&model, &probe[0], settings(), &|_| Ok(Vec::new()), &[device::open("cpu:1")?])?;
     println!("{}: {}, 2 x 128 tokens a micro-batch, 2 stages on one core each", home.info().name, profile.model);
     println!(
         "{:<24} {:>12} {:>12} {:>12} {:>10} {:>10}",

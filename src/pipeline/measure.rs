@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::cut;
 use super::message::{self, Purpose, Tag};
-use super::part::{Part, Training};
+use super::part::{Part, Training, micro_on};
 use super::profile::{PieceProfile, Profile};
 use super::simulate::{ChunkCost, Link};
 use super::transport::{Channels, Transport};
@@ -34,35 +35,49 @@ struct Sample {
 type Make<'a> = dyn Fn(&Model) -> Result<Vec<Box<dyn Method>>> + 'a;
 
 /// Profiles `model` for micro-batches like `micro`, which lies on `device` as `model` does, under the hooks of its training:
-/// a teacher's loss costs at the head what gold labels do or more, fake quantization costs in every block.
+/// a teacher's loss costs at the head what gold labels do or more, fake quantization costs in every block. Meanwhile each of
+/// the `neighbours` does the same work without hooks, because stages that share memory and clock slow each other.
 ///
 /// # Errors
 /// Those of the ops and hooks.
-pub fn profile(model: &Model, micro: &Micro, settings: Settings, methods: &Make) -> Result<Profile> {
+pub fn profile(
+    model: &Model,
+    micro: &Micro,
+    settings: Settings,
+    methods: &Make,
+    neighbours: &[Arc<dyn Device>],
+) -> Result<Profile> {
     let device = model.device().clone();
     let count = cut::pieces(&model.config);
-    let chunks: BTreeMap<u32, _> = (0..count).map(|p| (p as u32, p..p + 1)).collect();
-    let mut own = Part::model_of(model, &device, &chunks)?;
-    let mut optimizer = Optimizer::new(&mut own, settings, |_| true)?;
-    let mut part = Part::new(own, chunks, &optimizer)?;
-    part.methods = methods(&part.model)?;
-    let compute = settings.precision.compute();
-    let whole = Training { compute, dropout: 0.0, seed: 0, recompute: false, split: false };
-    let split = Training { split: true, ..whole };
+    let mut subject = Subject::new(model, settings)?;
+    subject.part.methods = methods(&subject.part.model)?;
     let (mut wholes, mut splits) = (vec![Vec::new(); count], vec![Vec::new(); count]);
     let mut updates = Vec::new();
-    for round in 0..=ROUNDS {
-        // In turns, so that what disturbs the machine disturbs both.
-        let (w, s) = (run(&mut part, micro, whole)?, run(&mut part, micro, split)?);
-        optimizer.begin(1.0, 1)?;
-        let zero = Tensor::from_slice(&device, &[1], &[0.0f32])?;
-        let update = device.elapsed(&mut || optimizer.update(&zero))?;
-        if round > 0 {
-            wholes.iter_mut().zip(w).for_each(|(list, sample)| list.push(sample));
-            splits.iter_mut().zip(s).for_each(|(list, sample)| list.push(sample));
-            updates.push(update);
-        }
-    }
+    let finished = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let work = |device| {
+            let mut neighbour = Subject::new(&model.to_device(device)?, settings)?;
+            let micro = micro_on(micro, device)?;
+            while !finished.load(Ordering::Relaxed) {
+                neighbour.round(&micro)?;
+            }
+            Ok(())
+        };
+        let busy: Vec<_> = neighbours.iter().map(|device| scope.spawn(move || work(device))).collect();
+        let measured = (0..=ROUNDS).try_for_each(|round| {
+            let (whole, split, update) = subject.round(micro)?;
+            if round > 0 {
+                wholes.iter_mut().zip(whole).for_each(|(list, sample)| list.push(sample));
+                splits.iter_mut().zip(split).for_each(|(list, sample)| list.push(sample));
+                updates.push(update);
+            }
+            Ok(())
+        });
+        finished.store(true, Ordering::Relaxed);
+        let ended: Vec<Result<()>> = busy.into_iter().filter_map(|thread| thread.join().ok()).collect();
+        ended.into_iter().fold(measured, Result::and)
+    })?;
+    let part = &subject.part;
     let bytes: Vec<f64> = (0..count)
         .map(|p| {
             let names = cut::tensors_of(&part.model, &(p..p + 1));
@@ -95,6 +110,37 @@ pub fn profile(model: &Model, micro: &Micro, settings: Settings, methods: &Make)
         link: link(&device)?,
         update_per_byte: median(updates) / bytes.iter().sum::<f64>().max(1.0),
     })
+}
+
+/// What is measured, or works beside it.
+struct Subject {
+    part: Part,
+    optimizer: Optimizer,
+    settings: Settings,
+}
+
+impl Subject {
+    fn new(model: &Model, settings: Settings) -> Result<Self> {
+        let count = cut::pieces(&model.config);
+        let chunks: BTreeMap<u32, _> = (0..count).map(|p| (p as u32, p..p + 1)).collect();
+        let mut own = Part::model_of(model, model.device(), &chunks)?;
+        let optimizer = Optimizer::new(&mut own, settings, |_| true)?;
+        Ok(Self { part: Part::new(own, chunks, &optimizer)?, optimizer, settings })
+    }
+
+    /// Every piece with backward in one go, then in two parts, in turns so that what disturbs the machine disturbs both; and
+    /// the seconds of an update.
+    fn round(&mut self, micro: &Micro) -> Result<(Vec<Sample>, Vec<Sample>, f64)> {
+        let device = self.part.model.device().clone();
+        let compute = self.settings.precision.compute();
+        let whole = Training { compute, dropout: 0.0, seed: 0, recompute: false, split: false };
+        let wholes = run(&mut self.part, micro, whole)?;
+        let splits = run(&mut self.part, micro, Training { split: true, ..whole })?;
+        self.optimizer.begin(1.0, 1)?;
+        let zero = Tensor::from_slice(&device, &[1], &[0.0f32])?;
+        let update = device.elapsed(&mut || self.optimizer.update(&zero))?;
+        Ok((wholes, splits, update))
+    }
 }
 
 /// All pieces forward, then backward, each by itself.

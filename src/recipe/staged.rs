@@ -215,21 +215,22 @@ pub fn stepper(
             return Err(Error::Recipe { key: "pipeline.stages".into(), value, allowed });
         }
         let workers = pipeline.workers(stages);
-        let name = pipeline.devices(&home, workers.iter().sum())?.into_iter().next();
-        // One stage keeps the whole device, which is faster than a share of it.
-        let device = match name.filter(|_| workers.len() > 1 || workers[0] > 1) {
-            Some(name) => pipeline.open(&home, &name)?,
-            None => home.clone(),
-        };
+        let names = pipeline.devices(&home, workers.iter().sum())?;
         let path = context.folder.join(format!("pipeline-profile-{stages}.json"));
         let profile = match Profile::read(&path) {
             // A resumed training is cut as it was before.
             Ok(profile) if profile.pieces.len() == pieces => profile,
             _ => {
+                // One stage keeps the whole device, which is faster than a share of it.
+                let alone = names.len() == 1;
+                let device = if alone { home.clone() } else { pipeline.open(&home, &names[0])? };
+                // Other processes have machines of their own.
+                let beside = if alone || ranks.is_some() { &[] } else { &names[1..] };
+                let beside: Vec<_> = beside.iter().map(|name| pipeline.open(&home, name)).collect::<Result<_>>()?;
                 let part = crate::pipeline::part::micro_on(&probe[0], &device)?;
                 let part = if let Some(teacher) = teacher { stood_in(&part, teacher.config.width)? } else { part };
                 let methods = |whole: &Model| promises.methods(whole, distillation.as_ref());
-                let profile = measure::profile(&model.to_device(&device)?, &part, settings, &methods)?;
+                let profile = measure::profile(&model.to_device(&device)?, &part, settings, &methods, &beside)?;
                 profile.write(&path)?;
                 profile
             }
