@@ -6,7 +6,7 @@ use crate::nn::{Config, Model};
 use crate::ops::sparse24::{Compress24, Form24, Mask24};
 use crate::tensor::Tensor;
 
-use super::quantize::quantize_weight;
+use super::quantization::quantize_weight;
 
 /// What the trained model promises about its weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

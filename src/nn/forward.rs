@@ -37,8 +37,9 @@ pub struct Batch {
 /// The life-cycle's first hook: changes how a dense weight (and its input) enters an output. Quantization-aware
 /// training is one.
 pub trait OutputHook {
-    /// `x` is `[.., k]`, `weight` `[n, k]` (experts: `[E, n, k]`).
-    fn on_output(&self, tape: &mut Tape, linear: &str, x: Var, weight: Var) -> Result<(Var, Var)>;
+    /// `x` is `[.., k]`, `weight` `[n, k]` (experts: `[E, n, k]`). What a hook learns beside the weights it keeps in the
+    /// model's tensors and takes by [`Pass::parameter`].
+    fn on_output(&self, pass: &mut Pass, linear: &str, x: Var, weight: Var) -> Result<(Var, Var)>;
 }
 
 /// Keys and values of one block so far: `[B, S, H, D]`.
@@ -172,7 +173,7 @@ impl<'m> Pass<'m> {
 
     pub(super) fn hooked(&mut self, name: &str, mut x: Var, mut weight: Var) -> Result<(Var, Var)> {
         for hook in self.hooks.clone() {
-            (x, weight) = hook.on_output(&mut self.tape, name, x, weight)?;
+            (x, weight) = hook.on_output(self, name, x, weight)?;
         }
         Ok((x, weight))
     }

@@ -1,30 +1,26 @@
 //! Ranges of a recipe's values: everything that could fail late is refused before the first stage runs.
 
-use super::schema::{Corpus, Distil, Evaluate, Hybrid, MAX_BEAMS, MAX_SEED, Recipe, Training};
-use super::stages::matches;
-use crate::compress::experts::SIZE_MULTIPLE;
-use crate::compress::hybrid::student_factors;
-use crate::compress::structure::scaled_ffn;
+use super::schema::{Corpus, Evaluate, MAX_BEAMS, MAX_SEED, Recipe, Training};
 use crate::data::tokenizer::is_language;
 use crate::error::{Error, Result};
-use crate::nn::Config;
+use crate::nn::config::Size;
 use crate::train::optimizer::Rule;
 
 /// Above this every weight is gone after one step, whatever the rule.
-const MAX_RATE: f64 = 1000.0;
+pub(super) const MAX_RATE: f64 = 1000.0;
 /// A step's micro-batches are in memory together.
 const MAX_ACCUMULATE: usize = 1024;
-const MAX_CALIBRATION: usize = 100_000;
+pub(super) const MAX_CALIBRATION: usize = 100_000;
 /// Entries of one block's rotary tables, as a saved model's config has it.
 const MAX_ROTARY: usize = 1 << 26;
 const MAX_WIDTH: usize = 65_536;
 
-fn refuse<T>(key: &str, value: impl ToString, allowed: impl ToString) -> Result<T> {
+pub(super) fn refuse<T>(key: &str, value: impl ToString, allowed: impl ToString) -> Result<T> {
     Err(Error::Recipe { key: key.into(), value: value.to_string(), allowed: allowed.to_string() })
 }
 
 impl Training {
-    fn check(&self, key: &str) -> Result<()> {
+    pub(super) fn check(&self, key: &str) -> Result<()> {
         let rule = |field: &str, value: String, allowed: &str| {
             Err(Error::Recipe { key: format!("{key}.{field}"), value, allowed: allowed.into() })
         };
@@ -59,22 +55,6 @@ impl Training {
     }
 }
 
-impl Distil {
-    fn check(&self, key: &str) -> Result<()> {
-        let factors = [self.weights.hidden, self.weights.soft, self.weights.hard, self.gold];
-        let sound = |x: &f32| x.is_finite() && *x >= 0.0;
-        if factors.iter().all(sound) && self.temperature.is_finite() && self.temperature > 0.0 {
-            if factors.iter().all(|x| *x == 0.0) {
-                let value = format!("{:?}, gold {}", self.weights, self.gold);
-                return refuse(key, value, "at least one factor above 0: with none there is nothing to learn from");
-            }
-            return Ok(());
-        }
-        let value = format!("{:?}, gold {}, temperature {}", self.weights, self.gold, self.temperature);
-        Err(Error::Recipe { key: key.into(), value, allowed: "finite factors from 0, a temperature above 0".into() })
-    }
-}
-
 impl Evaluate {
     fn check(&self) -> Result<()> {
         if !(1..=MAX_BEAMS).contains(&self.beams) {
@@ -92,34 +72,6 @@ impl Evaluate {
     }
 }
 
-impl Hybrid {
-    fn check(&self, target_share: f64) -> Result<()> {
-        self.teacher.check("hybrid.teacher")?;
-        self.student.check("hybrid.student")?;
-        if !(0.0..=1.0).contains(&self.lambda) {
-            return refuse("hybrid.lambda", self.lambda, "0 to 1");
-        }
-        if let Some(alpha) = self.alpha.filter(|a| !(0.0..=1.0).contains(a)) {
-            return refuse("hybrid.alpha", alpha, "0 to 1");
-        }
-        if student_factors(self.student_loss, self.lambda) == (0.0, 0.0) {
-            return refuse("hybrid.lambda", self.lambda, "below 1 for the literal loss: with 1 nothing is left of it");
-        }
-        let weights = [self.stream_weights.0, self.stream_weights.1];
-        if weights.iter().any(|w| !w.is_finite() || *w <= 0.0) {
-            return refuse("hybrid.stream_weights", format!("{:?}", self.stream_weights), "finite and above 0");
-        }
-        if !self.temperature.is_finite() || self.temperature <= 0.0 {
-            return refuse("hybrid.temperature", self.temperature, "finite and above 0");
-        }
-        if target_share == 0.0 {
-            let allowed = "above 0 for hybrid tuning: it needs a target-language stream";
-            return refuse("data.target_share", 0, allowed);
-        }
-        Ok(())
-    }
-}
-
 impl Recipe {
     pub(super) fn check(&self) -> Result<()> {
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
@@ -131,16 +83,13 @@ impl Recipe {
         if self.seed > MAX_SEED {
             return refuse("seed", self.seed, format!("0 to {MAX_SEED}"));
         }
+        self.check_order()?;
         self.check_data()?;
         self.check_model()?;
         self.teacher.check("teacher")?;
         self.check_compression()?;
-        if let Some(h) = &self.hybrid {
-            h.check(self.data.target_share)?;
-        }
         if let Some(pipeline) = &self.pipeline {
-            let layers = self.structure.as_ref().map_or(self.model.layers, |s| s.layers.min(self.model.layers));
-            pipeline.check(layers)?;
+            pipeline.check(self.smallest().layers)?;
         }
         self.evaluate.check()
     }
@@ -205,58 +154,27 @@ impl Recipe {
     }
 
     fn check_compression(&self) -> Result<()> {
-        let m = self.model;
         if let Some(s) = &self.structure {
-            s.training.check("structure.training")?;
-            s.distil.check("structure.distil")?;
-            if s.calibration_batches == 0 || s.calibration_batches > MAX_CALIBRATION {
-                return refuse("structure.calibration_batches", s.calibration_batches, "1 to 100000");
-            }
-            if s.layers == 0
-                || s.layers > m.layers
-                || s.head_size == 0
-                || s.head_size > m.head_size
-                || s.head_size % 4 != 0
-            {
-                let allowed = format!("layers 1 to {}, head_size a multiple of 4 up to {}", m.layers, m.head_size);
-                return refuse("structure", format!("layers {}, head_size {}", s.layers, s.head_size), allowed);
-            }
+            s.check(self.model)?;
         }
         if let Some(s) = &self.sparsify {
-            s.training.check("sparsify.training")?;
-            s.distil.check("sparsify.distil")?;
-            let layers = self.structure.as_ref().map_or(m.layers, |s| s.layers);
-            let names: Vec<String> = (0..layers).flat_map(Config::linears).collect();
-            if let Some(part) = s.linears.iter().find(|part| !names.iter().any(|name| matches(name, part))) {
-                let allowed = format!("parts of linear names, {} to {}", names[0], names[names.len() - 1]);
-                return refuse("sparsify.linears", format!("{part:?}"), allowed);
-            }
+            s.check(self.smallest())?;
         }
         if let Some(q) = &self.quantize {
-            q.training.check("quantize.training")?;
-            q.distil.check("quantize.distil")?;
+            q.check()?;
         }
-        let Some(e) = &self.experts else {
-            return Ok(());
-        };
-        if !(e.share > 0.0 && e.share <= 1.0) {
-            return refuse("experts.share", e.share, "above 0 to 1");
+        if let Some(e) = &self.experts {
+            e.check(self.smallest())?;
         }
-        let width = self.structure.as_ref().map_or(m.ffn_width, |s| scaled_ffn(m.ffn_width, m.head_size, s.head_size));
-        if e.expert_size == 0 || e.expert_size % SIZE_MULTIPLE != 0 || !width.is_multiple_of(e.expert_size) {
-            let allowed = format!("a multiple of {SIZE_MULTIPLE} that divides the FFN width {width}");
-            return refuse("experts.expert_size", e.expert_size, allowed);
-        }
-        if e.calibration_batches == 0 || e.calibration_batches > MAX_CALIBRATION {
-            return refuse("experts.calibration_batches", e.calibration_batches, "1 to 100000");
-        }
-        if !(e.router_rate > 0.0 && f64::from(e.router_rate) <= MAX_RATE) {
-            return refuse("experts.router_rate", e.router_rate, "a rate above 0, at most 1000");
-        }
-        if e.router_steps > 1_000_000 {
-            return refuse("experts.router_steps", e.router_steps, "0 to 1000000");
+        if let Some(h) = &self.hybrid {
+            h.check(self.data.target_share)?;
         }
         Ok(())
+    }
+
+    /// Sizes of the model once its structures are pruned.
+    pub fn smallest(&self) -> Size {
+        self.structure.as_ref().map_or(self.model, |s| s.pruned(self.model))
     }
 }
 

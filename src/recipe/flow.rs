@@ -6,22 +6,20 @@ use std::time::Instant;
 
 use super::corpus::Corpus;
 use super::evaluate::evaluate;
+use super::order::Step;
 use super::run_folder::{Origin, RunFolder, StageRecord, State, fingerprint};
-use super::schema::{Mask, Recipe, Selection};
-use super::source::{Draw, teacher_cache};
-use super::stages::{self, Context, Objective};
+use super::schema::Recipe;
+use super::source::teacher_cache;
+use super::stages::{self, Context, Outcome, Student};
 use crate::compress::freeze::freeze;
-use crate::compress::teacher::TeacherCache;
 use crate::console;
-use crate::data::mixture;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::nn::{Config, Model, Pass};
+use crate::nn::{Model, Pass};
 use crate::pipeline::post::Post;
-use crate::report::model::{self as report, LossCurve, RunReport};
+use crate::report::model::{self as report, RunReport};
 use crate::train::lifecycle::Invariant;
 use crate::train::store;
-use crate::train::trainer::Summary;
 
 /// How a run is carried out.
 pub struct Options {
@@ -34,29 +32,12 @@ pub struct Options {
     pub ranks: Option<Arc<Post>>,
 }
 
-/// A student on its way through the stages.
-struct Student {
-    model: Model,
-    state: State,
-    fingerprint: String,
-}
-
-/// What a stage's work gives.
-struct Outcome {
-    model: Model,
-    state: State,
-    curves: Vec<LossCurve>,
-    notes: Vec<String>,
-    invariants: Vec<Invariant>,
-    /// Of sessions that stopped before this stage was finished.
-    earlier_seconds: f64,
-}
-
-struct Flow<'a> {
-    recipe: &'a Recipe,
-    corpus: &'a Corpus,
+/// A run on its way.
+pub(super) struct Flow<'a> {
+    pub(super) recipe: &'a Recipe,
+    pub(super) corpus: &'a Corpus,
     folder: RunFolder,
-    device: Arc<dyn Device>,
+    pub(super) device: Arc<dyn Device>,
     options: &'a Options,
     report: RunReport,
     tokenizer: Vec<u8>,
@@ -103,45 +84,47 @@ fn say(options: &Options, text: impl std::fmt::Display) {
 
 impl Flow<'_> {
     fn stages(&mut self) -> Result<()> {
-        let recipe = self.recipe;
-        let teacher = self.teacher()?;
-        let all: Vec<usize> = (0..teacher.model.config.width).collect();
-        let cache = teacher_cache(&teacher.model, self.corpus);
-        let mut student = Student {
+        let teacher = stages::teacher::run(self)?;
+        let all = (0..teacher.model.config.width).collect();
+        let student = Student {
             model: teacher.model.duplicate()?,
             state: State { kept: all, ..State::default() },
             fingerprint: teacher.fingerprint.clone(),
         };
-        if let Some(settings) = &recipe.structure {
-            if settings.compare_random && settings.selection == Selection::Importance {
-                self.structure(&student, &cache, true)?;
-            }
-            student = self.structure(&student, &cache, settings.selection == Selection::Random)?;
+        let steps = self.recipe.steps();
+        let student = self.follow(&steps, &teacher, student)?;
+        self.deploy(&student)
+    }
+
+    /// Takes the student through the stages. Those after hybrid tuning listen to the tuned teacher: the other would take
+    /// back what the student learned there.
+    fn follow(&mut self, steps: &[Step], teacher: &Student, mut student: Student) -> Result<Student> {
+        let recipe = self.recipe;
+        let cache = teacher_cache(&teacher.model, self.corpus);
+        for (i, step) in steps.iter().enumerate() {
+            student = match step {
+                Step::Structure => stages::structure::run(self, section(step, &recipe.structure)?, &student, &cache)?,
+                Step::Sparsify => stages::sparsify::run(self, section(step, &recipe.sparsify)?, &student, &cache)?,
+                Step::Quantize => stages::quantize::run(self, section(step, &recipe.quantize)?, &student, &cache)?,
+                Step::Experts => stages::experts::run(self, section(step, &recipe.experts)?, &student)?,
+                Step::Hybrid => {
+                    let settings = section(step, &recipe.hybrid)?;
+                    let (tuned, student) = stages::hybrid::run(self, settings, teacher, &student)?;
+                    return self.follow(&steps[i + 1..], &tuned, student);
+                }
+            };
         }
-        if recipe.sparsify.is_some() {
-            student = self.sparsify(&student, &cache)?;
-        }
-        if recipe.quantize.is_some() {
-            student = self.quantize(&student, &cache)?;
-        }
-        if recipe.experts.is_some() {
-            student = self.experts(&student)?;
-        }
-        if recipe.hybrid.is_some() {
-            student = self.hybrid(&teacher, &student)?;
-        }
-        self.deploy(&student)?;
-        Ok(())
+        Ok(student)
     }
 
     /// Runs a stage, or takes it from the folder when it was finished under the same fingerprint.
-    fn stage(
+    pub(super) fn stage(
         &mut self,
         name: &str,
         parts: &[&str],
         baseline: bool,
         work: impl FnOnce(&Context) -> Result<Outcome>,
-    ) -> Result<(Model, State, String)> {
+    ) -> Result<Student> {
         let arithmetic = self.device.info().arithmetic();
         let key = [parts, &[arithmetic.as_str(), env!("CARGO_PKG_VERSION")]].concat();
         let fingerprint = fingerprint(&key);
@@ -151,7 +134,7 @@ impl Flow<'_> {
             say(self.options, format!("{name}: finished before, taken from the run folder"));
             self.earlier_seconds += record.row.seconds.unwrap_or(0.0);
             self.adopt(&record);
-            return Ok((model, record.state, fingerprint));
+            return Ok(Student { model, state: record.state, fingerprint });
         }
         let path = self.folder.stage(name)?;
         let corpus = self.corpus;
@@ -188,7 +171,7 @@ impl Flow<'_> {
         };
         self.folder.finish(name, &record, &outcome.model, &[("tokenizer.json", self.tokenizer.clone())])?;
         self.adopt(&record);
-        Ok((outcome.model, outcome.state, fingerprint))
+        Ok(Student { model: outcome.model, state: outcome.state, fingerprint })
     }
 
     fn adopt(&mut self, record: &StageRecord) {
@@ -208,151 +191,6 @@ impl Flow<'_> {
         self.report.stages.push(row.clone());
         self.report.curves.extend(record.curves.iter().cloned());
         self.report.notes.extend(record.notes.iter().map(|n| format!("{}: {n}", row.name)));
-    }
-
-    fn teacher(&mut self) -> Result<Student> {
-        let (recipe, corpus) = (self.recipe, self.corpus);
-        let device = self.device.clone();
-        let parts = [text(&recipe.data)?, text(&recipe.model)?, text(&recipe.teacher)?, recipe.seed.to_string()];
-        let parts: Vec<&str> =
-            parts.iter().map(String::as_str).chain([corpus.tokenizer.hash(), &corpus.hash]).collect();
-        let (model, state, fingerprint) = self.stage("teacher", &parts, false, |context| {
-            let config = Config::glm(recipe.model, corpus.tokenizer.vocabulary());
-            let mut model = Model::init(config, &device, recipe.seed)?;
-            let draw = Draw::mixed(corpus, &recipe.teacher, recipe.seed, recipe.data.max_length)?;
-            let objective = Objective { draw, gold: 1.0, soft_on_target: false, teacher: None };
-            let summary = stages::fit(context, &mut model, &State::default(), &recipe.teacher, objective)?;
-            Ok(trained(context.name, model, State::default(), summary))
-        })?;
-        Ok(Student { model, state, fingerprint })
-    }
-
-    fn structure(&mut self, student: &Student, cache: &TeacherCache, random: bool) -> Result<Student> {
-        let recipe = self.recipe;
-        let Some(settings) = &recipe.structure else {
-            return Err(missing("structure"));
-        };
-        let corpus = self.corpus;
-        let name = if random { "random" } else { "structure" };
-        let parts = [&student.fingerprint, &text(settings)?, name];
-        let (model, state, fingerprint) = self.stage(name, &parts, random, |context| {
-            let keep = stages::choose(context, cache.teacher(), settings, random)?;
-            let state = State { kept: keep.channels.clone(), ..State::default() };
-            let mut model = crate::compress::structure::prune(cache.teacher(), &keep)?;
-            let draw = Draw::mixed(corpus, &settings.training, recipe.seed, recipe.data.max_length)?;
-            // The random baseline learns from the labels alone, as the papers' does.
-            let teacher = if random {
-                None
-            } else {
-                Some((cache, stages::distillation(&model, cache.teacher(), &keep.channels, &settings.distil)?))
-            };
-            let gold = if random { 1.0 } else { settings.distil.gold };
-            let objective = Objective { draw, gold, soft_on_target: false, teacher };
-            let summary = stages::fit(context, &mut model, &state, &settings.training, objective)?;
-            let kept: Vec<usize> = keep.blocks.iter().map(|b| b.index).collect();
-            let mut outcome = trained(context.name, model, state, summary);
-            outcome.notes.push(format!("blocks kept {kept:?}, {} of {} channels", keep.channels.len(), cache.width()));
-            Ok(outcome)
-        })?;
-        Ok(Student { model, state, fingerprint })
-    }
-
-    fn sparsify(&mut self, student: &Student, cache: &TeacherCache) -> Result<Student> {
-        let recipe = self.recipe;
-        let Some(settings) = &recipe.sparsify else {
-            return Err(missing("sparsify"));
-        };
-        let corpus = self.corpus;
-        let parts = [&student.fingerprint, &text(settings)?, "sparsify"];
-        let (model, state, fingerprint) = self.stage("sparsify", &parts, false, |context| {
-            let mut model = student.model.duplicate()?;
-            let chosen = stages::linears(&model.config, &settings.linears);
-            let sparse = crate::compress::sparsify::prunable(&model, &chosen);
-            let state =
-                State { sparse, two_dimensional: settings.mask == Mask::TwoDimensional, ..student.state.clone() };
-            let draw = Draw::mixed(corpus, &settings.training, recipe.seed ^ 2, recipe.data.max_length)?;
-            let distillation = stages::distillation(&model, cache.teacher(), &student.state.kept, &settings.distil)?;
-            let objective = Objective {
-                draw,
-                gold: settings.distil.gold,
-                soft_on_target: false,
-                teacher: Some((cache, distillation)),
-            };
-            let summary = stages::fit(context, &mut model, &state, &settings.training, objective)?;
-            Ok(trained(context.name, model, state, summary))
-        })?;
-        Ok(Student { model, state, fingerprint })
-    }
-
-    fn quantize(&mut self, student: &Student, cache: &TeacherCache) -> Result<Student> {
-        let recipe = self.recipe;
-        let Some(settings) = &recipe.quantize else {
-            return Err(missing("quantize"));
-        };
-        let corpus = self.corpus;
-        let parts = [&student.fingerprint, &text(settings)?, "quantize"];
-        let (model, state, fingerprint) = self.stage("quantize", &parts, false, |context| {
-            let mut model = student.model.duplicate()?;
-            let state = State { int8: stages::linears(&model.config, &[]), ..student.state.clone() };
-            let draw = Draw::mixed(corpus, &settings.training, recipe.seed ^ 3, recipe.data.max_length)?;
-            let distillation = stages::distillation(&model, cache.teacher(), &student.state.kept, &settings.distil)?;
-            let objective = Objective {
-                draw,
-                gold: settings.distil.gold,
-                soft_on_target: false,
-                teacher: Some((cache, distillation)),
-            };
-            let summary = stages::fit(context, &mut model, &state, &settings.training, objective)?;
-            Ok(trained(context.name, model, state, summary))
-        })?;
-        Ok(Student { model, state, fingerprint })
-    }
-
-    fn experts(&mut self, student: &Student) -> Result<Student> {
-        let Some(settings) = &self.recipe.experts else {
-            return Err(missing("experts"));
-        };
-        let parts = [&student.fingerprint, &text(settings)?, "experts"];
-        let (model, state, fingerprint) = self.stage("experts", &parts, false, |context| {
-            let (model, state, mut notes, invariants) =
-                stages::moefy(context, &student.model, &student.state, settings)?;
-            if !state.sparse.is_empty() {
-                notes.push("expert weights keep their 2:4 zeros but run on the dense grouped kernels".into());
-            }
-            Ok(Outcome { model, state, curves: Vec::new(), notes, invariants, earlier_seconds: 0.0 })
-        })?;
-        Ok(Student { model, state, fingerprint })
-    }
-
-    fn hybrid(&mut self, teacher: &Student, student: &Student) -> Result<Student> {
-        let Some(settings) = &self.recipe.hybrid else {
-            return Err(missing("hybrid"));
-        };
-        let corpus = self.corpus;
-        let (n_s, n_d) = (corpus.source.examples.len(), corpus.target.examples.len());
-        let alpha = match settings.alpha {
-            Some(alpha) => alpha,
-            None => mixture::alpha(n_s, n_d, settings.stream_weights.0, settings.stream_weights.1)?,
-        };
-        let settings_text = text(settings)?;
-        let parts = [&teacher.fingerprint, &settings_text, "hybrid teacher"];
-        let (tuned, _, tuned_print) = self.stage("hybrid-teacher", &parts, true, |context| {
-            let mut model = teacher.model.duplicate()?;
-            let objective = stages::hybrid_teacher(context, settings, alpha)?;
-            let summary = stages::fit(context, &mut model, &State::default(), &settings.teacher, objective)?;
-            let mut outcome = trained(context.name, model, State::default(), summary);
-            outcome.notes.push(format!("alpha {alpha:.4} from {n_s} and {n_d} examples (Eq 11)"));
-            Ok(outcome)
-        })?;
-        let cache = teacher_cache(&tuned, corpus);
-        let parts = [&student.fingerprint, &tuned_print, &settings_text, "hybrid"];
-        let (model, state, fingerprint) = self.stage("hybrid", &parts, false, |context| {
-            let mut model = student.model.duplicate()?;
-            let objective = stages::hybrid_student(context, &model, &cache, settings, alpha)?;
-            let summary = stages::fit(context, &mut model, &student.state, &settings.student, objective)?;
-            Ok(trained(context.name, model, student.state.clone(), summary))
-        })?;
-        Ok(Student { model, state, fingerprint })
     }
 
     /// Saves a model in its deployable form, loads it again and holds both against each other.
@@ -390,19 +228,13 @@ impl Flow<'_> {
     }
 }
 
-fn missing(stage: &str) -> Error {
-    Error::Recipe { key: stage.into(), value: "nothing".into(), allowed: "a table of this name".into() }
-}
-
-/// A part of the recipe as text, for fingerprints.
-fn text(part: &impl serde::Serialize) -> Result<String> {
-    toml::to_string(part).map_err(|e| Error::file("recipe", "serialisation", e))
-}
-
-fn trained(name: &str, model: Model, state: State, summary: Summary) -> Outcome {
-    let curve = LossCurve { stage: name.into(), unit: "nats/token".into(), points: summary.curve };
-    let earlier_seconds = summary.earlier_seconds;
-    Outcome { model, state, curves: vec![curve], notes: Vec::new(), invariants: Vec::new(), earlier_seconds }
+/// Settings of a stage.
+fn section<'r, T>(step: &Step, settings: &'r Option<T>) -> Result<&'r T> {
+    settings.as_ref().ok_or_else(|| Error::Recipe {
+        key: step.name().into(),
+        value: "nothing".into(),
+        allowed: "a table of this name".into(),
+    })
 }
 
 fn as_reported(invariant: &Invariant) -> report::Invariant {

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::corpus::Corpus;
+use super::order::Step;
 use super::schema::{Recipe, Training};
-use crate::compress::structure::scaled_ffn;
 use crate::device::{Device, Kind};
 use crate::error::{Error, Result};
 use crate::nn::Config;
@@ -28,32 +28,37 @@ pub struct PlannedStage {
 pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
     let mut stages = vec![planned("teacher", recipe.model, recipe, Some(&recipe.teacher))];
     let mut size = recipe.model;
-    if let Some(s) = &recipe.structure {
-        size = Size {
-            layers: s.layers,
-            head_size: s.head_size,
-            ffn_width: scaled_ffn(recipe.model.ffn_width, recipe.model.head_size, s.head_size),
-            ..size
-        };
-        if s.compare_random {
-            stages.push(planned("random (baseline)", size, recipe, Some(&s.training)));
+    for step in recipe.steps() {
+        match step {
+            Step::Structure => {
+                let Some(s) = &recipe.structure else { continue };
+                size = s.pruned(recipe.model);
+                if s.compare_random {
+                    stages.push(planned("random (baseline)", size, recipe, Some(&s.training)));
+                }
+                stages.push(planned("structure", size, recipe, Some(&s.training)));
+            }
+            Step::Sparsify => {
+                let training = recipe.sparsify.as_ref().map(|s| &s.training);
+                stages.push(planned("sparsify", size, recipe, training));
+            }
+            Step::Quantize => {
+                let training = recipe.quantize.as_ref().map(|q| &q.training);
+                stages.push(planned("quantize", size, recipe, training));
+            }
+            Step::Experts => {
+                let Some(e) = &recipe.experts else { continue };
+                let mut stage = planned("experts", size, recipe, None);
+                let share = 100.0 * e.share;
+                stage.shape = format!("{}, experts of {}, {share:.0} % per token", stage.shape, e.expert_size);
+                stages.push(stage);
+            }
+            Step::Hybrid => {
+                let Some(h) = &recipe.hybrid else { continue };
+                stages.push(planned("hybrid teacher", recipe.model, recipe, Some(&h.teacher)));
+                stages.push(planned("hybrid", size, recipe, Some(&h.student)));
+            }
         }
-        stages.push(planned("structure", size, recipe, Some(&s.training)));
-    }
-    if let Some(s) = &recipe.sparsify {
-        stages.push(planned("sparsify", size, recipe, Some(&s.training)));
-    }
-    if let Some(q) = &recipe.quantize {
-        stages.push(planned("quantize", size, recipe, Some(&q.training)));
-    }
-    if let Some(e) = &recipe.experts {
-        let mut stage = planned("experts", size, recipe, None);
-        stage.shape = format!("{}, experts of {}, {:.0} % per token", stage.shape, e.expert_size, 100.0 * e.share);
-        stages.push(stage);
-    }
-    if let Some(h) = &recipe.hybrid {
-        stages.push(planned("hybrid teacher", recipe.model, recipe, Some(&h.teacher)));
-        stages.push(planned("hybrid", size, recipe, Some(&h.student)));
     }
     stages
 }

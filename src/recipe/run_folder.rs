@@ -55,6 +55,12 @@ impl State {
     pub fn form(&self) -> Form {
         Form { sparse: !self.sparse.is_empty(), int8: !self.int8.is_empty() }
     }
+
+    /// The promises on a model whose tensors have other names; `None` for what is gone with its promise.
+    pub fn renamed(&self, rename: impl Fn(&str) -> Option<String>) -> Self {
+        let all = |names: &[String]| names.iter().filter_map(|name| rename(name)).collect();
+        Self { sparse: all(&self.sparse), int8: all(&self.int8), ..self.clone() }
+    }
 }
 
 /// What a stage's work follows from; kept beside it, so that a restart can say why.

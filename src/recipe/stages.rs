@@ -1,24 +1,30 @@
-//! The stages of the flow: each takes the student as it is and gives a changed one with what was measured.
+//! The stages of the flow, a file each: every one takes the student as it is and gives a changed one with what was
+//! measured. Here is what they share: the training that keeps what earlier stages promised.
+
+pub mod experts;
+pub mod hybrid;
+pub mod quantize;
+pub mod sparsify;
+pub mod structure;
+pub mod teacher;
 
 use super::corpus::{Corpus, upload};
 use super::evaluate::validation_loss;
 use super::run_folder::State;
-use super::schema::{self, Distil, HiddenProjection, Recipe, Training};
+use super::schema::{Distil, HiddenProjection, Recipe, Training};
 use super::source::{CorpusSource, Draw, Factors};
 use super::staged;
-use crate::compress::distil::{Distillation, PROJECTION, Projection, Weights, selection};
-use crate::compress::hybrid::StudentLoss;
-use crate::compress::quantize::QuantizationAware;
+use crate::compress::distil::{Distillation, PROJECTION, Projection, selection};
+use crate::compress::quantization::QuantizationAware;
 use crate::compress::sparsify::Sparsity24;
-use crate::compress::structure::{self, Keep, Target};
 use crate::compress::teacher::TeacherCache;
-use crate::compress::{experts, hybrid, importance};
 use crate::data::batch::{Batch, Example, GmaskPosition};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::{self, Config, Model};
 use crate::ops::distill::Reduction;
 use crate::ops::sparse24::Form24;
 use crate::pipeline::post::Post;
+use crate::report::model::LossCurve;
 use crate::rng::Stream;
 use crate::tensor::Tensor;
 use crate::train::graphs;
@@ -40,6 +46,24 @@ pub struct Context<'a> {
     pub progress: bool,
     /// The processes of this run, where there are several.
     pub ranks: Option<&'a Arc<Post>>,
+}
+
+/// A student on its way through the stages.
+pub struct Student {
+    pub model: Model,
+    pub state: State,
+    pub fingerprint: String,
+}
+
+/// What a stage's work gives.
+pub struct Outcome {
+    pub model: Model,
+    pub state: State,
+    pub curves: Vec<LossCurve>,
+    pub notes: Vec<String>,
+    pub invariants: Vec<Invariant>,
+    /// Of sessions that stopped before this stage was finished.
+    pub earlier_seconds: f64,
 }
 
 /// Which loss a training uses beside what the state of the weights demands.
@@ -129,6 +153,36 @@ pub fn fit(
     train(model, &job, &mut methods)
 }
 
+/// Trains a model that a stage has changed until it has recovered, on labels and on what the teacher says of them.
+/// `salt`: so that stages draw different batches.
+pub fn recover(
+    context: &Context,
+    (mut model, state): (Model, State),
+    training: &Training,
+    distil: &Distil,
+    cache: &TeacherCache,
+    salt: u64,
+) -> Result<Outcome> {
+    let recipe = context.recipe;
+    let draw = Draw::mixed(context.corpus, training, recipe.seed ^ salt, recipe.data.max_length)?;
+    let distillation = distillation(&model, cache.teacher(), &state.kept, distil)?;
+    let objective = Objective { draw, gold: distil.gold, soft_on_target: false, teacher: Some((cache, distillation)) };
+    let summary = fit(context, &mut model, &state, training, objective)?;
+    Ok(trained(context.name, model, state, summary))
+}
+
+/// What a training gives.
+pub fn trained(name: &str, model: Model, state: State, summary: Summary) -> Outcome {
+    let curve = LossCurve { stage: name.into(), unit: "nats/token".into(), points: summary.curve };
+    let earlier_seconds = summary.earlier_seconds;
+    Outcome { model, state, curves: vec![curve], notes: Vec::new(), invariants: Vec::new(), earlier_seconds }
+}
+
+/// A part of the recipe as text, for fingerprints.
+pub fn text(part: &impl serde::Serialize) -> Result<String> {
+    toml::to_string(part).map_err(|e| Error::file("recipe", "serialisation", e))
+}
+
 fn add_projection(model: &mut Model, distillation: &Distillation, seed: u64) -> Result<()> {
     if model.tensors.contains_key(PROJECTION) {
         return Ok(());
@@ -175,23 +229,6 @@ pub fn calibration(context: &Context, model: &Model, batches: usize) -> Result<V
     Ok(micros.into_iter().flatten().collect())
 }
 
-/// Which structures survive.
-pub fn choose(context: &Context, teacher: &Model, settings: &schema::Structure, random: bool) -> Result<Keep> {
-    let target = Target { layers: settings.layers, head_size: settings.head_size };
-    if random {
-        return structure::at_random(&teacher.config, target, context.recipe.seed);
-    }
-    let micros = calibration(context, teacher, settings.calibration_batches)?;
-    let scores = importance::score(teacher, &micros)?;
-    let blocks = teacher.config.blocks.len();
-    // Judged on training text: the validation text is what the comparison with random pruning is read from.
-    // Where all blocks stay there is nothing to judge, and a model of one block cannot be run without it.
-    let judge = |i: usize| importance::loss(&structure::without_block(teacher, i)?, &micros);
-    let losses: Vec<f64> =
-        if settings.layers < blocks { (0..blocks).map(judge).collect::<Result<_>>()? } else { vec![0.0; blocks] };
-    structure::by_importance(&teacher.config, &scores, &losses, target)
-}
-
 /// Linears of all blocks whose name contains one of `parts` (all when empty).
 pub fn linears(config: &Config, parts: &[String]) -> Vec<String> {
     let all = (0..config.blocks.len()).flat_map(Config::linears);
@@ -201,78 +238,6 @@ pub fn linears(config: &Config, parts: &[String]) -> Vec<String> {
 /// Whether a linear's name has this part; an empty one names nothing.
 pub fn matches(name: &str, part: &str) -> bool {
     !part.is_empty() && name.contains(part)
-}
-
-/// Splits the FFNs into experts; promises on FFN tensors move to the expert tensors.
-pub fn moefy(
-    context: &Context,
-    student: &Model,
-    state: &State,
-    settings: &schema::Experts,
-) -> Result<(Model, State, Vec<String>, Vec<Invariant>)> {
-    let batches: Vec<nn::Batch> =
-        calibration(context, student, settings.calibration_batches)?.into_iter().map(|m| m.batch).collect();
-    let conversion = experts::Settings {
-        expert_size: settings.expert_size,
-        share: settings.share,
-        router_steps: settings.router_steps,
-        router_rate: settings.router_rate,
-    };
-    let (converted, reports) = experts::convert(student, conversion, &batches)?;
-    let notes = reports.iter().map(|r| {
-        format!(
-            "block {}: {} of {} experts per token; {:.1} % of positive activation mass captured by the router, {:.1} % by the oracle; {:.0} % of neurons active",
-            r.block, r.selected, r.experts, 100.0 * r.captured, 100.0 * r.captured_by_oracle, 100.0 * r.active
-        )
-    });
-    let difference = experts::difference_with_all_experts(student, &converted, &batches[0])?;
-    let equal = Invariant {
-        rule: "experts(k = all) equals the dense FFN".into(),
-        measured: format!("largest relative difference of hidden states {difference:.1e}"),
-        holds: difference < 1e-4,
-    };
-    let rename = |name: &String| name.replace(".ffn.in", ".ffn.experts.in").replace(".ffn.out", ".ffn.experts.out");
-    let moved = State {
-        sparse: state.sparse.iter().map(rename).collect(),
-        int8: state.int8.iter().map(rename).collect(),
-        ..state.clone()
-    };
-    Ok((converted, moved, notes.collect(), vec![equal]))
-}
-
-/// Eq 12: both streams, weighted by alpha.
-pub fn hybrid_teacher(context: &Context, settings: &schema::Hybrid, alpha: f64) -> Result<Objective<'static>> {
-    let max_length = context.recipe.data.max_length;
-    let draw = Draw::two_streams(context.corpus, &settings.teacher, alpha, context.recipe.seed, max_length)?;
-    Ok(Objective { draw, gold: 1.0, soft_on_target: false, teacher: None })
-}
-
-/// Eq 13. Corrected: lambda CE + (1 - lambda) T^2 KL(tuned teacher || student), on both streams weighted as in Eq 12, because
-/// the target-language stream alone forgets the other direction. Literal: the target-language stream alone, where the
-/// teacher's term is constant.
-pub fn hybrid_student<'a>(
-    context: &Context,
-    student: &Model,
-    teacher: &'a TeacherCache<'a>,
-    settings: &schema::Hybrid,
-    alpha: f64,
-) -> Result<Objective<'a>> {
-    let (soft, gold) = hybrid::student_factors(settings.student_loss, settings.lambda);
-    let (seed, max_length) = (context.recipe.seed, context.recipe.data.max_length);
-    let draw = match settings.student_loss {
-        StudentLoss::Corrected => Draw::two_streams(context.corpus, &settings.student, alpha, seed, max_length)?,
-        StudentLoss::Literal => Draw::target(context.corpus, &settings.student, seed, max_length)?,
-    };
-    let distil = Distil {
-        weights: Weights { hidden: 0.0, soft: soft as f32, hard: 0.0 },
-        temperature: settings.temperature,
-        projection: HiddenProjection::Kept,
-        ..Distil::default()
-    };
-    let all: Vec<usize> = (0..teacher.width()).collect();
-    let distillation = distillation(student, teacher.teacher(), &all, &distil)?;
-    let teacher = (soft > 0.0).then_some((teacher, distillation));
-    Ok(Objective { draw, gold: gold as f32, soft_on_target: true, teacher })
 }
 
 /// A held-out batch for checks that compare two forms of a model.

@@ -1,6 +1,7 @@
 //! One integration binary.
 
 mod commands;
+mod composition;
 mod cuda;
 mod cuda_groups;
 mod data;

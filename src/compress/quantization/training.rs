@@ -2,9 +2,9 @@
 //! channel and of activations per token, straight-through. Symmetric, so that a pruned weight is the integer 0.
 
 use crate::error::Result;
-use crate::nn::{Model, OutputHook};
+use crate::nn::{Model, OutputHook, Pass};
 use crate::ops::quant::{FakeQuant, Granularity, Quantize, Scheme};
-use crate::tape::{Tape, Var};
+use crate::tape::Var;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Invariant, Method};
 
@@ -15,14 +15,14 @@ pub struct QuantizationAware {
 }
 
 impl OutputHook for QuantizationAware {
-    fn on_output(&self, tape: &mut Tape, linear: &str, x: Var, weight: Var) -> Result<(Var, Var)> {
+    fn on_output(&self, pass: &mut Pass, linear: &str, x: Var, weight: Var) -> Result<(Var, Var)> {
         if !self.linears.iter().any(|l| l == linear) {
             return Ok((x, weight));
         }
         let fake =
             |granularity| FakeQuant { bits: self.bits, scheme: Scheme::SymmetricNarrow, granularity, dynamic: true };
-        let x = tape.first(fake(Granularity::Token), &[&x])?;
-        let weight = tape.first(fake(Granularity::Channel), &[&weight])?;
+        let x = pass.tape.first(fake(Granularity::Token), &[&x])?;
+        let weight = pass.tape.first(fake(Granularity::Channel), &[&weight])?;
         Ok((x, weight))
     }
 }
