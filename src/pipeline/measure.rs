@@ -175,8 +175,11 @@ fn run(part: &mut Part, micro: &Micro, training: Training) -> Result<Vec<Sample>
             };
             Ok(())
         })?;
-        if training.split {
-            sample.backward_weight = device.elapsed(&mut || part.backward_weight(at).map(drop))?;
+    }
+    if training.split {
+        // After all inputs' gradients, as in a schedule: what they read has left the caches by then.
+        for (piece, sample) in samples.iter_mut().enumerate().rev() {
+            sample.backward_weight = device.elapsed(&mut || part.backward_weight((piece as u32, 0)).map(drop))?;
         }
     }
     Ok(samples)
