@@ -14,8 +14,8 @@ use super::part::{Part, Training};
 use super::post::{ALIVE_EVERY, Mail};
 use super::remote::{self, Across, Ranks};
 use super::route::{Route, Routes};
-use super::schedule::{Kind, Work};
-use super::simulate::{Span, StageUse, Timeline};
+use super::schedule::{Event, Kind, Work};
+use super::simulate::{self, Span, StageUse, Timeline};
 use super::transport::{Channels, Transport};
 use super::watch::{Judge, Watch};
 use super::worker::{Order, Report, Stop};
@@ -80,9 +80,10 @@ pub struct StepReport {
 }
 
 impl StepReport {
-    /// The step as it went, in the form that the simulator gives; waiting for messages is no work.
-    pub fn timeline(&self, name: &str) -> Timeline {
-        let works = |s: &&Span| s.event.is_none_or(|e| !matches!(e.work, Work::ReceiveForward | Work::ReceiveBackward));
+    /// The step as it went, in the form that the simulator gives; waiting for messages is no work. `replicas`: of each stage.
+    pub fn timeline(&self, name: &str, replicas: &[usize]) -> Timeline {
+        let waits = |e: Event| matches!(e.work, Work::ReceiveForward | Work::ReceiveBackward);
+        let works = |s: &&Span| !s.activity.event().is_some_and(waits);
         let all = || self.workers.iter().flat_map(|w| w.spans.iter().filter(works));
         let begin = all().map(|s| s.start).fold(f64::INFINITY, f64::min);
         let end = all().map(|s| s.end).fold(0.0, f64::max);
@@ -96,7 +97,8 @@ impl StepReport {
             peak_activation_bytes: worker.held_bytes as f64,
             peak_activations: 0,
         });
-        Timeline { name: name.into(), stages: stages.collect(), spans, seconds: (end - begin).max(0.0) }
+        let workers = simulate::places(replicas);
+        Timeline { name: name.into(), workers, stages: stages.collect(), spans, seconds: (end - begin).max(0.0) }
     }
 }
 
@@ -144,7 +146,7 @@ impl Pipeline {
                 allowed: "one device per worker",
             });
         }
-        let watch = Arc::new(Watch::new(count));
+        let watch = Arc::new(Watch::new(&route.replicas));
         let (answer, answers) = channel();
         let generation = remote::number();
         let start = |across| Ranks::start(model, &setup, across, generation, &watch, answer.clone());
@@ -281,8 +283,8 @@ impl Pipeline {
             return Err(Error::NotAvailable { device: "pipeline".into(), reason });
         }
         if let Some(ranks) = &self.ranks {
-            let mut others = self.setup.route.workers.iter().enumerate().skip(1);
-            if let Err(e) = others.try_for_each(|(worker, &(stage, _))| ranks.tell((worker, stage), command)) {
+            let mut others = 1..self.setup.route.workers.len();
+            if let Err(e) = others.try_for_each(|worker| ranks.tell(worker, command)) {
                 self.shut();
                 return Err(e);
             }
@@ -388,7 +390,7 @@ impl Pipeline {
         self.watch.cancel();
         self.commands.clear();
         if let Some(ranks) = &self.ranks {
-            ranks.stop();
+            ranks.stop(None);
         }
         let began = Instant::now();
         let usual = 2 * self.setup.heartbeat;

@@ -7,7 +7,8 @@ use std::sync::mpsc::{Receiver, Sender};
 
 use super::executor::{Setup, TeacherSetup};
 use super::message;
-use super::part::{Part, micro_on};
+use super::part::Part;
+use super::reads::Reads;
 use super::route::Route;
 use super::teacher::TeacherPart;
 use super::transport::Transport;
@@ -105,10 +106,15 @@ fn start_worker(
     Ok(worker)
 }
 
-/// Micro-batches on the worker's device.
-fn own(worker: &Worker, micros: &[Micro]) -> Result<Vec<Micro>> {
+/// Micro-batches on the worker's device, as far as it reads them.
+fn own(worker: &Worker, micros: &[Micro], reads: Reads) -> Result<Vec<Micro>> {
     let device = worker.part.model.device();
-    micros.iter().map(|m| micro_on(m, device)).collect()
+    let reads = |micro: u32| if worker.route.has(worker.index, micro) { reads } else { Reads::default() };
+    (0..).zip(micros).map(|(index, micro)| reads(index).bring(micro, device)).collect()
+}
+
+fn teacher_reads(worker: &Worker) -> Reads {
+    worker.teacher.as_ref().map_or(Reads::default(), TeacherPart::reads)
 }
 
 /// Obeys an order, watched like any other work: one that does not end is a stall.
@@ -132,12 +138,13 @@ fn carry_out(worker: &mut Worker, command: Command) -> Result<Answer, Stop> {
     match command {
         Command::Step(route, micros, next, order) => {
             worker.route = route;
-            let (micros, next) = (own(worker, &micros)?, own(worker, &next)?);
+            let micros = own(worker, &micros, worker.part.reads())?;
+            let next = own(worker, &next, teacher_reads(worker))?;
             Ok(Answer::Stepped(worker.step(&micros, next, order)?))
         }
         Command::Teach(route, micros) => {
             worker.route = route;
-            let micros = own(worker, &micros)?;
+            let micros = own(worker, &micros, teacher_reads(worker))?;
             worker.teach(micros)?;
             Ok(Answer::Ready)
         }

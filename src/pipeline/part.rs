@@ -5,13 +5,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::cut;
+use super::reads::Reads;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::nn::{Batch, Model, Pass, Residual, States};
+use crate::nn::{Model, Pass, Residual, States};
 use crate::tape::{Deferred, Grads, Tape, Var};
 use crate::tensor::Tensor;
-use crate::train::lifecycle::{Method, Micro, Teacher};
+use crate::train::lifecycle::{Method, Micro};
 use crate::train::optimizer::Optimizer;
 use crate::train::trainer;
 
@@ -81,6 +82,11 @@ impl Part {
             }
         }
         Model::new(whole.config.clone(), tensors, device)
+    }
+
+    /// What its chunks read of a micro-batch.
+    pub fn reads(&self) -> Reads {
+        Reads::of(&self.model.config, self.chunks.values())
     }
 
     fn pieces(&self, chunk: u32) -> Result<Range<usize>> {
@@ -262,35 +268,4 @@ fn pairs<'a>(outputs: &'a [Var], flowed: &'a [Tensor]) -> Vec<(&'a Var, &'a Tens
 fn of_inputs(inputs: &[Var], grads: &Grads) -> Result<Vec<Tensor>> {
     let missing = || Error::NoGradient { op: "pipeline: a chunk's input" };
     inputs.iter().map(|v| grads.of(v).ok_or_else(missing)?).collect()
-}
-
-/// A micro-batch on another device.
-pub fn micro_on(micro: &Micro, device: &Arc<dyn Device>) -> Result<Micro> {
-    if Arc::ptr_eq(micro.targets.device(), device) {
-        return Ok(micro.clone());
-    }
-    let to = |t: &Tensor| t.to_device(device);
-    let maybe = |t: &Option<Tensor>| t.as_ref().map(to).transpose();
-    let teacher = |t: &Teacher| {
-        Ok::<_, Error>(Teacher {
-            hidden: to(&t.hidden)?,
-            hidden_weights: to(&t.hidden_weights)?,
-            soft_weights: to(&t.soft_weights)?,
-            hard_targets: to(&t.hard_targets)?,
-            hard_weights: to(&t.hard_weights)?,
-        })
-    };
-    Ok(Micro {
-        batch: Batch {
-            tokens: to(&micro.batch.tokens)?,
-            positions: to(&micro.batch.positions)?,
-            block_positions: maybe(&micro.batch.block_positions)?,
-            context: maybe(&micro.batch.context)?,
-            lengths: maybe(&micro.batch.lengths)?,
-        },
-        targets: to(&micro.targets)?,
-        weights: to(&micro.weights)?,
-        teacher: micro.teacher.as_ref().map(teacher).transpose()?,
-        ..*micro
-    })
 }

@@ -16,6 +16,7 @@ use super::route::{Route, Routes};
 use super::watch::Watch;
 use super::words::{self, Described, Start, Word};
 use super::worker::{Order, Stop};
+use crate::console;
 use crate::device::{self, Device};
 use crate::error::{Error, Result};
 use crate::nn::Model;
@@ -85,7 +86,10 @@ pub fn serve(post: &Arc<Post>, make: &Arc<Make>) -> Result<i32> {
                     post.send(0, Lane::Control, letter.generation, words::of_answer(&Answer::Stopped(Stop::Error(e)))?);
                 }
             },
-            Word::Stop => {
+            Word::Stop(why) => {
+                if let Some(why) = why {
+                    console::tell(format_args!("rank {}: the pipeline does not start: {why}", post.rank()));
+                }
                 if let Some(running) = running.take() {
                     running.stop()?;
                 }
@@ -161,7 +165,7 @@ impl Running {
             planted: start.planted,
             teacher: None,
         };
-        let watch = Arc::new(Watch::new(count));
+        let watch = Arc::new(Watch::new(&route.replicas));
         let told = Mutex::new(0);
         let shown = Arc::new(Shown { post: post.clone(), generation, watch: watch.clone(), worker, count, told });
         let ((orders, ordered), (answer, answers)) = (channel(), channel());

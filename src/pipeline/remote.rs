@@ -11,6 +11,7 @@ use super::life::{Answer, Command, Encoded};
 use super::packet;
 use super::part::Part;
 use super::post::{ALIVE_EVERY, GENERATIONS, Lane, Post};
+use super::reads::Reads;
 use super::watch::Watch;
 use super::words::{self, Described, Start, Word};
 use super::worker::Stop;
@@ -84,7 +85,8 @@ pub(super) struct Ranks {
     ended: Arc<Vec<AtomicBool>>,
     stop: Arc<AtomicBool>,
     reader: Option<JoinHandle<()>>,
-    head: usize,
+    /// Of each worker.
+    reads: Vec<Reads>,
 }
 
 /// A number for the next pipeline.
@@ -93,7 +95,11 @@ pub(super) fn number() -> u32 {
 }
 
 impl Ranks {
-    /// Starts workers 1 and on of `setup`'s route on their ranks.
+    /// Starts workers 1 and on of `setup`'s route on their ranks. Where one of them cannot be started the others are told to
+    /// stop, and why.
+    ///
+    /// # Errors
+    /// `Parameter` for too few ranks or devices, `DeviceLost` for a rank that is not to be reached, those of the model.
     pub fn start(
         model: &Model,
         setup: &Setup,
@@ -109,48 +115,70 @@ impl Ranks {
             let allowed = "at most one worker per rank and a device for each";
             return Err(Error::Parameter { op: "pipeline", parameter: "workers", value, allowed });
         }
-        let head = route.schedule.homes.last().copied().unwrap_or_default();
-        for rank in 1..count {
-            let part = Part::model_of(model, model.device(), &route.chunks_of(rank))?;
-            let mut tensors = Encoded::new();
-            for (name, tensor) in &part.tensors {
-                tensors.insert(name.clone(), (tensor.meta(), tensor.to_bytes()?));
+        let reads = |rank| Reads::of(&model.config, route.chunks_of(rank).values());
+        let shown = Shown { post, generation, watch: watch.clone(), worker: 0, count, told: Mutex::new(0) };
+        let mut ranks = Self {
+            post: across.post.clone(),
+            generation,
+            count,
+            limit: (2 * setup.heartbeat).max(5 * ALIVE_EVERY),
+            ended: Arc::new((0..count).map(|_| AtomicBool::new(false)).collect()),
+            stop: Arc::default(),
+            reader: None,
+            reads: (0..count).map(reads).collect(),
+        };
+        let started = (1..count).try_for_each(|rank| ranks.begin(model, setup, across, rank)).and_then(|()| {
+            let (every, over, done) = (show_every(setup.heartbeat), ranks.stop.clone(), ranks.ended.clone());
+            let read = move || read(&shown, every, &answer, &done, &over);
+            let reader = std::thread::Builder::new().name("espalier-ranks".into()).spawn(read);
+            reader.map_err(|e| Error::io("ranks thread", e))
+        });
+        match started {
+            Ok(reader) => ranks.reader = Some(reader),
+            Err(e) => {
+                ranks.stop(Some(format!("error[{}]: {e}", e.code())));
+                return Err(e);
             }
-            let own = if route.workers[rank].0 == head { across.methods.tensors.clone() } else { Encoded::new() };
-            let start = Start {
-                config: model.config.clone(),
-                schedule: route.schedule.clone(),
-                cuts: route.cuts.clone(),
-                replicas: route.replicas.clone(),
-                kind: setup.kind,
-                devices: [across.devices[rank].clone(), model.device().info().id.clone()],
-                optimizer: setup.optimizer,
-                recompute: setup.recompute,
-                times: [setup.heartbeat, setup.deadline, setup.slow].map(|t| t.as_secs_f64()),
-                run: setup.run.clone(),
-                planted: setup.planted.clone(),
-                tensors: tensors.keys().cloned().collect(),
-                method_tensors: own.keys().cloned().collect(),
-                methods: across.methods.text.clone(),
-            };
-            let word = words::with_tensors(&Word::Start(Box::new(start)), tensors.values().chain(own.values()))?;
-            post.send(rank, Lane::Control, generation, word);
         }
-        let ended: Arc<Vec<AtomicBool>> = Arc::new((0..count).map(|_| AtomicBool::new(false)).collect());
-        let stop = Arc::new(AtomicBool::new(false));
-        let shown =
-            Shown { post: post.clone(), generation, watch: watch.clone(), worker: 0, count, told: Mutex::new(0) };
-        let (every, over, done) = (show_every(setup.heartbeat), stop.clone(), ended.clone());
-        let read = move || read(&shown, every, &answer, &done, &over);
-        let reader = std::thread::Builder::new().name("espalier-ranks".into()).spawn(read);
-        let reader = Some(reader.map_err(|e| Error::io("ranks thread", e))?);
-        let limit = (2 * setup.heartbeat).max(5 * ALIVE_EVERY);
-        Ok(Self { post, generation, count, limit, ended, stop, reader, head })
+        Ok(ranks)
     }
 
-    /// Passes an order on to worker `rank`, which belongs to `stage`.
-    pub fn tell(&self, (rank, stage): (usize, usize), command: &Command) -> Result<()> {
-        let word = words::of_command(command, stage == self.head)?;
+    fn begin(&self, model: &Model, setup: &Setup, across: &Across, rank: usize) -> Result<()> {
+        let route = &setup.route;
+        let part = Part::model_of(model, model.device(), &route.chunks_of(rank))?;
+        let mut tensors = Encoded::new();
+        for (name, tensor) in &part.tensors {
+            tensors.insert(name.clone(), (tensor.meta(), tensor.to_bytes()?));
+        }
+        let head = route.schedule.homes.last() == Some(&route.workers[rank].0);
+        let own = if head { across.methods.tensors.clone() } else { Encoded::new() };
+        let start = Start {
+            config: model.config.clone(),
+            schedule: route.schedule.clone(),
+            cuts: route.cuts.clone(),
+            replicas: route.replicas.clone(),
+            kind: setup.kind,
+            devices: [across.devices[rank].clone(), model.device().info().id.clone()],
+            optimizer: setup.optimizer,
+            recompute: setup.recompute,
+            times: [setup.heartbeat, setup.deadline, setup.slow].map(|t| t.as_secs_f64()),
+            run: setup.run.clone(),
+            planted: setup.planted.clone(),
+            tensors: tensors.keys().cloned().collect(),
+            method_tensors: own.keys().cloned().collect(),
+            methods: across.methods.text.clone(),
+        };
+        let word = words::with_tensors(&Word::Start(Box::new(start)), tensors.values().chain(own.values()))?;
+        if self.post.send(rank, Lane::Control, self.generation, word) {
+            return Ok(());
+        }
+        self.post.lose();
+        Err(Error::DeviceLost { device: format!("rank {rank}"), reason: "the way to it is closed".into() })
+    }
+
+    /// Passes an order on to worker `rank`.
+    pub fn tell(&self, rank: usize, command: &Command) -> Result<()> {
+        let word = words::of_command(command, rank, self.reads[rank])?;
         self.post.send(rank, Lane::Control, self.generation, word);
         Ok(())
     }
@@ -174,9 +202,9 @@ impl Ranks {
         if trainer::STOP.load(Relaxed) { usual.min(HURRIED_STOP) } else { usual }
     }
 
-    /// Tells all of them that it is over.
-    pub fn stop(&self) {
-        if let Ok(word) = words::plain(&Word::Stop) {
+    /// Tells all of them that it is over, and why if it has not even begun.
+    pub fn stop(&self, why: Option<String>) {
+        if let Ok(word) = words::plain(&Word::Stop(why)) {
             for rank in 1..self.count {
                 self.post.send(rank, Lane::Control, self.generation, word.clone());
             }
@@ -259,4 +287,139 @@ pub fn end(post: &Post, code: i32, wait: Duration) -> bool {
         }
     }
     left.is_empty()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+
+    use super::*;
+    use crate::device;
+    use crate::nn::config::Size;
+    use crate::nn::{Batch, Config};
+    use crate::pipeline::part::Training;
+    use crate::pipeline::post::Letter;
+    use crate::pipeline::route::Route;
+    use crate::pipeline::worker::Order;
+    use crate::pipeline::{Kind, Schedule, cut, rank};
+    use crate::tensor::Tensor;
+    use crate::train::lifecycle::Micro;
+    use crate::train::schedule::{Schedule as Rates, Shape};
+
+    const SIZE: Size = Size { layers: 2, heads: 1, head_size: 8, ffn_width: 16, max_positions: 16 };
+
+    fn setup(config: &Config, stages: usize) -> Setup {
+        let schedule = Schedule::new(Kind::OneForwardOneBackward, stages, 2).unwrap();
+        let cuts = cut::even(cut::pieces(config), stages);
+        let peak = Rates { peak: 1e-3, warmup: 1, shape: Shape::Constant };
+        let precision = crate::train::precision::Precision::F32;
+        Setup {
+            route: Arc::new(Route::new(config, &schedule, cuts, vec![1; stages]).unwrap()),
+            kind: None,
+            devices: vec![device::open("cpu:1").unwrap()],
+            optimizer: crate::train::optimizer::Settings {
+                schedule: peak,
+                rule: Default::default(),
+                weight_decay: 0.0,
+                clip: 0.0,
+                precision,
+            },
+            methods: Arc::new(|_: &Model| Ok(Vec::new())),
+            teacher: None,
+            recompute: false,
+            heartbeat: Duration::from_secs(5),
+            deadline: Duration::from_secs(20),
+            slow: Duration::from_secs(20),
+            run: "test".into(),
+            record: "unused".into(),
+            planted: Vec::new(),
+        }
+    }
+
+    /// Delivers what `from` sends into `queue` until the way is closed.
+    fn carry(from: usize, queue: Receiver<Letter>, inbox: crate::pipeline::post::Inbox) -> JoinHandle<()> {
+        std::thread::spawn(move || {
+            while let Ok(letter) = queue.recv() {
+                inbox.deliver(Letter { rank: from, ..letter });
+            }
+        })
+    }
+
+    #[test]
+    fn ranks_are_told_when_another_one_cannot_start() {
+        let config = Config::glm(SIZE, 37);
+        let model = Model::init(config.clone(), &device::open("cpu:1").unwrap(), 1).unwrap();
+        let (queues, mut ends): (Vec<_>, Vec<_>) = (0..3).map(|_| channel()).unzip();
+        let (back, answers) = channel();
+        let (first, inbox) = Post::new(0, queues);
+        let (second, seconds_inbox) = Post::new(1, vec![back, channel().0, channel().0]);
+        // Nobody takes letters to the third any more.
+        drop(ends.remove(2));
+        let carriers = [carry(0, ends.remove(1), seconds_inbox), carry(1, answers, inbox)];
+        let served = std::thread::spawn(move || {
+            let served = rank::serve(&Arc::new(second), &(Arc::new(|_: &_, _: &_| Ok(Vec::new())) as Arc<rank::Make>));
+            served.map_err(|e| e.to_string())
+        });
+        let first = Arc::new(first);
+        let across = Across { post: first.clone(), devices: vec!["cpu:1".into(); 3], methods: Described::default() };
+        let setup = setup(&config, 3);
+        let watch = Arc::new(Watch::new(&setup.route.replicas));
+        let failed = Ranks::start(&model, &setup, &across, 7, &watch, channel().0).err().unwrap();
+        assert!(failed.to_string().contains("rank 2"), "{failed}");
+        assert!(first.has_lost());
+        // The second had started, and has stopped.
+        let mut heard = Vec::new();
+        let mut stopped = false;
+        let began = Instant::now();
+        while !stopped && began.elapsed() < Duration::from_secs(10) {
+            let Some(letter) = first.control(Duration::from_millis(50)) else { continue };
+            let (word, _) = packet::decode::<Word>(&letter.bytes).unwrap();
+            stopped = matches!(word, Word::Stopped);
+            heard.push(format!("{word:?}"));
+        }
+        assert!(stopped && heard.iter().any(|word| word == "Ready"), "{heard:?}");
+        first.send(1, Lane::Control, 0, words::plain(&Word::End(5)).unwrap());
+        assert_eq!(served.join().unwrap(), Ok(5));
+        first.close();
+        drop((across, first));
+        carriers.into_iter().for_each(|carrier| carrier.join().unwrap());
+    }
+
+    #[test]
+    fn a_worker_is_sent_what_it_reads() {
+        let config = Config::glm(SIZE, 37);
+        let setup = setup(&config, 4);
+        let device = device::open("cpu:1").unwrap();
+        let rows = |value: u32| Tensor::from_slice(&device, &[2, 8], &[value; 16]).unwrap();
+        let micro = Micro {
+            batch: Batch {
+                tokens: rows(1),
+                positions: rows(2),
+                block_positions: Some(rows(3)),
+                context: Some(Tensor::from_slice(&device, &[2], &[4u32; 2]).unwrap()),
+                lengths: Some(Tensor::from_slice(&device, &[2], &[8u32; 2]).unwrap()),
+            },
+            targets: Tensor::from_slice(&device, &[16], &[6u32; 16]).unwrap(),
+            weights: Tensor::from_slice(&device, &[16], &[1.0f32; 16]).unwrap(),
+            weight: 16.0,
+            gold: true,
+            tokens: 16,
+            teacher: None,
+        };
+        let training = Training { compute: None, dropout: 0.0, seed: 0, recompute: false, split: false };
+        let order = Order { training, weight: 1.0, total_steps: 1 };
+        let command = Command::Step(setup.route.clone(), Arc::new(vec![micro; 2]), Arc::default(), order);
+        let sent = |worker: usize| {
+            let reads = Reads::of(&config, setup.route.chunks_of(worker).values());
+            let (word, tensors) = packet::decode::<Word>(&words::of_command(&command, worker, reads).unwrap()).unwrap();
+            let Word::Step { micros, .. } = word else { panic!("{word:?}") };
+            let micros = words::micros_of(&micros, &tensors, &device).unwrap();
+            assert!(micros.len() == 2 && micros[1].weight == 16.0);
+            tensors.iter().map(|(_, bytes)| bytes.len()).collect::<Vec<usize>>()
+        };
+        assert_eq!(sent(0), [64; 2]);
+        assert_eq!(sent(1), [64, 64, 8, 8, 64, 64, 8, 8]);
+        assert_eq!(sent(2), sent(1));
+        assert_eq!(sent(3), [64; 4]);
+    }
 }

@@ -79,6 +79,11 @@ impl Route {
         self.of_stage(stage).start + micro as usize % self.replicas[stage]
     }
 
+    /// Whether a worker works on a micro-batch.
+    pub fn has(&self, worker: usize, micro: u32) -> bool {
+        self.on_stage(self.workers[worker].0, micro) == worker
+    }
+
     /// Workers of a stage.
     pub fn of_stage(&self, stage: usize) -> Range<usize> {
         let first: usize = self.replicas[..stage].iter().sum();

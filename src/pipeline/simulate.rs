@@ -69,17 +69,46 @@ impl Costs {
     }
 }
 
-/// What a stage was busy with.
+/// What a worker does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Activity {
+    Event(Event),
+    /// Reduction over replicas and update.
+    Update,
+    /// A teacher's forward for a micro-batch of the next step.
+    Teacher {
+        chunk: u32,
+        micro: u32,
+    },
+}
+
+impl Activity {
+    /// The schedule's event, where it is one.
+    pub fn event(self) -> Option<Event> {
+        if let Self::Event(event) = self { Some(event) } else { None }
+    }
+}
+
+impl std::fmt::Display for Activity {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Self::Event(event) => event.fmt(f),
+            Self::Update => f.write_str("update"),
+            Self::Teacher { chunk, micro } => write!(f, "{chunk}T{micro}"),
+        }
+    }
+}
+
+/// What a worker was busy with.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Span {
-    /// `None`: reduction and update.
-    pub event: Option<Event>,
+    pub activity: Activity,
     /// Seconds from the step's start.
     pub start: f64,
     pub end: f64,
 }
 
-/// What became of a stage.
+/// What became of a worker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct StageUse {
     /// Seconds of work.
@@ -92,18 +121,47 @@ pub struct StageUse {
     pub peak_activations: usize,
 }
 
-/// A step, simulated or measured.
+/// A step, simulated or measured: a row for each worker, which is a stage or, where it has several, one of its replicas.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Timeline {
     pub name: String,
-    /// In order, per stage.
+    /// Stage and replica of each row.
+    pub workers: Vec<Place>,
+    /// In order, per row.
     pub spans: Vec<Vec<Span>>,
     pub stages: Vec<StageUse>,
     pub seconds: f64,
 }
 
+/// Which worker of which stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    pub stage: usize,
+    /// Its number among the stage's replicas; `None` where the stage has one worker.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replica: Option<usize>,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let Self { stage, replica } = self;
+        match replica {
+            None => write!(f, "stage {stage}"),
+            Some(replica) => write!(f, "stage {stage} replica {replica}"),
+        }
+    }
+}
+
+/// The workers of stages that have so many replicas.
+pub fn places(replicas: &[usize]) -> Vec<Place> {
+    let of = |(stage, &count): (usize, &usize)| {
+        (0..count).map(move |replica| Place { stage, replica: (count > 1).then_some(replica) })
+    };
+    replicas.iter().enumerate().flat_map(of).collect()
+}
+
 impl Timeline {
-    /// Share of the stages' time in which they do nothing.
+    /// Share of the workers' time in which they do nothing.
     pub fn idle_share(&self) -> f64 {
         let busy: f64 = self.stages.iter().map(|s| s.busy).sum();
         let all = self.seconds * self.stages.len() as f64;
@@ -127,7 +185,15 @@ pub fn simulate(schedule: &Schedule, costs: &Costs) -> Result<Timeline> {
 
 /// As [`simulate`]; without `keep` the timeline has no spans, for thousands of stages.
 pub fn simulate_as(schedule: &Schedule, costs: &Costs, keep: bool) -> Result<Timeline> {
-    let peaks = validate(schedule)?;
+    simulate_replicas(schedule, &vec![1; schedule.stages.len()], costs, keep)
+}
+
+/// As [`simulate_as`], with several workers for a stage: micro-batch m is worked on by number m mod replicas.
+///
+/// # Errors
+/// As [`simulate`], and `Parameter` for replicas that are not one count of at least 1 per stage.
+pub fn simulate_replicas(schedule: &Schedule, replicas: &[usize], costs: &Costs, keep: bool) -> Result<Timeline> {
+    validate(schedule)?;
     if costs.chunks.len() != schedule.chunks() {
         return Err(Error::Parameter {
             op: "simulate",
@@ -136,6 +202,10 @@ pub fn simulate_as(schedule: &Schedule, costs: &Costs, keep: bool) -> Result<Tim
             allowed: "one cost per chunk of the schedule",
         });
     }
+    if replicas.len() != schedule.stages.len() || replicas.contains(&0) {
+        let (value, allowed) = (format!("{replicas:?}"), "one count of at least 1 per stage");
+        return Err(Error::Parameter { op: "simulate", parameter: "replicas", value, allowed });
+    }
     let lowered;
     let schedule = if schedule.has_messages() {
         schedule
@@ -143,19 +213,23 @@ pub fn simulate_as(schedule: &Schedule, costs: &Costs, keep: bool) -> Result<Tim
         lowered = schedule.with_messages();
         &lowered
     };
-    let (micros, count) = (schedule.micros, schedule.stages.len());
+    let workers = places(replicas);
+    // The first worker of each stage. A worker has its micro-batches' events in the stage's order.
+    let first: Vec<usize> = replicas.iter().scan(0, |next, n| Some(std::mem::replace(next, *next + n))).collect();
+    let (micros, count) = (schedule.micros, workers.len());
     let mut arrivals = [vec![0.0; schedule.chunks() * micros], vec![0.0; schedule.chunks() * micros]];
     let mut free = vec![0.0; count];
-    let mut held = vec![0.0; count];
+    let mut held = vec![(0.0, 0usize); count];
     let mut stages = vec![StageUse { first: f64::INFINITY, ..StageUse::default() }; count];
     let mut spans: Vec<Vec<Span>> = vec![Vec::new(); count];
-    // When the link from a stage to its neighbour is free, per direction.
+    // When the link from a worker to those of its neighbour is free, per direction.
     let mut links = [vec![0.0; count], vec![0.0; count]];
     walk(schedule, |stage, event| {
         let (chunk, micro) = (event.chunk as usize, event.micro as usize);
+        let worker = first[stage] + micro % replicas[stage];
         let cost = &costs.chunks[chunk];
         let size = costs.sizes.get(micro).copied().unwrap_or(1.0);
-        let mut start: f64 = free[stage];
+        let mut start: f64 = free[worker];
         let (seconds, counted) = match event.work {
             Work::Forward => (cost.forward, true),
             Work::Backward => (cost.backward_input + cost.backward_weight, true),
@@ -165,9 +239,9 @@ pub fn simulate_as(schedule: &Schedule, costs: &Costs, keep: bool) -> Result<Tim
                 let (way, target) = if event.work == Work::SendForward { (0, chunk + 1) } else { (1, chunk - 1) };
                 let bytes = costs.chunks[chunk.min(target)].output_bytes * size;
                 let handled = start + costs.link.handling * bytes;
-                let begins = f64::max(handled, links[way][stage]);
+                let begins = f64::max(handled, links[way][worker]);
                 let moved = costs.link.seconds(bytes);
-                links[way][stage] = begins + moved - costs.link.latency;
+                links[way][worker] = begins + moved - costs.link.latency;
                 arrivals[way][target * micros + micro] = begins + moved;
                 (costs.link.handling * bytes / size, false)
             }
@@ -178,39 +252,47 @@ pub fn simulate_as(schedule: &Schedule, costs: &Costs, keep: bool) -> Result<Tim
             }
         };
         let end = start + seconds * size;
-        free[stage] = end;
+        free[worker] = end;
+        let own = &mut stages[worker];
+        let (bytes, number) = &mut held[worker];
         match event.work {
-            Work::Forward => held[stage] += cost.activation_bytes * size,
-            Work::Backward | Work::BackwardWeight => held[stage] -= cost.activation_bytes * size,
+            Work::Forward => (*bytes, *number) = (*bytes + cost.activation_bytes * size, *number + 1),
+            Work::Backward | Work::BackwardWeight => {
+                (*bytes, *number) = (*bytes - cost.activation_bytes * size, *number - 1);
+            }
             _ => {}
         }
-        let own = &mut stages[stage];
-        own.peak_activation_bytes = own.peak_activation_bytes.max(held[stage]);
+        own.peak_activation_bytes = own.peak_activation_bytes.max(*bytes);
+        own.peak_activations = own.peak_activations.max(*number);
         own.busy += end - start;
         if counted {
             own.first = own.first.min(start);
             own.last = own.last.max(end);
         }
         if keep && end > start {
-            spans[stage].push(Span { event: Some(event), start, end });
+            spans[worker].push(Span { activity: Activity::Event(event), start, end });
         }
     })?;
-    for (stage, own) in stages.iter_mut().enumerate() {
+    for (stage, &count) in replicas.iter().enumerate() {
+        let team = first[stage]..first[stage] + count;
+        // Replicas exchange gradients, so none updates before all are done.
+        let start = free[team.clone()].iter().copied().fold(0.0, f64::max);
         let update = costs.updates.get(stage).copied().unwrap_or(0.0);
-        own.peak_activations = peaks[stage];
-        if own.first.is_infinite() {
-            own.first = 0.0;
-        }
-        if update > 0.0 {
-            let start = free[stage];
-            own.busy += update;
-            own.last = start + update;
-            free[stage] = own.last;
-            if keep {
-                spans[stage].push(Span { event: None, start, end: own.last });
+        for worker in team {
+            let own = &mut stages[worker];
+            if own.first.is_infinite() {
+                own.first = 0.0;
+            }
+            if update > 0.0 {
+                own.busy += update;
+                own.last = start + update;
+                free[worker] = own.last;
+                if keep {
+                    spans[worker].push(Span { activity: Activity::Update, start, end: own.last });
+                }
             }
         }
     }
     let seconds = free.iter().copied().fold(0.0, f64::max);
-    Ok(Timeline { name: schedule.name.clone(), spans, stages, seconds })
+    Ok(Timeline { name: schedule.name.clone(), workers, spans, stages, seconds })
 }

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::part::Part;
+use super::reads::Reads;
 use crate::compress::teacher::predictions;
 use crate::device::Device;
 use crate::dispatch;
@@ -71,6 +72,11 @@ impl TeacherPart {
     /// Tensors of its input.
     pub fn inputs(&self) -> usize {
         super::part::crossing(&self.model, self.pieces.start)
+    }
+
+    /// What it reads of a micro-batch.
+    pub fn reads(&self) -> Reads {
+        Reads::of(&self.model.config, [&self.pieces])
     }
 
     /// Takes up the micro-batches of the step after this one.

@@ -223,3 +223,28 @@ fn names_come_back() {
         assert!(wrong.parse::<Event>().is_err(), "{wrong}");
     }
 }
+
+/// Two workers of a stage take its micro-batches in turns: it is as fast as one twice its speed, and each of them has a row.
+#[test]
+fn replicas_are_rows_of_their_own() {
+    let schedule = Schedule::new(Kind::OneForwardOneBackward, 2, 8).unwrap();
+    let mut costs = Costs::uniform(2, 1.0, 1.0, 1.0);
+    costs.chunks[1] = ChunkCost { forward: 2.0, backward_input: 2.0, backward_weight: 2.0, ..costs.chunks[1] };
+    costs.updates = vec![1.0, 3.0];
+    let one = simulate::simulate_replicas(&schedule, &[1, 1], &costs, true).unwrap();
+    assert_eq!(one, simulate(&schedule, &costs).unwrap());
+    let two = simulate::simulate_replicas(&schedule, &[1, 2], &costs, true).unwrap();
+    let rows: Vec<String> = two.workers.iter().map(ToString::to_string).collect();
+    assert_eq!(rows, ["stage 0", "stage 1 replica 0", "stage 1 replica 1"]);
+    for (replica, spans) in two.spans[1..].iter().enumerate() {
+        let micros = spans.iter().filter_map(|s| s.activity.event());
+        assert!(micros.clone().all(|e| e.micro as usize % 2 == replica) && micros.count() == 8);
+    }
+    // 8 micro-batches of 3 s on stage 0, 4 of 6 s on each replica, and the updates of all three.
+    let busy: Vec<f64> = two.stages.iter().map(|s| s.busy).collect();
+    assert_eq!(busy, [25.0, 27.0, 27.0]);
+    assert!(close(two.idle_share(), 1.0 - 79.0 / (3.0 * two.seconds)));
+    assert!(two.seconds < 0.8 * one.seconds, "{} with two, {} with one", two.seconds, one.seconds);
+    assert!(two.stages[1].last == two.stages[2].last, "replicas update together");
+    assert!(simulate::simulate_replicas(&schedule, &[1, 0], &costs, true).is_err());
+}

@@ -1,13 +1,13 @@
-//! A step as a trace that Perfetto and Chrome's tracing page open (the Trace Event Format): one thread per stage, a complete
-//! event for each piece of work, an arrow from each result to the stage that takes it.
+//! A step as a trace that Perfetto and Chrome's tracing page open (the Trace Event Format): one thread per worker, a complete
+//! event for each piece of work, an arrow from each result to the worker that takes it.
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::schedule::{Event, Work};
-use super::simulate::{Span, Timeline};
+use super::schedule::Work;
+use super::simulate::{Activity, Span, Timeline};
 use crate::atomic::write_atomic;
 use crate::error::{Error, Result};
 
@@ -19,14 +19,26 @@ fn micros(seconds: f64) -> f64 {
     seconds * 1e6
 }
 
-fn category(work: Option<Work>) -> &'static str {
-    match work {
-        Some(Work::Forward) => "forward",
-        Some(Work::Backward) => "backward",
-        Some(Work::BackwardInput) => "backward_input",
-        Some(Work::BackwardWeight) => "backward_weight",
-        Some(_) => "message",
-        None => "update",
+fn category(activity: Activity) -> &'static str {
+    match activity {
+        Activity::Event(event) => match event.work {
+            Work::Forward => "forward",
+            Work::Backward => "backward",
+            Work::BackwardInput => "backward_input",
+            Work::BackwardWeight => "backward_weight",
+            _ => "message",
+        },
+        Activity::Update => "update",
+        Activity::Teacher { .. } => "teacher",
+    }
+}
+
+/// Chunk and micro-batch of what belongs to one.
+fn place(activity: Activity) -> Option<(u32, u32)> {
+    match activity {
+        Activity::Event(event) => Some((event.chunk, event.micro)),
+        Activity::Update => None,
+        Activity::Teacher { chunk, micro } => Some((chunk, micro)),
     }
 }
 
@@ -46,19 +58,18 @@ pub fn render(timeline: &Timeline) -> Result<String> {
         out.push_str(",\n");
     };
     for (stage, spans) in timeline.spans.iter().enumerate() {
-        let name = format!("stage {stage}");
+        let name = timeline.workers.get(stage).map_or_else(String::new, ToString::to_string);
         line(json!({ "ph": "M", "name": "thread_name", "pid": 0, "tid": stage, "args": { "name": name } }));
         line(
             json!({ "ph": "M", "name": "thread_sort_index", "pid": 0, "tid": stage, "args": { "sort_index": stage } }),
         );
         for span in spans {
             let mut event = json!({
-                "ph": "X", "pid": 0, "tid": stage, "cat": category(span.event.map(|e| e.work)),
-                "name": span.event.map_or("update".into(), |e| e.to_string()),
+                "ph": "X", "pid": 0, "tid": stage, "cat": category(span.activity), "name": span.activity.to_string(),
                 "ts": micros(span.start), "dur": micros(span.end - span.start),
             });
-            if let Some(e) = span.event {
-                event["args"] = json!({ "chunk": e.chunk, "micro_batch": e.micro });
+            if let Some((chunk, micro)) = place(span.activity) {
+                event["args"] = json!({ "chunk": chunk, "micro_batch": micro });
             }
             line(event);
         }
@@ -79,33 +90,46 @@ pub fn render(timeline: &Timeline) -> Result<String> {
     Ok(out)
 }
 
-/// Stage and time where a result is made, stage and time where the next chunk's work on another stage begins.
+/// Which way a result goes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Way {
+    Forward,
+    Backward,
+    Teacher,
+}
+
+fn way(activity: Activity) -> Option<Way> {
+    match activity {
+        Activity::Event(event) => match event.work {
+            Work::Forward => Some(Way::Forward),
+            // Backward is one event or the first of two; both give the gradient that the chunk before waits for.
+            Work::Backward | Work::BackwardInput => Some(Way::Backward),
+            _ => None,
+        },
+        Activity::Update => None,
+        Activity::Teacher { .. } => Some(Way::Teacher),
+    }
+}
+
+/// Row and time where a result is made, row and time where the next chunk's work on another row begins.
 fn arrows(timeline: &Timeline) -> Vec<(usize, f64, usize, f64)> {
-    // Backward is one event or the first of two; both give the gradient that the chunk before waits for.
-    let way = |event: Event| match event.work {
-        Work::Forward => Some(true),
-        Work::Backward | Work::BackwardInput => Some(false),
-        _ => None,
-    };
-    let mut takes: HashMap<(bool, u32, u32), (usize, f64)> = HashMap::new();
+    let mut takes: HashMap<(Way, u32, u32), (usize, f64)> = HashMap::new();
     let spans = || {
-        let of_stage =
-            |(stage, spans): (usize, &'_ Vec<Span>)| spans.iter().map(move |s| (stage, *s)).collect::<Vec<_>>();
-        timeline.spans.iter().enumerate().flat_map(of_stage)
+        let of_row = |(row, spans): (usize, &'_ Vec<Span>)| spans.iter().map(move |s| (row, *s)).collect::<Vec<_>>();
+        timeline.spans.iter().enumerate().flat_map(of_row)
     };
-    for (stage, span) in spans() {
-        if let Some((event, way)) = span.event.and_then(|e| Some((e, way(e)?))) {
-            takes.insert((way, event.chunk, event.micro), (stage, span.start));
+    for (row, span) in spans() {
+        if let Some((way, (chunk, micro))) = way(span.activity).zip(place(span.activity)) {
+            takes.insert((way, chunk, micro), (row, span.start));
         }
     }
-    let arrow = |(stage, span): (usize, Span)| {
-        let event = span.event?;
-        let way = way(event)?;
-        let next = if way { event.chunk.checked_add(1) } else { event.chunk.checked_sub(1) }?;
-        let (taker, start) = *takes.get(&(way, next, event.micro))?;
+    let arrow = |(row, span): (usize, Span)| {
+        let (way, (chunk, micro)) = way(span.activity).zip(place(span.activity))?;
+        let next = if way == Way::Backward { chunk.checked_sub(1) } else { chunk.checked_add(1) }?;
+        let (taker, start) = *takes.get(&(way, next, micro))?;
         // The arrow leaves from inside the event, so that viewers find it.
         let leaves = span.start + (span.end - span.start) * 0.999;
-        (taker != stage).then_some((stage, leaves, taker, start))
+        (taker != row).then_some((row, leaves, taker, start))
     };
     spans().filter_map(arrow).collect()
 }
@@ -149,7 +173,8 @@ mod tests {
 
     #[test]
     fn an_empty_step_is_a_trace_too() {
-        let nothing = Timeline { name: "\"".into(), spans: Vec::new(), stages: Vec::new(), seconds: 0.0 };
+        let nothing =
+            Timeline { name: "\"".into(), workers: Vec::new(), spans: Vec::new(), stages: Vec::new(), seconds: 0.0 };
         let trace: Value = serde_json::from_str(&render(&nothing).unwrap()).unwrap();
         assert_eq!(trace["traceEvents"][0]["args"]["name"], "\"");
     }

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::simulate::{Place, places};
 use crate::device::Device;
 use crate::error::{Error, Result};
 
-/// Events a stage remembers.
+/// Events a worker remembers.
 pub const RECORDS: usize = 256;
 
 /// What a worker is at.
@@ -25,12 +26,13 @@ pub enum State {
     Waiting = 2,
 }
 
-/// One line of the flight recorder.
+/// One line of the flight recorder: what a worker did.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
     /// Since the pipeline started.
     pub seconds: f64,
-    pub stage: usize,
+    #[serde(flatten)]
+    pub place: Place,
     pub step: u64,
     pub position: usize,
     pub event: String,
@@ -39,6 +41,7 @@ pub struct Record {
 
 /// One worker as others see it.
 pub struct Seen {
+    place: Place,
     step: AtomicU64,
     position: AtomicU64,
     /// Microseconds since the pipeline started.
@@ -46,6 +49,7 @@ pub struct Seen {
     state: AtomicU8,
     /// Counts signs of life that are no launch of the device: those of another process.
     beats: AtomicU64,
+    taught: Mutex<(u64, u64)>,
     event: Mutex<String>,
     ring: Mutex<VecDeque<Record>>,
     /// Events so far, those that are forgotten included.
@@ -64,6 +68,8 @@ pub struct Glance {
     pub seconds: f64,
     /// Grows while it makes progress within an event.
     pub progress: u64,
+    /// The step that its teacher works for, and the micro-batches that it has passed on for it.
+    pub taught: (u64, u64),
 }
 
 pub struct Watch {
@@ -77,13 +83,16 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl Watch {
-    pub fn new(workers: usize) -> Self {
-        let seen = || Seen {
+    /// `replicas`: workers of each stage.
+    pub fn new(replicas: &[usize]) -> Self {
+        let seen = |place| Seen {
+            place,
             step: AtomicU64::new(0),
             position: AtomicU64::new(0),
             since: AtomicU64::new(0),
             state: AtomicU8::new(State::Idle as u8),
             beats: AtomicU64::new(0),
+            taught: Mutex::default(),
             event: Mutex::new("start".into()),
             ring: Mutex::new(VecDeque::with_capacity(RECORDS)),
             remembered: AtomicU64::new(0),
@@ -91,7 +100,7 @@ impl Watch {
         };
         Self {
             started: Instant::now(),
-            workers: (0..workers).map(|_| seen()).collect(),
+            workers: places(replicas).into_iter().map(seen).collect(),
             cancelled: AtomicBool::new(false),
         }
     }
@@ -129,7 +138,8 @@ impl Watch {
         seen.state.store(state as u8, Relaxed);
         let event = event.to_string();
         let what = what.to_string();
-        self.remember(Record { seconds: self.seconds(), stage: worker, step, position, event: event.clone(), what });
+        let record = Record { seconds: self.seconds(), place: seen.place, step, position, event: event.clone(), what };
+        self.remember(worker, record);
         *locked(&seen.event) = event;
     }
 
@@ -138,12 +148,17 @@ impl Watch {
         self.workers[worker].state.store(state as u8, Relaxed);
     }
 
-    fn remember(&self, record: Record) {
-        let mut ring = locked(&self.workers[record.stage].ring);
+    /// Notes what a worker's teacher has passed on.
+    pub fn taught(&self, worker: usize, taught: (u64, u64)) {
+        *locked(&self.workers[worker].taught) = taught;
+    }
+
+    fn remember(&self, worker: usize, record: Record) {
+        let mut ring = locked(&self.workers[worker].ring);
         if ring.len() == RECORDS {
             ring.pop_front();
         }
-        self.workers[record.stage].remembered.fetch_add(1, Relaxed);
+        self.workers[worker].remembered.fetch_add(1, Relaxed);
         ring.push_back(record);
     }
 
@@ -157,7 +172,8 @@ impl Watch {
         seen.state.store(glance.state as u8, Relaxed);
         seen.beats.store(glance.progress, Relaxed);
         *locked(&seen.event) = glance.event.clone();
-        records.into_iter().filter(|r| r.stage == worker).for_each(|r| self.remember(r));
+        *locked(&seen.taught) = glance.taught;
+        records.into_iter().filter(|r| r.place == seen.place).for_each(|r| self.remember(worker, r));
     }
 
     pub fn glance(&self, worker: usize) -> Glance {
@@ -175,6 +191,7 @@ impl Watch {
             event: locked(&seen.event).clone(),
             seconds: now.saturating_sub(seen.since.load(Relaxed)) as f64 / 1e6,
             progress: launches + seen.beats.load(Relaxed),
+            taught: *locked(&seen.taught),
         }
     }
 

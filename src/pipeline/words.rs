@@ -8,12 +8,15 @@ use serde::{Deserialize, Serialize};
 use super::fault::Injection;
 use super::life::{Answer, Command, Encoded};
 use super::packet::{self, Loose};
+use super::reads::Reads;
 use super::schedule::{Kind, Schedule};
 use super::watch::{Glance, Record};
 use super::worker::{Report, Stop};
 use crate::device::Device;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{Batch, Config};
+use crate::shape::Meta;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Micro, Teacher};
 use crate::train::optimizer::Settings;
@@ -72,8 +75,8 @@ pub(super) enum Word {
     Collect(bool),
     Restore(Vec<String>, u64),
     CheckFinite,
-    /// The pipeline is over.
-    Stop,
+    /// The pipeline is over; why, if it has not begun because another rank could not be started.
+    Stop(Option<String>),
     /// The program is over, with this exit code.
     End(i32),
     // From a worker's process.
@@ -112,19 +115,20 @@ pub(super) fn with_tensors<'a>(word: &Word, tensors: impl Iterator<Item = &'a Lo
     packet::encode(word, tensors).map_err(unsaid)
 }
 
-/// `head`: whether the worker has the model's head, which alone sees the teacher's states.
-pub(super) fn of_command(command: &Command, head: bool) -> Result<Vec<u8>> {
+/// For `worker`, which reads so much of its micro-batches and nothing of others.
+pub(super) fn of_command(command: &Command, worker: usize, reads: Reads) -> Result<Vec<u8>> {
     match command {
         // A teacher beside the student stays in one process.
         Command::Teach(..) => Err(unsaid("a teacher beside the student runs in one process".into())),
-        Command::Step(_, micros, _, order) => {
+        Command::Step(route, micros, _, order) => {
             let (mut heads, mut tensors) = (Vec::new(), Vec::new());
-            for micro in micros.iter() {
-                let micro = if head { micro.clone() } else { Micro { teacher: None, ..micro.clone() } };
-                let own = micro.tensors();
-                let present = own.iter().map(Option::is_some).collect();
+            for (index, micro) in (0..).zip(micros.iter()) {
+                let own = route.has(worker, index);
+                let read = |(place, tensor)| Option::filter(tensor, |_: &&Tensor| own && reads.contains(place));
+                let sent: Vec<Option<&Tensor>> = micro.tensors().into_iter().enumerate().map(read).collect();
+                let present = sent.iter().map(Option::is_some).collect();
                 heads.push(MicroHead { weight: micro.weight, gold: micro.gold, tokens: micro.tokens, present });
-                for tensor in own.into_iter().flatten() {
+                for tensor in sent.into_iter().flatten() {
                     tensors.push((tensor.meta(), tensor.to_bytes()?));
                 }
             }
@@ -178,8 +182,9 @@ pub(super) fn answer_of(word: Word, tensors: Vec<Loose>) -> Option<Answer> {
     })
 }
 
-/// The micro-batches that `heads` and `tensors` are, on `device`.
+/// The micro-batches that `heads` and `tensors` are, on `device`. What the worker does not read is one zero there.
 pub(super) fn micros_of(heads: &[MicroHead], tensors: &[Loose], device: &Arc<dyn Device>) -> Result<Vec<Micro>> {
+    let unread = Tensor::zeros(device, Meta::new(&[1], DType::U32)?)?;
     let mut rest = tensors.iter();
     let mut micros = Vec::new();
     for head in heads {
@@ -188,12 +193,11 @@ pub(super) fn micros_of(heads: &[MicroHead], tensors: &[Loose], device: &Arc<dyn
             let loose = if *present { rest.next() } else { None };
             own.push(loose.map(|(meta, bytes)| Tensor::from_bytes(device, *meta, bytes)).transpose()?);
         }
-        let missing = || unsaid("a micro-batch without its tensors".into());
         let [tokens, positions, block_positions, context, lengths, targets, weights, teacher @ ..] = own.as_slice()
         else {
-            return Err(missing());
+            return Err(unsaid("a micro-batch without its tensors".into()));
         };
-        let needed = |tensor: &Option<Tensor>| tensor.clone().ok_or_else(missing);
+        let needed = |tensor: &Option<Tensor>| tensor.clone().unwrap_or_else(|| unread.clone());
         let teacher = match teacher {
             [Some(hidden), Some(hidden_weights), Some(soft_weights), Some(hard_targets), Some(hard_weights)] => {
                 Some(Teacher {
@@ -208,14 +212,14 @@ pub(super) fn micros_of(heads: &[MicroHead], tensors: &[Loose], device: &Arc<dyn
         };
         micros.push(Micro {
             batch: Batch {
-                tokens: needed(tokens)?,
-                positions: needed(positions)?,
+                tokens: needed(tokens),
+                positions: needed(positions),
                 block_positions: block_positions.clone(),
                 context: context.clone(),
                 lengths: lengths.clone(),
             },
-            targets: needed(targets)?,
-            weights: needed(weights)?,
+            targets: needed(targets),
+            weights: needed(weights),
             weight: head.weight,
             gold: head.gold,
             tokens: head.tokens,

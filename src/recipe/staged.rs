@@ -17,11 +17,13 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::pipeline::executor::{Pipeline as Executor, Setup, StepReport, TeacherSetup};
+use crate::pipeline::predict::predict;
 use crate::pipeline::profile::Profile;
+use crate::pipeline::reads::Reads;
 use crate::pipeline::remote::Across;
 use crate::pipeline::route::Route;
 use crate::pipeline::train::Staged;
-use crate::pipeline::{Costs, Kind, Schedule, Timeline, cut, measure, simulate, trace};
+use crate::pipeline::{Kind, Schedule, Timeline, cut, measure, trace};
 use crate::report::gantt;
 use crate::shape::Meta;
 use crate::tensor::Tensor;
@@ -237,8 +239,7 @@ pub fn stepper(
         };
         let schedule = Schedule::new(pipeline.schedule, stages, probe.len())?;
         let route = Route::new(&model.config, &schedule, profile.cuts(&schedule)?, workers)?;
-        let costs = Costs { sizes: sizes.clone(), ..profile.costs(&route.cuts, &schedule) };
-        let seconds = simulate(&schedule, &costs)?.seconds;
+        let seconds = predict(&profile, &route, sizes.clone())?.seconds;
         // More devices must pay for themselves.
         if best.as_ref().is_none_or(|(least, ..)| seconds < 0.95 * least) {
             best = Some((seconds, route, profile));
@@ -320,9 +321,8 @@ pub fn stepper(
         if steps == WARM {
             let route = pipeline.current();
             let sizes = micros.iter().map(|m| size(m) / wide).collect();
-            let costs = Costs { sizes, ..profile.costs(&route.cuts, &route.schedule) };
-            let predicted = simulate(&route.schedule, &costs)?;
-            if let Err(e) = compare(&folder, &name, &report.timeline(&name), &predicted) {
+            let predicted = predict(&profile, route, sizes)?;
+            if let Err(e) = compare(&folder, &name, &report.timeline(&name, &route.replicas), &predicted) {
                 console::tell(format_args!("warning: {name}: the step is not drawn: {e}"));
             }
         }

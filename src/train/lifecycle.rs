@@ -70,26 +70,31 @@ impl Micro {
 
     /// A copy in memory of its own.
     pub fn duplicate(&self) -> Result<Self> {
-        let copy = |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::duplicate).transpose();
+        self.map(|_, tensor| tensor.duplicate())
+    }
+
+    /// The same with every tensor put through `change`, which is also told its place in [`Micro::tensors`].
+    pub fn map(&self, change: impl Fn(usize, &Tensor) -> Result<Tensor>) -> Result<Self> {
+        let maybe = |at: usize, tensor: &Option<Tensor>| tensor.as_ref().map(|t| change(at, t)).transpose();
         let teacher = |t: &Teacher| -> Result<Teacher> {
             Ok(Teacher {
-                hidden: t.hidden.duplicate()?,
-                hidden_weights: t.hidden_weights.duplicate()?,
-                soft_weights: t.soft_weights.duplicate()?,
-                hard_targets: t.hard_targets.duplicate()?,
-                hard_weights: t.hard_weights.duplicate()?,
+                hidden: change(7, &t.hidden)?,
+                hidden_weights: change(8, &t.hidden_weights)?,
+                soft_weights: change(9, &t.soft_weights)?,
+                hard_targets: change(10, &t.hard_targets)?,
+                hard_weights: change(11, &t.hard_weights)?,
             })
         };
         Ok(Self {
             batch: Batch {
-                tokens: self.batch.tokens.duplicate()?,
-                positions: self.batch.positions.duplicate()?,
-                block_positions: copy(&self.batch.block_positions)?,
-                context: copy(&self.batch.context)?,
-                lengths: copy(&self.batch.lengths)?,
+                tokens: change(0, &self.batch.tokens)?,
+                positions: change(1, &self.batch.positions)?,
+                block_positions: maybe(2, &self.batch.block_positions)?,
+                context: maybe(3, &self.batch.context)?,
+                lengths: maybe(4, &self.batch.lengths)?,
             },
-            targets: self.targets.duplicate()?,
-            weights: self.weights.duplicate()?,
+            targets: change(5, &self.targets)?,
+            weights: change(6, &self.weights)?,
             teacher: self.teacher.as_ref().map(teacher).transpose()?,
             ..*self
         })

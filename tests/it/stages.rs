@@ -13,7 +13,7 @@ use espalier::nn::config::Size;
 use espalier::nn::{Config, Model, Pass};
 use espalier::ops::distill::Reduction;
 use espalier::ops::unary::Cast;
-use espalier::pipeline::executor::{Pipeline, Setup, TeacherSetup};
+use espalier::pipeline::executor::{Pipeline, Setup, StepReport, TeacherSetup};
 use espalier::pipeline::fault::{Injection, Planted};
 use espalier::pipeline::route::Route;
 use espalier::pipeline::{Kind, Schedule, Work, cut, measure};
@@ -237,19 +237,19 @@ fn state_goes_over_to_another_number_of_stages() {
     assert_equal_bits(&want, &(Vec::new(), model), "3, 1 and 4 stages");
 }
 
-/// The student learns from a teacher's hidden states and most probable tokens: computed beforehand on one device, or in the
-/// student's own stages a step ahead.
-#[test]
-fn a_teacher_in_the_same_stages_teaches_the_same() {
-    let folder = tempfile::tempdir().unwrap();
-    let device = cpu();
-    let config = Config::glm(SIZE, VOCABULARY);
-    let teacher = Model::init(Config::glm(Size { layers: 4, ..SIZE }, VOCABULARY), &device, 9).unwrap();
-    let width = teacher.config.width;
-    let rows = [2usize, 3, 1];
-    let steps: Vec<Vec<Micro>> = (0..STEPS)
+/// A teacher, the steps that its student takes, and how the student learns from it.
+struct Lesson {
+    teacher: Model,
+    steps: Vec<Vec<Micro>>,
+    distillation: Distillation,
+}
+
+/// Micro-batches of each of these numbers of examples in every step.
+fn lesson(device: &Arc<dyn Device>, rows: &[usize]) -> Lesson {
+    let teacher = Model::init(Config::glm(Size { layers: 4, ..SIZE }, VOCABULARY), device, 9).unwrap();
+    let steps = (0..STEPS)
         .map(|step| {
-            let mut all = micros(&device, &rows, None);
+            let mut all = micros(device, rows, None);
             for (i, micro) in all.iter_mut().enumerate() {
                 let n = micro.targets.count();
                 // Another step has other tokens.
@@ -257,10 +257,10 @@ fn a_teacher_in_the_same_stages_teaches_the_same() {
                 let tokens: Vec<u32> = tokens.iter().map(|t| (t * 7 + step as u32 + i as u32) % 37).collect();
                 micro.batch.tokens.upload(&tokens).unwrap();
                 micro.teacher = Some(Teacher {
-                    hidden: Tensor::from_slice(&device, &[1], &[f32::NAN]).unwrap(),
+                    hidden: Tensor::from_slice(device, &[1], &[f32::NAN]).unwrap(),
                     hidden_weights: micro.weights.clone(),
                     soft_weights: micro.weights.clone(),
-                    hard_targets: Tensor::from_slice(&device, &[n], &vec![IGNORE; n]).unwrap(),
+                    hard_targets: Tensor::from_slice(device, &[n], &vec![IGNORE; n]).unwrap(),
                     hard_weights: micro.weights.clone(),
                 });
             }
@@ -276,60 +276,106 @@ fn a_teacher_in_the_same_stages_teaches_the_same() {
         projection: Projection::None,
         teacher_head: teacher.get("head.weight").unwrap().clone(),
     };
-    let taught = |micro: &Micro| {
-        let mut pass = Pass::inference(&teacher);
+    Lesson { teacher, steps, distillation }
+}
+
+impl Lesson {
+    /// A micro-batch with what the teacher has to say of it.
+    fn taught(&self, micro: &Micro) -> Micro {
+        let device = micro.targets.device();
+        let mut pass = Pass::inference(&self.teacher);
         let hidden = pass.hidden(&micro.batch).unwrap();
         let predicted = predictions(&mut pass, &hidden).unwrap();
         let n = predicted.len();
         // As the cache keeps them.
-        let hidden =
-            dispatch::run_one(&Cast { to: DType::F16 }, &[&hidden.tensor.reshape(&[n, width]).unwrap()]).unwrap();
+        let hidden = hidden.tensor.reshape(&[n, self.teacher.config.width]).unwrap();
+        let hidden = dispatch::run_one(&Cast { to: DType::F16 }, &[&hidden]).unwrap();
         let hidden = dispatch::run_one(&Cast { to: DType::F32 }, &[&hidden]).unwrap();
-        let hard_targets = Tensor::from_slice(&device, &[n], &predicted).unwrap();
+        let hard_targets = Tensor::from_slice(device, &[n], &predicted).unwrap();
         Micro { teacher: Some(Teacher { hidden, hard_targets, ..micro.teacher.clone().unwrap() }), ..micro.clone() }
-    };
-    let mut model = Model::init(config.clone(), &device, 3).unwrap();
-    let mut optimizer = Optimizer::new(&mut model, no_clip(), |_| true).unwrap();
-    let methods: Vec<Box<dyn Method>> = vec![Box::new(distillation.clone())];
-    let run = |micros: &Vec<Micro>| {
-        let micros: Vec<Micro> = micros.iter().map(taught).collect();
-        step(&model, &mut optimizer, &micros, &methods, (0.0, 1, STEPS)).unwrap()
-    };
-    let losses = steps.iter().map(run).collect();
-    let want = (losses, model);
-    let early = Kind::OneForwardOneBackward;
-    for (kind, stages, recompute) in
-        [(early, 1, false), (early, 3, false), (early, 2, true), (Kind::ZeroBubbleV, 2, false)]
-    {
-        let case = format!("{kind}, {stages} stages, recompute {recompute}");
-        let mut setup = setup(&config, (kind, stages, rows.len()), vec![1; stages], folder.path());
-        setup.recompute = recompute;
-        let distillation = distillation.clone();
-        setup.methods = Arc::new(move |part: &Model| {
+    }
+
+    fn in_one_piece(&self, config: &Config) -> Trained {
+        let mut model = Model::init(config.clone(), self.teacher.device(), 3).unwrap();
+        let mut optimizer = Optimizer::new(&mut model, no_clip(), |_| true).unwrap();
+        let methods: Vec<Box<dyn Method>> = vec![Box::new(self.distillation.clone())];
+        let run = |micros: &Vec<Micro>| {
+            let micros: Vec<Micro> = micros.iter().map(|m| self.taught(m)).collect();
+            step(&model, &mut optimizer, &micros, &methods, (0.0, 1, STEPS)).unwrap()
+        };
+        (self.steps.iter().map(run).collect(), model)
+    }
+
+    /// `setup` with the teacher in its stages.
+    fn beside(&self, setup: Setup) -> Setup {
+        let distillation = self.distillation.clone();
+        let methods = move |part: &Model| {
             let mut methods = Vec::<Box<dyn Method>>::new();
             if part.tensors.contains_key("head.weight") {
                 methods.push(Box::new(distillation.on(part.device())?));
             }
             Ok(methods)
-        });
-        let cuts = cut::teacher(&teacher.config, stages);
-        setup.teacher = Some(TeacherSetup { model: Arc::new(teacher.clone()), cuts, hard: true });
-        let student = Model::init(config.clone(), &device, 3).unwrap();
-        let mut pipeline = Pipeline::start(&student, setup).unwrap();
-        pipeline.teach(&steps[0]).unwrap();
-        let mut losses = Vec::new();
-        for (i, micros) in steps.iter().enumerate() {
-            let next = steps.get(i + 1).map_or(&[][..], |m| m.as_slice());
-            let report = pipeline.step(micros, next, (0.0, 1, STEPS)).unwrap();
-            losses.push((report.loss, report.norm));
-        }
-        let mut student = student;
+        };
+        let cuts = cut::teacher(&self.teacher.config, setup.route.replicas.len());
+        let teacher = Some(TeacherSetup { model: Arc::new(self.teacher.clone()), cuts, hard: true });
+        Setup { methods: Arc::new(methods), teacher, ..setup }
+    }
+
+    fn in_stages(&self, config: &Config, setup: Setup) -> (Trained, Vec<StepReport>) {
+        let mut student = Model::init(config.clone(), self.teacher.device(), 3).unwrap();
+        let mut pipeline = Pipeline::start(&student, self.beside(setup)).unwrap();
+        pipeline.teach(&self.steps[0]).unwrap();
+        let next = |i: usize| self.steps.get(i + 1).map_or(&[][..], |m| m.as_slice());
+        let run = |(i, micros): (usize, &Vec<Micro>)| pipeline.step(micros, next(i), (0.0, 1, STEPS)).unwrap();
+        let reports: Vec<StepReport> = self.steps.iter().enumerate().map(run).collect();
         pipeline.collect(&mut student).unwrap();
-        let have = (losses, student);
-        if kind == Kind::OneForwardOneBackward {
+        ((reports.iter().map(|r| (r.loss, r.norm)).collect(), student), reports)
+    }
+}
+
+/// The student learns from a teacher's hidden states and most probable tokens: computed beforehand on one device, or in the
+/// student's own stages a step ahead.
+#[test]
+fn a_teacher_in_the_same_stages_teaches_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config::glm(SIZE, VOCABULARY);
+    let rows = [2usize, 3, 1];
+    let lesson = lesson(&cpu(), &rows);
+    let want = lesson.in_one_piece(&config);
+    let early = Kind::OneForwardOneBackward;
+    for (kind, replicas, recompute) in [
+        (early, vec![1], false),
+        (early, vec![1; 3], false),
+        (early, vec![1; 2], true),
+        (Kind::ZeroBubbleV, vec![1; 2], false),
+        (early, vec![2, 1], false),
+        (early, vec![1, 3, 2], false),
+        (Kind::ZeroBubbleV, vec![2, 2], true),
+    ] {
+        let case = format!("{kind}, replicas {replicas:?}, recompute {recompute}");
+        let setup = setup(&config, (kind, replicas.len(), rows.len()), replicas.clone(), folder.path());
+        let (have, reports) = lesson.in_stages(&config, Setup { recompute, ..setup });
+        if kind == early && replicas.iter().all(|n| *n == 1) {
             assert_equal_bits(&want, &have, &case);
         }
         assert_close(&want, &have, &case);
+        // A step ahead: in every step but the last each of the teacher's chunks is seen once for every micro-batch.
+        for (i, report) in reports.iter().enumerate() {
+            let timeline = report.timeline("step", &replicas);
+            assert_eq!(timeline.spans.len(), replicas.iter().sum::<usize>());
+            let mut seen: Vec<(u32, u32)> = Vec::new();
+            for spans in &timeline.spans {
+                assert!(spans.windows(2).all(|w| w[0].end <= w[1].start), "{case}: work overlaps: {spans:?}");
+                seen.extend(spans.iter().filter_map(|s| match s.activity {
+                    Activity::Teacher { chunk, micro } => Some((chunk, micro)),
+                    _ => None,
+                }));
+            }
+            seen.sort_unstable();
+            let all = (0..replicas.len() as u32).flat_map(|c| (0..rows.len() as u32).map(move |m| (c, m)));
+            let all: Vec<_> = if i + 1 < reports.len() { all.collect() } else { Vec::new() };
+            assert_eq!(seen, all, "{case}, step {i}");
+        }
     }
 }
 

@@ -79,8 +79,8 @@ fn grid(global: &Global, args: &Grid) -> Result<()> {
         .collect();
     for (stage, spans) in timeline.spans.iter().enumerate() {
         for span in spans {
-            if let (Some(row), Some(event)) = (rows.get_mut(span.start.round() as usize), span.event) {
-                row[stage + 1] = event.to_string();
+            if let Some(row) = rows.get_mut(span.start.round() as usize) {
+                row[stage + 1] = span.activity.to_string();
             }
         }
     }

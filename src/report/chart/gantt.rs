@@ -1,9 +1,9 @@
-//! Who did what when in a step of a pipeline: one row per stage. A file of its own, not a part of the report's page.
+//! Who did what when in a step of a pipeline: one row per worker. A file of its own, not a part of the report's page.
 
 use super::scale::{Scale, tick_text};
 use super::svg::{Anchor, Rect, Svg};
 use super::{FULL, NAMES};
-use crate::pipeline::simulate::Span;
+use crate::pipeline::simulate::{Activity, Span};
 use crate::pipeline::{Timeline, Work};
 use crate::report::quantity::{milliseconds, percent};
 
@@ -19,26 +19,28 @@ const BARS: usize = 3000;
 const TEXT: f64 = 26.0;
 
 /// Kinds of work that have a colour: class, name, and whether it is theirs.
-const KINDS: [(&str, &str); 6] = [
+const KINDS: [(&str, &str); 7] = [
     ("forward", "forward"),
     ("backward", "backward"),
     ("input", "backward, inputs"),
     ("weight", "backward, weights"),
     ("message", "messages"),
     ("update", "reduction and update"),
+    ("teacher", "the teacher's forward"),
 ];
 
 /// The colours of the report's page, as far as this chart needs them, and those of the kinds of work.
 const STYLE: &str = "\
 :root{--paper:#fff;--ink:#1d221e;--muted:#667067;--line:#e4e4dd;--track:#f1f1eb;--forward:#2c7a51;--backward:#b9532f;\
---input:#c98a2b;--weight:#7a6bb0;--message:#8c958e;--update:#2f6f9f;--on-bar:#fff}\
+--input:#c98a2b;--weight:#7a6bb0;--message:#8c958e;--update:#2f6f9f;--teacher:#2b8a94;--on-bar:#fff}\
 @media (prefers-color-scheme:dark){:root{--paper:#191d1a;--ink:#e8ebe6;--muted:#9aa59c;--line:#2b312c;--track:#222723;\
---forward:#5cb584;--backward:#e0855f;--input:#e0b25f;--weight:#a99be0;--message:#717c74;--update:#6fb0e0;--on-bar:#121512}}\
+--forward:#5cb584;--backward:#e0855f;--input:#e0b25f;--weight:#a99be0;--message:#717c74;--update:#6fb0e0;\
+--teacher:#62c2cb;--on-bar:#121512}}\
 text{font:13px ui-sans-serif,system-ui,sans-serif;fill:var(--ink)}.name,.panel{font-weight:550}\
 .muted,.tick{fill:var(--muted);font-size:11.5px}.paper{fill:var(--paper)}.track{fill:var(--track)}\
 .grid{stroke:var(--line)}.in-bar{font-size:10.5px;fill:var(--on-bar)}.forward{fill:var(--forward)}\
 .backward{fill:var(--backward)}.input{fill:var(--input)}.weight{fill:var(--weight)}.message{fill:var(--message)}\
-.update{fill:var(--update)}";
+.update{fill:var(--update)}.teacher{fill:var(--teacher)}";
 
 /// What is drawn: an event, or a slot of time named after the work that fills most of it.
 struct Bar {
@@ -49,14 +51,17 @@ struct Bar {
     name: String,
 }
 
-fn kind(work: Option<Work>) -> usize {
-    match work {
-        Some(Work::Forward) => 0,
-        Some(Work::Backward) => 1,
-        Some(Work::BackwardInput) => 2,
-        Some(Work::BackwardWeight) => 3,
-        Some(_) => 4,
-        None => 5,
+fn kind(activity: Activity) -> usize {
+    match activity {
+        Activity::Event(event) => match event.work {
+            Work::Forward => 0,
+            Work::Backward => 1,
+            Work::BackwardInput => 2,
+            Work::BackwardWeight => 3,
+            _ => 4,
+        },
+        Activity::Update => 5,
+        Activity::Teacher { .. } => 6,
     }
 }
 
@@ -90,14 +95,15 @@ pub fn gantt(timeline: &Timeline) -> String {
     svg.text("tick", (LEFT - 8.0, bottom + 14.0), Anchor::End, unit);
     for (row, &stage) in shown.iter().enumerate() {
         let top = HEAD + row as f64 * ROW;
-        svg.name("name", (16.0, top + 16.0), LEFT - 20.0, &format!("stage {stage}"));
+        let worker = timeline.workers.get(stage).map_or_else(String::new, ToString::to_string);
+        svg.name("name", (16.0, top + 16.0), LEFT - 20.0, &worker);
         svg.rect("track", Rect { x: LEFT, y: top, width: FULL - 16.0 - LEFT, height: BAR }, 0.0);
         for bar in bars(timeline, stage, slots) {
             let (from, to) = (x.at(bar.start * factor), x.at(bar.end * factor));
             let (class, named) = KINDS[bar.kind];
             let what = if bar.name.is_empty() { format!("mostly {named}") } else { format!("{} {named}", bar.name) };
             let (start, length) = (milliseconds(bar.start * 1e3), milliseconds((bar.end - bar.start) * 1e3));
-            let tooltip = format!("stage {stage}: {what}, from {start} for {length}");
+            let tooltip = format!("{worker}: {what}, from {start} for {length}");
             // A hair of ground between neighbours, where there is room for one.
             let gap = if to - from > 3.0 { 0.6 } else { 0.0 };
             svg.shade(class, Rect { x: from, y: top, width: to - from - gap, height: BAR }, 0.0, None, &tooltip);
@@ -108,7 +114,7 @@ pub fn gantt(timeline: &Timeline) -> String {
     }
     let mut notes = Vec::new();
     if every > 1 {
-        notes.push(format!("every {every}th of {stages} stages is shown"));
+        notes.push(format!("every {every}th of {stages} rows is shown"));
     }
     if let Some(slots) = slots {
         let slot = milliseconds(timeline.seconds * 1e3 / slots as f64);
@@ -121,7 +127,7 @@ pub fn gantt(timeline: &Timeline) -> String {
 /// Colours and names of the kinds that occur.
 fn key(svg: &mut Svg, timeline: &Timeline) {
     let mut occurs = [false; KINDS.len()];
-    timeline.spans.iter().flatten().for_each(|s| occurs[kind(s.event.map(|e| e.work))] = true);
+    timeline.spans.iter().flatten().for_each(|s| occurs[kind(s.activity)] = true);
     let mut left = 16.0;
     for ((class, name), _) in KINDS.iter().zip(occurs).filter(|(_, occurs)| *occurs) {
         svg.rect(class, Rect { x: left, y: 37.0, width: 11.0, height: 11.0 }, 2.0);
@@ -133,8 +139,7 @@ fn key(svg: &mut Svg, timeline: &Timeline) {
 fn bars(timeline: &Timeline, stage: usize, slots: Option<usize>) -> Vec<Bar> {
     let spans = &timeline.spans[stage];
     let Some(slots) = slots else {
-        let name = |s: &Span| s.event.map_or("update".into(), |e| e.to_string());
-        let bar = |s: &Span| Bar { kind: kind(s.event.map(|e| e.work)), start: s.start, end: s.end, name: name(s) };
+        let bar = |s: &Span| Bar { kind: kind(s.activity), start: s.start, end: s.end, name: s.activity.to_string() };
         return spans.iter().map(bar).collect();
     };
     let width = timeline.seconds / slots as f64;
@@ -143,7 +148,7 @@ fn bars(timeline: &Timeline, stage: usize, slots: Option<usize>) -> Vec<Bar> {
         let slot = |time: f64| ((time / width) as usize).min(slots - 1);
         for at in slot(span.start)..=slot(span.end) {
             let inside = span.end.min((at + 1) as f64 * width) - span.start.max(at as f64 * width);
-            filled[at][kind(span.event.map(|e| e.work))] += inside.max(0.0);
+            filled[at][kind(span.activity)] += inside.max(0.0);
         }
     }
     let mut bars: Vec<Bar> = Vec::new();
@@ -194,12 +199,18 @@ mod tests {
     fn a_large_step_is_a_small_file_that_says_so() {
         let text = gantt(&timeline(Kind::OneForwardOneBackward, 200, 100));
         assert!(text.len() < 600_000, "{}", text.len());
-        assert!(text.contains("every 4th of 200 stages") && text.contains("10000 events drawn in slots of"));
+        assert!(text.contains("every 4th of 200 rows") && text.contains("10000 events drawn in slots of"));
     }
 
     #[test]
     fn nothing_is_still_a_picture() {
-        let nothing = Timeline { name: "<b>".into(), spans: vec![Vec::new()], stages: Vec::new(), seconds: 0.0 };
+        let nothing = Timeline {
+            name: "<b>".into(),
+            workers: Vec::new(),
+            spans: vec![Vec::new()],
+            stages: Vec::new(),
+            seconds: 0.0,
+        };
         let text = gantt(&nothing);
         assert!(text.starts_with("<svg") && !text.contains("<b>") && !text.contains("NaN"));
     }
