@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use super::cut;
 use super::message::{self, Purpose, Tag};
-use super::part::{Part, Training, micro_on};
+use super::part::{Part, Training};
 use super::profile::{PieceProfile, Profile};
+use super::reads::Reads;
 use super::simulate::{ChunkCost, Link};
 use super::transport::{Channels, Transport};
 use crate::device::Device;
@@ -57,7 +58,7 @@ pub fn profile(
     std::thread::scope(|scope| {
         let work = |device| {
             let mut neighbour = Subject::new(&model.to_device(device)?, settings)?;
-            let micro = micro_on(micro, device)?;
+            let micro = Reads::ALL.bring(micro, device)?;
             while !finished.load(Ordering::Relaxed) {
                 neighbour.round(&micro)?;
             }

@@ -229,7 +229,7 @@ pub fn stepper(
                 // Other processes have machines of their own.
                 let beside = if alone || ranks.is_some() { &[] } else { &names[1..] };
                 let beside: Vec<_> = beside.iter().map(|name| pipeline.open(&home, name)).collect::<Result<_>>()?;
-                let part = crate::pipeline::part::micro_on(&probe[0], &device)?;
+                let part = Reads::ALL.bring(&probe[0], &device)?;
                 let part = if let Some(teacher) = teacher { stood_in(&part, teacher.config.width)? } else { part };
                 let methods = |whole: &Model| promises.methods(whole, distillation.as_ref());
                 let profile = measure::profile(&model.to_device(&device)?, &part, settings, &methods, &beside)?;

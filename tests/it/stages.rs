@@ -16,7 +16,9 @@ use espalier::ops::unary::Cast;
 use espalier::pipeline::executor::{Pipeline, Setup, StepReport, TeacherSetup};
 use espalier::pipeline::fault::{Injection, Planted};
 use espalier::pipeline::route::Route;
-use espalier::pipeline::{Kind, Schedule, Work, cut, measure};
+use espalier::pipeline::simulate::Activity;
+use espalier::pipeline::{Kind, Schedule, Work, cut, measure, trace};
+use espalier::report::gantt;
 use espalier::tape::Var;
 use espalier::tensor::Tensor;
 use espalier::train::lifecycle::{Method, Micro, Teacher};
@@ -377,6 +379,69 @@ fn a_teacher_in_the_same_stages_teaches_the_same() {
             assert_eq!(seen, all, "{case}, step {i}");
         }
     }
+}
+
+#[test]
+fn a_teachers_work_is_drawn_beside_the_students() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config::glm(SIZE, VOCABULARY);
+    let lesson = lesson(&cpu(), &[2, 3, 1, 2]);
+    let setup = setup(&config, (Kind::OneForwardOneBackward, 2, 4), vec![1, 2], folder.path());
+    let timeline = lesson.in_stages(&config, setup).1[0].timeline("step", &[1, 2]);
+    let chart = gantt(&timeline);
+    for part in ["stage 0", "stage 1 replica 1: 1T3 the teacher", "class=\"teacher\""] {
+        assert!(chart.contains(part), "{part}: {chart}");
+    }
+    let text = trace::render(&timeline).unwrap();
+    let events: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let events = events["traceEvents"].as_array().unwrap();
+    assert_eq!(events.iter().filter(|e| e["cat"] == "teacher").count(), 2 * 4);
+    let rows: Vec<&str> =
+        events.iter().filter(|e| e["name"] == "thread_name").map(|e| e["args"]["name"].as_str().unwrap()).collect();
+    assert_eq!(rows, ["stage 0", "stage 1 replica 0", "stage 1 replica 1"]);
+}
+
+/// The last of all messages has none behind it that would show the gap.
+#[test]
+fn a_lost_last_message_of_the_teacher_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config::glm(SIZE, VOCABULARY);
+    let lesson = lesson(&cpu(), &[2, 1, 1]);
+    let heartbeat = Duration::from_millis(400);
+    for (worker, replicas) in [(0, vec![1, 1]), (1, vec![1, 1, 1]), (1, vec![2, 1])] {
+        let case = format!("worker {worker} of {replicas:?}");
+        // The teacher's micro-batches of a worker are its events while nothing else runs: the last of three, or of one.
+        let position = if replicas[0] == 2 { 0 } else { 2 };
+        let made = setup(&config, (Kind::OneForwardOneBackward, replicas.len(), 3), replicas, folder.path());
+        let planted = vec![Injection { worker, step: 0, position, what: Planted::Drop }];
+        let model = Model::init(config.clone(), &cpu(), 3).unwrap();
+        let mut pipeline = Pipeline::start(&model, Setup { planted, heartbeat, ..lesson.beside(made) }).unwrap();
+        let began = Instant::now();
+        let Err(Error::Fault { what, .. }) = pipeline.teach(&lesson.steps[0]) else { panic!("{case}: not found") };
+        let took = began.elapsed();
+        assert!(what.contains(&format!("lost: worker {worker} ")) && what.contains("Teacher"), "{case}: {what}");
+        // The deadline is 20 s.
+        assert!(took < 3 * heartbeat + Duration::from_secs(4), "{case}: {took:?}");
+    }
+}
+
+#[test]
+fn the_flight_recorder_names_stages_and_replicas() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config::glm(SIZE, VOCABULARY);
+    let setup = setup(&config, (Kind::OneForwardOneBackward, 2, 3), vec![2, 1], folder.path());
+    let planted = vec![Injection { worker: 1, step: 0, position: 0, what: Planted::Panic }];
+    let record = setup.record.clone();
+    let model = Model::init(config, &cpu(), 3).unwrap();
+    let mut pipeline = Pipeline::start(&model, Setup { planted, ..setup }).unwrap();
+    let outcome = pipeline.step(&micros(&cpu(), &[1, 2, 1], None), &[], (0.0, 1, STEPS)).map(drop);
+    let Err(Error::Fault { stage: 0, what, .. }) = outcome else { panic!("{outcome:?}") };
+    assert!(what.contains("(replica 1)"), "{what}");
+    let text = std::fs::read_to_string(record).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let mut places: Vec<_> = lines.map(|l| (l["stage"].as_u64(), l["replica"].as_u64())).collect();
+    places.dedup();
+    assert_eq!(places, [(Some(0), Some(0)), (Some(0), Some(1)), (Some(1), None)]);
 }
 
 /// A hook whose loss takes a while, as a teacher's does.
