@@ -19,7 +19,7 @@ use crate::tensor::Tensor;
 use crate::train::lifecycle::{Method, Micro};
 use crate::train::optimizer::{Optimizer, Settings};
 
-/// Rounds whose median is taken; one more goes before to warm up.
+/// Rounds whose mean is taken; one more goes before to warm up.
 const ROUNDS: usize = 9;
 
 /// Seconds and bytes of one piece in one round.
@@ -109,7 +109,7 @@ pub fn profile(
             })
             .collect(),
         link: link(&device)?,
-        update_per_byte: median(updates) / bytes.iter().sum::<f64>().max(1.0),
+        update_per_byte: mean(updates) / bytes.iter().sum::<f64>().max(1.0),
     })
 }
 
@@ -186,13 +186,15 @@ fn run(part: &mut Part, micro: &Micro, training: Training) -> Result<Vec<Sample>
     Ok(samples)
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+/// Without the smallest and the largest: a step's time is a sum, whose parts are sometimes slow, so their mean counts.
+fn mean(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
+    let inner = if values.len() > 2 { &values[1..values.len() - 1] } else { &values[..] };
+    inner.iter().sum::<f64>() / inner.len().max(1) as f64
 }
 
 fn cost_of(samples: &[Sample]) -> ChunkCost {
-    let of = |part: fn(&Sample) -> f64| median(samples.iter().map(part).collect());
+    let of = |part: fn(&Sample) -> f64| mean(samples.iter().map(part).collect());
     ChunkCost {
         forward: of(|s| s.forward),
         backward_input: of(|s| s.backward_input),
@@ -238,5 +240,5 @@ fn link(device: &Arc<dyn Device>) -> Result<Link> {
     }
     let _ = near.send(1, Vec::new());
     let _ = echo.join();
-    Ok(Link { latency: median(trips), bytes_per_second: 0.0, handling: median(times) })
+    Ok(Link { latency: mean(trips), bytes_per_second: 0.0, handling: mean(times) })
 }

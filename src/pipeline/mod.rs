@@ -1,5 +1,6 @@
 //! Models in stages: schedules as data, their price, their plan, and an executor that overlaps the stages' work.
 
+pub mod choose;
 pub mod csv;
 pub mod cut;
 pub mod executor;

@@ -13,6 +13,7 @@ pub mod plan;
 pub mod run_folder;
 pub mod schema;
 mod source;
+mod spread;
 pub mod staged;
 mod stages;
 pub mod tagger;

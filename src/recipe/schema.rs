@@ -3,6 +3,7 @@
 mod distil;
 mod experts;
 mod hybrid;
+mod pipeline;
 mod quantize;
 mod sparsify;
 mod structure;
@@ -10,7 +11,6 @@ mod structure;
 use serde::{Deserialize, Serialize};
 
 use super::order::Step;
-use super::staged::Pipeline;
 use crate::nn::config::Size;
 use crate::train::optimizer::{Rule, Settings};
 use crate::train::precision::Precision;
@@ -19,6 +19,7 @@ use crate::train::schedule::{Schedule, Shape};
 pub use distil::{Distil, HiddenProjection};
 pub use experts::Experts;
 pub use hybrid::Hybrid;
+pub use pipeline::{Auto, Pipeline, Stages};
 pub use quantize::Quantize;
 pub use sparsify::{Mask, Sparsify};
 pub use structure::{Selection, Structure};

@@ -1,5 +1,6 @@
 //! Micro-batches of a stage: pure functions of the step.
 
+use std::cell::Cell;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::corpus::{Corpus, upload};
@@ -37,8 +38,8 @@ pub struct CorpusSource<'a> {
     pub device: Arc<dyn Device>,
     pub draw: Draw,
     pub accumulate: usize,
-    /// Micro-batches that each draw is cut into by rows.
-    pub parts: usize,
+    /// Micro-batches that each draw is cut into by rows: known when it is known what takes the steps.
+    pub parts: Cell<usize>,
     pub factors: Factors,
     pub teacher: Option<&'a TeacherCache<'a>>,
     /// The teacher's states are left out: it runs beside the student.
@@ -112,7 +113,7 @@ impl CorpusSource<'_> {
         let from_source: Vec<bool> = indices.iter().map(|&i| self.corpus.is_source(i)).collect();
         // What rows weigh goes by the whole draw, so that its parts add up to it.
         let weights = row_weights(&whole, &from_source, alpha);
-        let parts = self.parts.clamp(1, whole.rows.max(1));
+        let parts = self.parts.get().clamp(1, whole.rows.max(1));
         let part = |p: usize| {
             let rows = p * whole.rows / parts..(p + 1) * whole.rows / parts;
             let weights = &weights[rows.start * whole.columns..rows.end * whole.columns];

@@ -30,6 +30,7 @@ use crate::tensor::Tensor;
 use crate::train::graphs;
 use crate::train::lifecycle::{Invariant, Method, Micro};
 use crate::train::trainer::{Job, Source, Summary, train};
+use std::cell::Cell;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -122,15 +123,21 @@ pub fn fit(
         device: model.device().clone(),
         draw: objective.draw,
         accumulate: training.accumulate,
-        parts: context.recipe.pipeline.as_ref().map_or(1, |p| p.micro_batches),
+        parts: Cell::new(1),
         factors,
         teacher: cache,
         teacher_waits: context.recipe.pipeline.as_ref().is_some_and(|p| p.teacher),
     };
     let beside = cache.filter(|_| source.teacher_waits).map(TeacherCache::teacher);
     let spread = |model: &mut Model| {
-        let probe = source.micro_batches(0)?;
-        staged::stepper(context, model, training.settings(), &probe, state, (distillation.clone(), beside))
+        let probe = |parts: usize| {
+            source.parts.set(parts);
+            source.micro_batches(0)
+        };
+        let taught = (distillation.clone(), beside);
+        let (stepper, parts) = staged::stepper(context, model, training.settings(), &probe, state, taught)?;
+        source.parts.set(parts);
+        Ok(stepper)
     };
     let validate =
         |model: &Model, methods: &[Box<dyn Method>]| validation_loss(model, context.corpus, VALIDATION, methods);
@@ -220,7 +227,7 @@ pub fn calibration(context: &Context, model: &Model, batches: usize) -> Result<V
         device: model.device().clone(),
         draw: Draw::mixed(context.corpus, training, context.recipe.seed ^ 0xca11, context.recipe.data.max_length)?,
         accumulate: 1,
-        parts: 1,
+        parts: Cell::new(1),
         factors: Factors { gold: 1.0, soft_on_target: false },
         teacher: None,
         teacher_waits: false,

@@ -16,6 +16,7 @@ mod pipeline;
 mod report;
 mod run_folder;
 mod shaders;
+mod staged;
 mod stages;
 mod tidy;
 mod training;

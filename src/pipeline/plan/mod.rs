@@ -135,7 +135,10 @@ pub fn plan(profile: &Profile, cluster: &Cluster, micros: usize) -> Result<Plan>
 }
 
 /// The plans with the least latency for each number of stages, at least one, fastest first.
-fn plans(profile: &Profile, cluster: &Cluster, micros: usize) -> Result<Vec<Plan>> {
+///
+/// # Errors
+/// As [`plan`].
+pub fn plans(profile: &Profile, cluster: &Cluster, micros: usize) -> Result<Vec<Plan>> {
     profile.check()?;
     cluster.check()?;
     if !(1..=MAX_MICROS).contains(&micros) {
