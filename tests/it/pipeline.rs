@@ -75,6 +75,7 @@ fn plans_without_sense_are_refused() {
     refused(&plan(&["--machines", "9x9"]), 2, &["64 devices"]);
     refused(&plan(&["--devices", "0"]), 2, &["machines"]);
     refused(&plan(&["--bandwidth", "nan"]), 2, &["--bandwidth"]);
+    refused(&plan(&["--bandwidth", "1e308"]), 2, &["--bandwidth: 1e308 is not usable", "1e-6 to 1000000000.0"]);
     refused(&plan(&["--micro-batches", "0"]), 2, &["micro_batches"]);
     refused(&plan(&["--memory", "0.001"]), 4, &["E-MEMORY"]);
     refused(&["plan", "--profile", "no such file"], 3, &["E-IO"]);
