@@ -40,7 +40,7 @@ pub fn run(global: &Global, args: Run) -> Result<()> {
     if args.dry_run {
         return dry_run(global, &recipe);
     }
-    ranks::among(|others| whole(global, &recipe, args.out, args.overwrite, others))
+    ranks::among(recipe.heartbeat(), |others| whole(global, &recipe, args.out, args.overwrite, others))
 }
 
 /// The flow itself, which the first process alone runs.

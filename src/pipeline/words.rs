@@ -44,6 +44,7 @@ pub(super) struct Start {
     /// Heartbeat, deadline and slow, in seconds.
     pub times: [f64; 3],
     pub run: String,
+    pub record: std::path::PathBuf,
     pub planted: Vec<Injection>,
     /// Names of the model's tensors, then of those that the hooks are made from.
     pub tensors: Vec<String>,

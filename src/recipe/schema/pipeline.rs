@@ -1,7 +1,10 @@
 //! `[pipeline]`: trainings in stages.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
+use super::Recipe;
 use crate::error::{Error, Result};
 use crate::pipeline::Kind;
 
@@ -67,6 +70,13 @@ fn default_heartbeat() -> f64 {
 /// Stages that a recipe may ask for.
 const MAX_STAGES: usize = 256;
 const MAX_MICRO_BATCHES: usize = 1024;
+
+impl Recipe {
+    /// How long any process of this run may show no sign of progress.
+    pub fn heartbeat(&self) -> Duration {
+        Duration::from_secs_f64(self.pipeline.as_ref().map_or_else(default_heartbeat, |p| p.heartbeat))
+    }
+}
 
 impl Pipeline {
     /// `layers`: blocks of the smallest model that is trained.
