@@ -37,8 +37,7 @@ struct Cli {
 /// What every command takes.
 #[derive(clap::Args)]
 pub struct Global {
-    /// auto, cpu, cpu:THREADS, wgpu, wgpu:INDEX or wgpu:NAME
-    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    #[arg(long, global = true, default_value = AUTO, value_name = "DEVICE", help = device::NAMES)]
     device: String,
     /// How results are printed; progress and warnings go to standard error either way
     #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
@@ -48,11 +47,15 @@ pub struct Global {
     quiet: bool,
 }
 
+/// The device that is meant where none is named.
+const AUTO: &str = "auto";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     Text,
     Json,
-    /// For `kernels list` and `kernels compare`
+    /// For `kernels list` and `kernels compare`, whose help names it.
+    #[value(hide = true)]
     Markdown,
 }
 
@@ -102,6 +105,18 @@ enum Command {
     },
 }
 
+impl Command {
+    /// Whether `--device` has a meaning for it.
+    fn runs_on_a_device(&self) -> bool {
+        match self {
+            Self::Run(_) | Self::Eval(_) | Self::Translate(_) | Self::TrainTagger(_) => true,
+            Self::Kernels(command) => command.runs_on_a_device(),
+            Self::Pipeline(command) => matches!(command, pipeline::Pipeline::Profile(_)),
+            Self::Doctor | Self::Data(_) | Self::Info(_) | Self::Report(_) | Self::Completions { .. } => false,
+        }
+    }
+}
+
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     device::quiet_loader();
@@ -120,6 +135,10 @@ fn run(cli: Cli) -> Result<()> {
     if cli.global.format == Format::Markdown && !speaks_markdown {
         let rule = "text or json for this command".into();
         return Err(Error::Usage { argument: "--format", value: "markdown".into(), rule });
+    }
+    if cli.global.device != AUTO && !cli.command.runs_on_a_device() {
+        let rule = "left out: this command runs on no device".into();
+        return Err(Error::Usage { argument: "--device", value: cli.global.device, rule });
     }
     match cli.command {
         Command::Doctor => doctor::run(&cli.global),

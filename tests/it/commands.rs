@@ -95,6 +95,18 @@ fn numbers_without_sense_are_usage_errors() {
 }
 
 #[test]
+fn what_a_command_does_not_use_is_refused() {
+    for command in [&["kernels", "list"][..], &["pipeline", "simulate"], &["pipeline", "schedule", "1f1b"], &["doctor"]]
+    {
+        refused(&[command, &["--device", "nope"]].concat(), 2, &["--device", "no device"]);
+    }
+    let help = text(&call(&["pipeline", "simulate", "--help"]).stdout);
+    assert!(help.contains("cuda:ORDINAL") && help.contains("cuda-host:90") && !help.contains("markdown"), "{help}");
+    assert!(text(&call(&["kernels", "list", "--help"]).stdout).contains("--format markdown"));
+    assert!(text(&call(&["kernels", "list", "--format", "markdown", "--op", "relu"]).stdout).contains("| relu"));
+}
+
+#[test]
 fn a_recipe_that_cannot_be_read_is_a_usage_error() {
     let folder = RUN.0.path();
     refused(&["run", "no such recipe.toml"], 2, &["E-USAGE", "no such recipe.toml"]);

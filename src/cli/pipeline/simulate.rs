@@ -22,8 +22,10 @@ pub struct Args {
     /// A schedule in PyTorch's form instead: a row per stage, cells such as 0F0, 1I2 or 2SEND_F0
     #[arg(long, value_name = "FILE", conflicts_with_all = ["schedule", "stages", "micro_batches", "compare"])]
     csv: Option<PathBuf>,
+    /// Stages, each on a device of its own
     #[arg(long, default_value_t = 4, value_name = "N")]
     stages: usize,
+    /// Parts that the batch of a step is cut into
     #[arg(long, default_value_t = 8, value_name = "N")]
     micro_batches: usize,
     /// What the model's pieces cost: a file of `pipeline profile`; the pieces are cut so that the slowest chunk is fastest
