@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::schedule::Schedule;
 use super::simulate::{ChunkCost, Costs, Link};
 use crate::error::{Error, Result};
+use crate::json;
 
 /// One piece that a cut can not divide: the embedding, a block or the head with its loss.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -91,10 +92,7 @@ impl Profile {
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        let mut reader = serde_json::Deserializer::from_slice(&bytes);
-        let profile: Self =
-            serde_path_to_error::deserialize(&mut reader).map_err(|e| Error::file(path, e.path(), e.inner()))?;
-        reader.end().map_err(|e| Error::file(path, format!("line {}", e.line()), e))?;
+        let profile: Self = json::read(path, &bytes)?;
         profile.broken().map_or(Ok(profile), |(key, rule)| Err(Error::file(path, key, rule)))
     }
 

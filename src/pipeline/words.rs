@@ -92,6 +92,7 @@ pub(super) enum Word {
         count: usize,
         index: usize,
     },
+    Late(String),
     Gone(usize),
     /// The worker ended without a word.
     Vanished,
@@ -161,6 +162,7 @@ pub(super) fn of_answer(answer: &Answer) -> Result<Vec<u8>> {
                 index: *index,
             },
             Stop::Error(e) => Word::Fault(format!("error[{}]: {e}", e.code())),
+            Stop::Late(what) => Word::Late(what.clone()),
             Stop::Gone(other) => Word::Gone(*other),
             Stop::Cancelled | Stop::Vanish => Word::Vanished,
         }),
@@ -177,6 +179,7 @@ pub(super) fn answer_of(word: Word, tensors: Vec<Loose>) -> Option<Answer> {
         Word::NonFinite { step, layer, tensor, count, index } => {
             Answer::Stopped(Stop::Error(Error::NonFinite { step, layer, tensor, count, index }))
         }
+        Word::Late(what) => Answer::Stopped(Stop::Late(what)),
         Word::Gone(other) => Answer::Stopped(Stop::Gone(other)),
         Word::Vanished => Answer::Stopped(Stop::Vanish),
         _ => return None,

@@ -428,6 +428,25 @@ fn a_lost_last_message_of_the_teacher_is_named() {
     }
 }
 
+/// The others notice first, because they wait; what they wait for is at fault.
+#[test]
+fn a_slow_stage_is_named_and_not_the_one_that_waits_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config::glm(SIZE, VOCABULARY);
+    let (heartbeat, deadline) = (Duration::from_millis(400), Duration::from_millis(1200));
+    for worker in [1, 2] {
+        let mut setup = setup(&config, (Kind::OneForwardOneBackward, 3, 4), vec![1; 3], folder.path());
+        let position = places(&setup, worker, &[Work::Backward])[0];
+        setup.planted = vec![Injection { worker, step: 0, position, what: Planted::Slow }];
+        let model = Model::init(config.clone(), &cpu(), 3).unwrap();
+        let mut pipeline = Pipeline::start(&model, Setup { heartbeat, deadline, ..setup }).unwrap();
+        let outcome = pipeline.step(&micros(&cpu(), &[1, 2, 1, 1], None), &[], (0.0, 1, STEPS)).map(drop);
+        let Err(Error::Fault { stage, position: at, what, .. }) = outcome else { panic!("{outcome:?}") };
+        assert_eq!((stage, at), (worker, position), "{what}");
+        assert!(what.contains("it is slow: ") && what.contains("did not come within 1.2 s"), "{what}");
+    }
+}
+
 #[test]
 fn the_flight_recorder_names_stages_and_replicas() {
     let folder = tempfile::tempdir().unwrap();
