@@ -12,6 +12,7 @@ mod tagger;
 
 use std::fmt::Display;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -158,6 +159,33 @@ fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// A file that an argument names.
+type Named<'a> = (&'static str, Option<&'a Path>);
+
+/// Refuses outputs that would overwrite an input or each other. Devices and pipes may be named twice.
+fn refuse_collisions(inputs: &[Named], outputs: &[Named]) -> Result<()> {
+    let place = |path: &Path| match path.canonicalize() {
+        Ok(found) => found.is_file().then_some(found),
+        // To be made: known by its folder.
+        Err(_) => {
+            let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            Some(folder.canonicalize().ok()?.join(path.file_name()?))
+        }
+    };
+    let given = |named: &[Named]| -> Vec<(&'static str, PathBuf)> {
+        named.iter().filter_map(|(argument, path)| Some((*argument, place((*path)?)?))).collect()
+    };
+    let mut taken = given(inputs);
+    for (argument, path) in given(outputs) {
+        if let Some((other, _)) = taken.iter().find(|(_, place)| *place == path) {
+            let rule = format!("another file than that of {other}");
+            return Err(Error::Usage { argument, value: path.display().to_string(), rule });
+        }
+        taken.push((argument, path));
+    }
+    Ok(())
 }
 
 /// Prints one line or block. A reader that has gone away (`| head`) ends the program quietly, not with a panic; any other

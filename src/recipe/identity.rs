@@ -87,12 +87,11 @@ fn rounding(pipeline: Option<&Table>) -> [(&'static str, String); 4] {
     let list = |key: &str| get(key).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let split = get("schedule").and_then(Value::as_str).and_then(|name| name.parse::<Kind>().ok());
     let kinds: BTreeSet<&str> = list("devices").iter().filter_map(|d| d.as_str()?.split(':').next()).collect();
-    let replicas: Vec<String> = list("replicas").iter().map(Value::to_string).collect();
     let backward = if split.is_some_and(Kind::splits_backward) { "one with backward in two parts" } else { "another" };
     [
         ("micro_batches", get("micro_batches").map_or("absent".into(), Value::to_string)),
         ("schedule", backward.into()),
-        ("replicas", format!("[{}]", replicas.join(", "))),
+        ("replicas", get("replicas").map_or("absent".into(), Value::to_string)),
         ("devices", format!("of kinds [{}]", kinds.into_iter().collect::<Vec<_>>().join(", "))),
     ]
 }

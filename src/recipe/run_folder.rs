@@ -15,6 +15,7 @@ use crate::console;
 use crate::data::persist::read_capped;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::json;
 use crate::nn::Model;
 use crate::report::model::{LossCurve, StageRow};
 use crate::train::store;
@@ -212,9 +213,7 @@ impl RunFolder {
             return Ok(None);
         }
         let bytes = read_capped(&path, MAX_JSON)?;
-        let mut reader = serde_json::Deserializer::from_slice(&bytes);
-        let sealed: Sealed =
-            serde_path_to_error::deserialize(&mut reader).map_err(|e| Error::file(&path, e.path(), e.inner()))?;
+        let sealed: Sealed = json::read(&path, &bytes)?;
         if sealed.hash()? != sealed.blake3 {
             return Err(Error::file(&path, "content", "its hash is not the recorded one: the file was changed"));
         }

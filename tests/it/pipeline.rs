@@ -148,6 +148,21 @@ fn simulations_without_sense_are_refused() {
 }
 
 #[test]
+fn outputs_overwrite_neither_inputs_nor_each_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = profile(folder.path());
+    let before = fs::read(&file).unwrap();
+    let other = folder.path().join(".").join("profile.json");
+    refused(&["simulate", "--profile", &file, "--svg", other.to_str().unwrap()], 2, &["--svg", "--profile"]);
+    refused(&["profile", &file, "--out", &file], 2, &["--out", "RECIPE"]);
+    let new = folder.path().join("new");
+    let new = new.to_str().unwrap();
+    refused(&["simulate", "--svg", new, "--trace", new], 2, &["--trace", "--svg"]);
+    assert!(fs::read(&file).unwrap() == before && !Path::new(new).exists());
+    good(&["simulate", "--svg", "/dev/null", "--trace", "/dev/null"]);
+}
+
+#[test]
 fn the_grid_is_pytorchs() {
     let text = good(&["schedule", "1f1b", "--stages", "2", "--micro-batches", "2"]);
     let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();

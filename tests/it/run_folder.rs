@@ -151,6 +151,9 @@ fn text_that_is_too_long_names_the_key() {
     let out = folder.path().join("run");
     let error = run(&teacher(&[&set]), &cpu(), &out).unwrap_err();
     assert!(error.to_string().contains("data.max_length") && error.to_string().contains("8 test pairs"), "{error}");
+    let shortest =
+        error.to_string().split("at least ").nth(1).and_then(|rest| rest.split(':').next()?.parse::<usize>().ok());
+    assert!(shortest.is_some_and(|tokens| tokens > 64), "{error}");
     // A run that ended before any result is no obstacle to the corrected recipe.
     write_corpus(&data, "window");
     run(&teacher(&[&set, "seed=2"]), &cpu(), &out).unwrap();

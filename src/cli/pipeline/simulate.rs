@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::plan::time;
 use super::{kind, numbers};
 use crate::atomic::write_atomic;
-use crate::cli::{Global, say, say_json};
+use crate::cli::{Global, refuse_collisions, say, say_json};
 use crate::error::{Error, Result};
 use crate::pipeline::profile::Profile;
 use crate::pipeline::simulate::{StageUse, simulate_as};
@@ -96,6 +96,14 @@ struct Compared {
 }
 
 pub fn run(global: &Global, args: &Args) -> Result<()> {
+    refuse_collisions(
+        &[("--profile", args.profile.as_deref()), ("--csv", args.csv.as_deref())],
+        &[
+            ("--svg", args.svg.as_deref()),
+            ("--trace", args.trace.as_deref()),
+            ("--write-csv", args.write_csv.as_deref()),
+        ],
+    )?;
     let profile = args.profile.as_deref().map(Profile::read).transpose()?;
     let source = match &profile {
         Some(profile) => Source::Profile(profile),
