@@ -138,7 +138,7 @@ fn say_spread(planned: &[plan::PlannedStage]) {
     }
     if spread {
         say(table.terminal());
-        say("cut evenly here; a run cuts by what its pieces take, which it measures");
+        say("memory is that of even cuts; a run cuts by what the pieces take, which it measures");
     }
 }
 

@@ -108,10 +108,11 @@ fn what_a_command_does_not_use_is_refused() {
 
 #[test]
 fn a_dry_run_plans_the_stages_and_refuses_what_the_run_would() {
-    let recipe = RUN.1.to_str().unwrap();
+    let recipe = RUN.0.path().join("tiny.toml");
+    let recipe = recipe.to_str().unwrap();
     let dry = |set: &str| call(&["run", recipe, "--dry-run", "--device", "cpu", "--set", set]);
     let plain = text(&dry("seed=3").stdout);
-    assert!(!plain.contains("pipeline"), "{plain}");
+    assert!(plain.contains("teacher") && !plain.contains("pipeline"), "{plain}");
     let spread =
         text(&dry("pipeline={ stages = 2, micro_batches = 4, schedule = \"gpipe\", replicas = [1, 2] }").stdout);
     assert!(spread.contains("2 stages on [1, 2] devices, gpipe") && spread.contains("KiB, "), "{spread}");
