@@ -115,7 +115,7 @@ fn a_dry_run_plans_the_stages_and_refuses_what_the_run_would() {
     assert!(plain.contains("teacher") && !plain.contains("pipeline"), "{plain}");
     let spread =
         text(&dry("pipeline={ stages = 2, micro_batches = 4, schedule = \"gpipe\", replicas = [1, 2] }").stdout);
-    assert!(spread.contains("2 stages on [1, 2] devices, gpipe") && spread.contains("KiB, "), "{spread}");
+    assert!(spread.contains("2 stages on [1, 2] devices, gpipe") && spread.contains("iB, "), "{spread}");
     let auto = text(&dry("pipeline={}").stdout);
     assert!(auto.contains("as many stages as pay, 1f1b"), "{auto}");
     for (devices, word) in [("[\"cpu:1\"]", "1 devices for 2 workers"), ("[\"cpu:1\", \"wgpu:nosuch\"]", "nosuch")] {
