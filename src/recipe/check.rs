@@ -16,14 +16,20 @@ const MAX_ROTARY: usize = 1 << 26;
 const MAX_WIDTH: usize = 65_536;
 
 pub(super) fn refuse<T>(key: &str, value: impl ToString, allowed: impl ToString) -> Result<T> {
-    Err(Error::Recipe { key: key.into(), value: value.to_string(), allowed: allowed.to_string() })
+    Err(Error::Recipe { key: key.into(), value: legible(value.to_string()), allowed: allowed.to_string() })
+}
+
+/// A number of hundreds of digits in scientific form.
+fn legible(value: String) -> String {
+    match value.parse::<f64>() {
+        Ok(number) if value.len() > 20 => format!("{number:e}"),
+        _ => value,
+    }
 }
 
 impl Training {
     pub(super) fn check(&self, key: &str) -> Result<()> {
-        let rule = |field: &str, value: String, allowed: &str| {
-            Err(Error::Recipe { key: format!("{key}.{field}"), value, allowed: allowed.into() })
-        };
+        let rule = |field: &str, value: String, allowed: &str| refuse(&format!("{key}.{field}"), value, allowed);
         if self.steps == 0 || self.steps > 100_000_000 {
             return rule("steps", self.steps.to_string(), "1 to 100000000");
         }
@@ -207,6 +213,8 @@ mod tests {
                 other => panic!("{set}: {other:?}"),
             }
         }
+        let error = Recipe::load(None, &["teacher.learning_rate=1e300".into()]).unwrap_err().to_string();
+        assert!(error.contains(" 1e300"), "{error}");
         assert!(Recipe::load(None, &["sparsify.linears=[\"ffn\", \"blocks.2.attention\"]".into()]).is_ok());
         // The last block of the teacher is gone by then.
         assert!(Recipe::load(None, &["sparsify.linears=[\"blocks.3\"]".into()]).is_err());

@@ -19,7 +19,7 @@ use crate::train::schedule::{Schedule, Shape};
 pub use distil::{Distil, HiddenProjection};
 pub use experts::Experts;
 pub use hybrid::Hybrid;
-pub use pipeline::{Auto, Pipeline, Stages};
+pub use pipeline::{Auto, Pipeline, Replicas, Stages};
 pub use quantize::Quantize;
 pub use sparsify::{PruningMethod, Sparsify};
 pub use structure::{Selection, Structure};
