@@ -202,7 +202,7 @@ fn learned_and_tracked_steps_are_replayed_to_the_bit() {
     for precision in [Precision::F32, Precision::Bf16] {
         let plan = Plan { quantized: true, lengths: &[3], precision, ..PLAN };
         let replayed = check(&cpu(), plan, 4);
-        assert!((10..19).contains(&replayed), "{replayed}");
+        assert!(replayed >= 16, "{replayed}");
         let (whole, parted) = (folder(), folder());
         let plan = Plan { saves_every: 9, ..plan };
         let want = result(&cpu(), plan, 0, whole.path()).0;
