@@ -167,7 +167,7 @@ impl Recipe {
             s.check(self.smallest(), self.pipeline.is_some())?;
         }
         if let Some(q) = &self.quantize {
-            q.check()?;
+            q.check(self)?;
         }
         if let Some(e) = &self.experts {
             e.check(self.smallest())?;

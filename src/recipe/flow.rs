@@ -151,6 +151,8 @@ impl Flow<'_> {
         let deployed = freeze(&outcome.model, outcome.state.form())?;
         let mut row = evaluate(&deployed, corpus, &self.recipe.evaluate, name)?;
         outcome.invariants.extend(stages::invariants(&outcome.model, &outcome.state)?);
+        let probe = stages::probe(corpus, &outcome.model)?;
+        outcome.invariants.extend(stages::quantize::deployed(&outcome.model, &outcome.state, &deployed, &probe)?);
         outcome.invariants.push(self.reloads(&path.join("deployed"), name, &deployed)?);
         row.baseline = baseline;
         row.seconds = Some(outcome.earlier_seconds + started.elapsed().as_secs_f64());

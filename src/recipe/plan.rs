@@ -51,7 +51,7 @@ pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
                 stages.push(planned("sparsify", size, recipe, training));
             }
             Step::Quantize => {
-                let training = recipe.quantize.as_ref().map(|q| &q.training);
+                let training = recipe.quantize.as_ref().and_then(|q| q.training.as_ref());
                 stages.push(planned("quantize", size, recipe, training));
             }
             Step::Experts => {

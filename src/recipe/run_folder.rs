@@ -11,6 +11,7 @@ use super::lock::FolderLock;
 use crate::atomic::write_atomic;
 use crate::compress::freeze::Form;
 use crate::compress::pruning::Pattern;
+use crate::compress::quantization::{Format, Phase};
 use crate::console;
 use crate::data::persist::read_capped;
 use crate::device::Device;
@@ -52,20 +53,25 @@ pub struct State {
     pub sparse: BTreeMap<String, usize>,
     /// What the zeros look like.
     pub pattern: Pattern,
-    /// Linears trained under int8 fake quantization.
-    pub int8: Vec<String>,
+    /// Linears that are quantized, and how.
+    pub quantized: Vec<String>,
+    pub format: Format,
+    /// While the stage that quantizes trains.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
 }
 
 impl State {
     pub fn form(&self) -> Form {
-        Form { sparse: !self.sparse.is_empty() && self.pattern.is_24(), int8: !self.int8.is_empty() }
+        let sparse = !self.sparse.is_empty() && self.pattern.is_24();
+        Form { sparse, quantized: (!self.quantized.is_empty()).then_some(self.format) }
     }
 
     /// The promises on a model whose tensors have other names; `None` for what is gone with its promise.
     pub fn renamed(&self, rename: impl Fn(&str) -> Option<String>) -> Self {
         let all = |names: &[String]| names.iter().filter_map(|name| rename(name)).collect();
         let sparse = self.sparse.iter().filter_map(|(name, zeros)| Some((rename(name)?, *zeros))).collect();
-        Self { sparse, int8: all(&self.int8), ..self.clone() }
+        Self { sparse, quantized: all(&self.quantized), ..self.clone() }
     }
 }
 

@@ -20,7 +20,7 @@ pub use distil::{Distil, HiddenProjection};
 pub use experts::Experts;
 pub use hybrid::Hybrid;
 pub use pipeline::{Auto, Pipeline, Replicas, Stages};
-pub use quantize::Quantize;
+pub use quantize::{Inputs, Method, Observer, Quantize};
 pub use sparsify::{PruningMethod, Sparsify};
 pub use structure::{Selection, Structure};
 

@@ -84,8 +84,8 @@ pub fn held(model: &Model, state: &State) -> Result<Vec<Box<dyn Method>>> {
     if !sparse.is_empty() {
         methods.push(Box::new(Held::new(model, sparse, state.pattern)?));
     }
-    if !state.int8.is_empty() {
-        methods.push(Box::new(QuantizationAware { bits: 8, linears: state.int8.clone() }));
+    if !state.quantized.is_empty() {
+        methods.push(Box::new(QuantizationAware::new(state.quantized.clone(), state.format, state.phase)));
     }
     Ok(methods)
 }

@@ -16,6 +16,7 @@ mod mpi;
 mod pipeline;
 mod pruning;
 mod pruning_recipes;
+mod quantization;
 mod report;
 mod run_folder;
 mod second_order;
