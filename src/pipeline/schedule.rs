@@ -182,8 +182,7 @@ impl fmt::Display for Kind {
 }
 
 /// What names a kind, for messages.
-pub const KINDS: &str =
-    "sequential, gpipe, 1f1b, dapple-a[:CAP], dapple-b[:CAP], interleaved[:CHUNKS], zb-h1, zb-h2, zb-v, v-half or v-min";
+pub const KINDS: &str = "sequential, gpipe, 1f1b, dapple-a[:CAP], dapple-b[:CAP], interleaved[:CHUNKS], zb-h1, zb-h2, zb-v, v-half or v-min";
 
 impl FromStr for Kind {
     type Err = String;
