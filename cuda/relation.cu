@@ -8,8 +8,8 @@
 //           seen[B,T,2], loss[B,H,T], sums[B,H,T,2]; bwd_rows: context, lengths, weights, sums, dloss[B,H,T], rows[B,H,T,4];
 //           bwd_a: a, b, c, d, rows, da[B,T,H,D]; bwd_b: a, b, c, d, rows, db[B,S,H,D]
 // layout:   contiguous; the plan puts arguments into slots, an absent optional input is any read argument and never read
-// launch:   linear; v1 64 threads a block, one row each (a query in fwd and bwd_a, a key in bwd_b); v2 16 x 16 threads, one
-//           tile of 16 rows each; backward once for every 128 dimensions, first to last
+// launch:   linear; v1 64 threads a block, one row each (a query in fwd and bwd_a, a key in bwd_b); v2 256 threads, one tile of
+//           16 rows each; backward once for every 128 dimensions, first to last
 // cost:     2 B H T S (D + E) flops forward; backward recomputes scores for da and for db
 // numerics: f32; online softmax of both models at once, in key order; masks leave a prefix of the keys visible, hidden keys
 //           never count; a query without keys gives loss 0 and sums of MASKED
@@ -239,7 +239,7 @@ struct Shared {
 
 // Score of query i against key j of a tile. Thread (i, j) brings element j of query row i and of key row i.
 __device__ __forceinline__ float tile_score(Shared& shared, const E* query, const E* key, u32 dim, float scale) {
-    u32 i = threadIdx.y, j = threadIdx.x;
+    u32 i = threadIdx.x / TILE, j = threadIdx.x % TILE;
     float sum = 0.0f;
     for (u32 d = 0; d < dim; d += TILE) {
         bool inside = d + j < dim;
@@ -264,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(256)
 relation_fwd_tiles(const E* a, const E* b, const E* c, const E* d, const float* seen, float* loss, float* sums, RelationParams p) {
     __shared__ Shared shared;
     __shared__ Online states[TILE][TILE];
-    u32 i = threadIdx.y, j = threadIdx.x;
+    u32 i = threadIdx.x / TILE, j = threadIdx.x % TILE;
     Tile tile = tile_of(p, p.queries);
     if (tile.b >= p.batch) return;
     u32 t = min(tile.start + i, p.queries - 1u);
@@ -289,7 +289,7 @@ relation_fwd_tiles(const E* a, const E* b, const E* c, const E* d, const float* 
 // total[m] += sum over k of weight(k) (dimension first + 16 m + j of the row that thread row k brings)
 template <bool BY_KEY>
 __device__ __forceinline__ void tile_add(float* total, Shared& shared, const E* row, const RelationParams& p) {
-    u32 i = threadIdx.y, j = threadIdx.x;
+    u32 i = threadIdx.x / TILE, j = threadIdx.x % TILE;
 #pragma unroll
     for (u32 m = 0; m < DIM / TILE; m++) {
         u32 d = p.first + m * TILE + j;
@@ -306,7 +306,7 @@ __device__ __forceinline__ void tile_add(float* total, Shared& shared, const E* 
 __device__ __forceinline__ void tile_store(E* out, const float* total, const RelationParams& p) {
 #pragma unroll
     for (u32 m = 0; m < DIM / TILE; m++) {
-        u32 d = p.first + m * TILE + threadIdx.x;
+        u32 d = p.first + m * TILE + threadIdx.x % TILE;
         if (d < p.last) out[d] = st(total[m] * p.scale);
     }
 }
@@ -314,7 +314,7 @@ __device__ __forceinline__ void tile_store(E* out, const float* total, const Rel
 extern "C" __global__ void __launch_bounds__(256)
 relation_bwd_a_tiles(const E* a, const E* b, const E* c, const E* d, const float* rows, E* da, RelationParams p) {
     __shared__ Shared shared;
-    u32 i = threadIdx.y, j = threadIdx.x;
+    u32 i = threadIdx.x / TILE, j = threadIdx.x % TILE;
     Tile tile = tile_of(p, p.queries);
     if (tile.b >= p.batch) return;
     u32 t = min(tile.start + i, p.queries - 1u);
@@ -336,7 +336,7 @@ relation_bwd_a_tiles(const E* a, const E* b, const E* c, const E* d, const float
 extern "C" __global__ void __launch_bounds__(256)
 relation_bwd_b_tiles(const E* a, const E* b, const E* c, const E* d, const float* rows, E* db, RelationParams p) {
     __shared__ Shared shared;
-    u32 i = threadIdx.y, j = threadIdx.x;
+    u32 i = threadIdx.x / TILE, j = threadIdx.x % TILE;
     Tile tile = tile_of(p, p.keys);
     if (tile.b >= p.batch) return;
     u32 brought = min(tile.start + i, p.keys - 1u);

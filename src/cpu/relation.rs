@@ -374,7 +374,13 @@ impl<T: Float> Work for Backward<'_, T> {
                 self.slopes(&mut w.scores, &counts, t, (rows, most));
                 let slopes = &*w.scores[0];
                 let by_query = Left { data: slopes, row: 1, column: PANEL };
-                product::<V>((rows, padded, most), by_query, (&w.keys[0][start * padded..], padded), (da, padded), true);
+                product::<V>(
+                    (rows, padded, most),
+                    by_query,
+                    (&w.keys[0][start * padded..], padded),
+                    (da, padded),
+                    true,
+                );
                 // The packed queries carry the scale already.
                 let by_key = Left { data: slopes, row: PANEL, column: 1 };
                 let out = (&mut db[start * padded..], padded);

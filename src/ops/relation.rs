@@ -106,7 +106,11 @@ impl Relation {
             .ok_or_else(|| broken("a [B, T, H, D], b [B, S, H, D], teacher [B, T, H, E] and [B, S, H, E]"))?;
         let of_one_type = inputs[..4].iter().all(|m| m.dtype == inputs[0].dtype && m.dtype.is_float());
         if !of_one_type {
-            return Err(Error::Dtype { op, expected: "student and teacher of one float type", got: shape::list(inputs) });
+            return Err(Error::Dtype {
+                op,
+                expected: "student and teacher of one float type",
+                got: shape::list(inputs),
+            });
         }
         if inputs[..4].iter().any(|m| m.count() == 0) {
             return Err(broken("extents of at least 1"));

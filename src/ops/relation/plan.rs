@@ -115,8 +115,7 @@ fn backward(p: &Problem, rung: Rung) -> Plan {
     let weights = op.0.weights();
     let (sums, dloss, da, db, rows) = (weights + 1, weights + 2, weights + 3, weights + 4, weights + 5);
     let first = Launch::linear(e.rows(), BLOCK, range(p, (0, e.dim)));
-    let mut launches =
-        vec![first.entry("relation_bwd_rows").slots(&[context, lengths, weights, sums, dloss, rows])];
+    let mut launches = vec![first.entry("relation_bwd_rows").slots(&[context, lengths, weights, sums, dloss, rows])];
     for part in ranges(e.dim) {
         let entries = [
             ("relation_bwd_a", "relation_bwd_a_tiles", e.queries, da),
