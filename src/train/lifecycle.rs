@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use super::optimizer::Optimizer;
 use crate::error::Result;
-use crate::nn::{Batch, Model, OutputHook, Pass};
+use crate::nn::{Batch, Model, OutputHook, Pass, Tap};
 use crate::shape::Meta;
 use crate::tape::Var;
 use crate::tensor::Tensor;
@@ -129,6 +129,11 @@ pub trait Method {
     /// Computing outputs: how a weight enters its product.
     fn on_output(&self) -> Option<&dyn OutputHook> {
         None
+    }
+
+    /// Intermediate states that [`Method::on_loss`] reads of the pass.
+    fn taps(&self) -> Vec<Tap> {
+        Vec::new()
     }
 
     /// Computing the loss: a scalar added to it, in the unit of `Micro::weights` (a sum over rows).

@@ -167,7 +167,7 @@ impl Optimizer {
             let wanted = |name: &str, tensor: &Tensor| {
                 tensor.dtype() == DType::F32
                     && part_of(name, tensor) == part
-                    && !name.contains(".router.")
+                    && model.learns(name)
                     && trained(name)
             };
             let mut names: Vec<String> =
