@@ -126,6 +126,11 @@ impl<'m> Pass<'m> {
         self
     }
 
+    /// The type that it computes in, where that is not the parameters'.
+    pub fn computes(&self) -> Option<DType> {
+        self.compute
+    }
+
     /// FFNs as two linears: the fused one computes input and weight gradients at once, which backward in two parts cannot use.
     #[must_use]
     pub fn split_ffn(mut self, split: bool) -> Self {

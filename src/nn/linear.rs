@@ -30,6 +30,16 @@ impl Pass<'_> {
             };
             return if beside { self.low_rank(name, x, y) } else { Ok(y) };
         }
+        if self.tuned
+            && self.tape.recording()
+            && let Some((input, weight)) = self.learnable(name, x)?
+        {
+            let y = match &bias {
+                Some(bias) => self.tape.first(Matmul::linear_bias(), &[&input, &weight, bias])?,
+                None => self.tape.first(Matmul::linear(), &[&input, &weight])?,
+            };
+            return self.low_rank(name, x, y);
+        }
         let rows = self.rows(x)?;
         let scale = self.optional(&format!("{name}.scale"))?;
         let y = if let Some(values) = self.optional(&format!("{name}.values"))? {

@@ -12,6 +12,7 @@
 use std::ops::Bound;
 
 use super::forward::{Batch, Pass};
+use super::linear::ACTIVATION;
 use super::model::Model;
 use crate::dispatch;
 use crate::dtype::DType;
@@ -19,6 +20,8 @@ use crate::error::Result;
 use crate::ops::binary::{Binary, BinaryFunction};
 use crate::ops::layout::{Concat, Fill, GatherRows};
 use crate::ops::matmul::Matmul;
+use crate::ops::quant::{Dequantize, FakeQuant, Granularity};
+use crate::ops::sparse24::Decompress24;
 use crate::ops::unary::{Function, Unary};
 use crate::shape::Shape;
 use crate::tape::Var;
@@ -71,6 +74,30 @@ impl Pass<'_> {
             Some(mask) => self.tape.first(MUL, &[&sum, &mask]).map(Some),
             None => Ok(Some(sum)),
         }
+    }
+
+    /// The twin of an int8 product that gradients go through, for what lies before it: the input on its grid of levels and
+    /// the weight as its levels say, which is fixed.
+    pub(super) fn learnable(&mut self, name: &str, x: &Var) -> Result<Option<(Var, Var)>> {
+        let Some(scale) = self.optional(&format!("{name}.scale"))? else {
+            return Ok(None);
+        };
+        let levels = match (self.optional(&format!("{name}.int8"))?, self.optional(&format!("{name}.values"))?) {
+            (Some(levels), _) => levels,
+            (None, Some(values)) => {
+                let metadata = self.parameter(&format!("{name}.metadata"))?;
+                self.tape.first(Decompress24 { k: x.tensor.shape().last() }, &[&values, &metadata])?
+            }
+            (None, None) => return Ok(None),
+        };
+        let (bits, scheme) = (ACTIVATION.bits, ACTIVATION.scheme);
+        let zeros = Fill { value: 0.0, dims: scale.tensor.shape(), dtype: DType::F32 };
+        let zeros = Var::constant(dispatch::one(dispatch::run_on(self.model.device(), &zeros, &[])?, "fill")?);
+        let dequantize = Dequantize { bits, scheme, granularity: Granularity::Channel };
+        let weight = self.tape.first(dequantize, &[&levels, &scale.detach(), &zeros])?;
+        let weight = self.constant(&weight.tensor)?;
+        let fake = FakeQuant { bits, scheme, granularity: ACTIVATION.granularity, dynamic: true };
+        Ok(Some((self.tape.first(fake, &[x])?, weight)))
     }
 
     fn has_update(&self, name: &str) -> bool {

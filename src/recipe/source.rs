@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::corpus::{Corpus, upload};
 use super::schema::Training;
 use crate::compress::hybrid;
-use crate::compress::teacher::TeacherCache;
+use crate::compress::distillation::TeacherCache;
 use crate::data::batch::{Batch, BatchOptions, Batches, Example, GmaskPosition, IGNORE, Stream};
 use crate::device::Device;
 use crate::error::Result;
@@ -172,6 +172,7 @@ impl CorpusSource<'_> {
             soft_weights: floats(&rows.1)?,
             hard_targets: Tensor::from_slice(&self.device, &[n], &rows.2)?,
             hard_weights: floats(&rows.3)?,
+            top: None,
         })
     }
 }

@@ -41,14 +41,26 @@ pub struct Teacher {
     pub hard_targets: Tensor,
     /// f32 `[N]`: rows of the hard-label loss.
     pub hard_weights: Tensor,
+    /// Its largest logits, where those are what is kept of it.
+    pub top: Option<Top>,
+}
+
+/// The k largest logits of each row, softened, and what is known of the others: that they share the rest of the
+/// probability, as the cached log-sum-exp says.
+#[derive(Clone)]
+pub struct Top {
+    /// u32 `[N, k]`: (row modulo [`super::trainer::LOSS_CHUNK`]) V + token.
+    pub slots: Tensor,
+    /// f32 `[N, k]`: z / T less the logit that an even share of the rest amounts to.
+    pub values: Tensor,
 }
 
 /// Whether gold labels count, and the type and extents of every tensor: micro-batches alike in it make the same launches.
-pub type MicroShape = (bool, [Option<Meta>; 12]);
+pub type MicroShape = (bool, [Option<Meta>; 14]);
 
 impl Micro {
     /// Its tensors, each in its place.
-    pub fn tensors(&self) -> [Option<&Tensor>; 12] {
+    pub fn tensors(&self) -> [Option<&Tensor>; 14] {
         let (batch, teacher) = (&self.batch, self.teacher.as_ref());
         [
             Some(&batch.tokens),
@@ -63,6 +75,8 @@ impl Micro {
             teacher.map(|t| &t.soft_weights),
             teacher.map(|t| &t.hard_targets),
             teacher.map(|t| &t.hard_weights),
+            teacher.and_then(|t| t.top.as_ref()).map(|t| &t.slots),
+            teacher.and_then(|t| t.top.as_ref()).map(|t| &t.values),
         ]
     }
 
@@ -78,6 +92,7 @@ impl Micro {
     /// The same with every tensor put through `change`, which is also told its place in [`Micro::tensors`].
     pub fn map(&self, change: impl Fn(usize, &Tensor) -> Result<Tensor>) -> Result<Self> {
         let maybe = |at: usize, tensor: &Option<Tensor>| tensor.as_ref().map(|t| change(at, t)).transpose();
+        let top = |t: &Top| -> Result<Top> { Ok(Top { slots: change(12, &t.slots)?, values: change(13, &t.values)? }) };
         let teacher = |t: &Teacher| -> Result<Teacher> {
             Ok(Teacher {
                 hidden: change(7, &t.hidden)?,
@@ -85,6 +100,7 @@ impl Micro {
                 soft_weights: change(9, &t.soft_weights)?,
                 hard_targets: change(10, &t.hard_targets)?,
                 hard_weights: change(11, &t.hard_weights)?,
+                top: t.top.as_ref().map(top).transpose()?,
             })
         };
         Ok(Self {

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::compress::distil::Weights;
+use crate::compress::distillation::Weights;
 use crate::error::Result;
 use crate::recipe::check::refuse;
 

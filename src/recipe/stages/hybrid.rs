@@ -1,9 +1,9 @@
 //! Hybrid-data fine-tuning: the teacher first, then the student under the tuned teacher.
 
 use super::{Context, Objective, Student, distillation, fit, text, trained};
-use crate::compress::distil::Weights;
+use crate::compress::distillation::Weights;
 use crate::compress::hybrid::{self, StudentLoss};
-use crate::compress::teacher::TeacherCache;
+use crate::compress::distillation::TeacherCache;
 use crate::data::mixture;
 use crate::error::Result;
 use crate::nn::Model;

@@ -5,7 +5,7 @@ use crate::compress::quantization::data_free::{self, Request};
 use crate::compress::quantization::{
     Activations, INPUT_STEP, QuantizationAware, awq, calibrate, gptq, learned_step, smooth,
 };
-use crate::compress::teacher::TeacherCache;
+use crate::compress::distillation::TeacherCache;
 use crate::data::batch::{Batch, Example, GmaskPosition};
 use crate::error::Result;
 use crate::nn::{self, Model, OutputHook, Pass};

@@ -5,7 +5,7 @@ use crate::compress::pruning::score::{FirstOrder, Magnitude, Random};
 use crate::compress::pruning::sparsegpt::{self, SparseGpt};
 use crate::compress::pruning::wanda::{Activation, Wanda};
 use crate::compress::pruning::{Binariser, Criterion, Learned24, Movement, Pruner, fisher, prunable};
-use crate::compress::teacher::TeacherCache;
+use crate::compress::distillation::TeacherCache;
 use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::recipe::flow::Flow;

@@ -3,7 +3,7 @@
 use super::{Context, Objective, Student, calibration, fit, recover, text, trained};
 use crate::compress::importance;
 use crate::compress::structure::{self, Keep, Target};
-use crate::compress::teacher::TeacherCache;
+use crate::compress::distillation::TeacherCache;
 use crate::error::Result;
 use crate::nn::Model;
 use crate::recipe::flow::Flow;
