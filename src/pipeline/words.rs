@@ -203,7 +203,14 @@ pub(super) fn micros_of(heads: &[MicroHead], tensors: &[Loose], device: &Arc<dyn
         };
         let needed = |tensor: &Option<Tensor>| tensor.clone().unwrap_or_else(|| unread.clone());
         let teacher = match teacher {
-            [Some(hidden), Some(hidden_weights), Some(soft_weights), Some(hard_targets), Some(hard_weights), top @ ..] => {
+            [
+                Some(hidden),
+                Some(hidden_weights),
+                Some(soft_weights),
+                Some(hard_targets),
+                Some(hard_weights),
+                top @ ..,
+            ] => {
                 let top = match top {
                     [Some(slots), Some(values)] => Some(Top { slots: slots.clone(), values: values.clone() }),
                     _ => None,

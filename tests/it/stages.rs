@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use espalier::compress::distillation::{Distillation, Projection, Weights};
 use espalier::compress::distillation::predictions;
+use espalier::compress::distillation::{Distillation, Projection, Weights};
 use espalier::data::batch::IGNORE;
 use espalier::device::{self, Device};
 use espalier::dispatch;

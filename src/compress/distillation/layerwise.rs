@@ -164,7 +164,8 @@ impl LayerwiseDistillation {
         let dims = micro.batch.tokens.dims();
         let weights = micro.teacher.as_ref().map_or(&micro.weights, |t| &t.hidden_weights);
         let weights = Var::constant(weights.reshape(dims)?);
-        let missing = || Error::Shape { op: "distillation", rule: "what the teacher was asked for", got: "none".into() };
+        let missing =
+            || Error::Shape { op: "distillation", rule: "what the teacher was asked for", got: "none".into() };
         let loss = match (planned.teacher, planned.student) {
             (Tap::Hidden(teacher), Tap::Hidden(student)) => {
                 let student = pass.hidden_at(student)?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::schedule::{Number, TemperatureSchedule, WeightSchedule};
-use super::{MUL, SUB, row_scaled, total};
+use super::{MUL, SUB, labelled_shares, row_scaled, total};
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -97,7 +97,8 @@ impl Default for Logits {
 impl Logits {
     /// Refuses what cannot be computed; `cached`: the teacher's logits are its largest alone.
     pub fn check(&self, cached: bool) -> Result<()> {
-        let refuse = |parameter, value: String, allowed| Err(Error::Parameter { op: "logits", parameter, value, allowed });
+        let refuse =
+            |parameter, value: String, allowed| Err(Error::Parameter { op: "logits", parameter, value, allowed });
         self.temperature_schedule.check(self.temperature)?;
         if !(self.weight.is_finite() && self.weight >= 0.0) {
             return refuse("weight", self.weight.to_string(), "finite, from 0");
@@ -249,10 +250,8 @@ impl LogitTerm {
             parts.push(self.confidence(tape, &student, &teacher)?);
         }
         let mut all = joined(tape, parts)?;
-        // The mean over labelled rows, however many: exp(-1e4) is 0 in f32.
-        let labelled = Var::constant(weights.reshape(&[1, n])?);
-        let large = tape.first(Unary(Function::Scale(1e4)), &[&labelled])?;
-        let share = tape.first(Softmax, &[&large])?.reshape(&[n])?;
+        // The mean over labelled rows, whatever they weigh.
+        let share = labelled_shares(tape, &Var::constant(weights.reshape(&[1, n])?))?.reshape(&[n])?;
         let mean = tape.first(MUL, &[&all, &share])?;
         let mean = tape.first(Reduce { function: ReduceFunction::Sum, axis: Axis::All }, &[&mean])?.reshape(&[1])?;
         let mean = tape.first(Unary(Function::Scale(beta)), &[&mean])?;
@@ -413,4 +412,3 @@ impl Chunk {
         tape.first(ADD, &[z, &moved])
     }
 }
-

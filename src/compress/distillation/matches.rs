@@ -4,15 +4,14 @@
 use serde::{Deserialize, Serialize};
 
 use super::schedule::WeightSchedule;
-use super::{MUL, row_scaled, scaled};
+use super::{MUL, labelled_shares, row_scaled, scaled};
 use crate::error::{Error, Result};
 use crate::nn::{Batch, Config, Pass, Tap};
 use crate::ops::distill::{Cosine, HiddenMse, Reduction};
 use crate::ops::layout::Slice;
 use crate::ops::matmul::Matmul;
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
-use crate::ops::softmax::Softmax;
-use crate::ops::unary::{Cast, Function, Unary};
+use crate::ops::unary::Cast;
 use crate::tape::Var;
 use crate::train::trainer::sum;
 
@@ -157,9 +156,8 @@ impl Match {
     /// # Errors
     /// `Parameter` for a layer that is not there, a loss that the feature has not, a weight that is no number.
     pub fn taps(&self, teacher: &Config, student: &Config) -> Result<[Tap; 2]> {
-        let refuse = |parameter, value: String, allowed| {
-            Err(Error::Parameter { op: "match", parameter, value, allowed })
-        };
+        let refuse =
+            |parameter, value: String, allowed| Err(Error::Parameter { op: "match", parameter, value, allowed });
         if !(self.weight.is_finite() && self.weight >= 0.0) {
             return refuse("weight", self.weight.to_string(), "finite, from 0");
         }
@@ -220,7 +218,7 @@ impl Match {
                 scaled(pass, &loss, 2.0)
             }
             MatchLoss::Gram => {
-                let (sequences, shares) = (labels(pass, weights)?, shares(pass, weights)?);
+                let (sequences, shares) = (labels(pass, weights)?, labelled_shares(&mut pass.tape, weights)?);
                 let [own, other] = [student, teacher].map(|x| gram(pass, x, &shares));
                 let loss = pass.tape.first(squares(false), &[&own?, &other?, &sequences])?;
                 scaled(pass, &loss, mean / d as f32)
@@ -233,13 +231,6 @@ impl Match {
 /// Labelled rows of each sequence, f32 `[B]` of weights `[B, T]`: what a loss that a sequence has one of counts.
 fn labels(pass: &mut Pass, weights: &Var) -> Result<Var> {
     pass.tape.first(Reduce { function: ReduceFunction::Sum, axis: Axis::Last }, &[weights])
-}
-
-/// 1 / n of the n labelled rows of each sequence, 0 elsewhere.
-fn shares(pass: &mut Pass, weights: &Var) -> Result<Var> {
-    // exp(-1e4) is 0 in f32: a softmax of 0 and -1e4 divides by the number of zeros.
-    let large = pass.tape.first(Unary(Function::Scale(1e4)), &[weights])?;
-    pass.tape.first(Softmax, &[&large])
 }
 
 /// Hᵀ diag(shares) H of each sequence, as rows `[B, d d]`.

@@ -24,6 +24,7 @@ use crate::error::Result;
 use crate::nn::Pass;
 use crate::ops::binary::{ADD, Binary, BinaryFunction};
 use crate::ops::matmul::Matmul;
+use crate::ops::softmax::Softmax;
 use crate::ops::unary::{Function, Unary};
 use crate::tape::{Tape, Var};
 
@@ -54,4 +55,13 @@ fn row_scaled(tape: &mut Tape, rows: &Var, factors: &Var) -> Result<Var> {
     let [n, d] = [rows.tensor.shape().rows(), rows.tensor.shape().last()];
     let product = Matmul::plain(false, false);
     tape.first(product, &[&factors.reshape(&[n, 1, 1])?, &rows.reshape(&[n, 1, d])?])?.reshape(rows.dims())
+}
+
+/// 1 / n of the n labelled rows (weight above 0) of each row of `weights` `[.., T]`, 0 elsewhere; evenly where none is.
+fn labelled_shares(tape: &mut Tape, weights: &Var) -> Result<Var> {
+    // tanh makes 0 and 1 of 0 and everything else; exp(-1e4) is 0 in f32, so the softmax divides by the number of ones.
+    let large = tape.first(Unary(Function::Scale(1e30)), &[weights])?;
+    let labelled = tape.first(Unary(Function::Tanh), &[&large])?;
+    let apart = tape.first(Unary(Function::Scale(1e4)), &[&labelled])?;
+    tape.first(Softmax, &[&apart])
 }

@@ -48,7 +48,8 @@ impl Preset {
         let last = |feature, loss| Match { feature, ..Match::hidden(-1, -1, loss) };
         let (matches, logits, gold) = match self {
             Preset::TinyBert | Preset::TinyBertGeneral => {
-                let learned = |(t, s)| Match { projection: MatchProjection::Linear, ..Match::hidden(t, s, MatchLoss::Mse) };
+                let learned =
+                    |(t, s)| Match { projection: MatchProjection::Linear, ..Match::hidden(t, s, MatchLoss::Mse) };
                 let attention = |(t, s)| Match { feature: Feature::Attention, ..Match::hidden(t, s, MatchLoss::Mse) };
                 let soft = Logits { temperature: 1.0, ..Logits::default() };
                 // Student layers below the teacher's first block have no block to learn attention from.

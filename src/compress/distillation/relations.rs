@@ -23,8 +23,7 @@ impl Match {
             Feature::Attention => heads.scale,
             _ => 1.0 / (x.tensor.shape().last() as f32).sqrt(),
         };
-        let loss =
-            if self.loss == MatchLoss::Kl { RelationLoss::Divergence } else { RelationLoss::SquaredError };
+        let loss = if self.loss == MatchLoss::Kl { RelationLoss::Divergence } else { RelationLoss::SquaredError };
         let (mask, lengths, extra) = visible(pass.model.config.attention, batch)?;
         let op = Relation { loss, mask, lengths, scale: scale(student, &a), teacher_scale: scale(teacher, &c) };
         let heads = a.dims()[2] as f32;
@@ -72,12 +71,7 @@ fn visible(kind: AttentionKind, batch: &Batch) -> Result<(Mask, bool, Vec<Var>)>
 }
 
 /// Mean squared difference of H Hᵀ / d against all tokens of a sequence.
-pub(super) fn mmd(
-    pass: &mut Pass,
-    student: &Var,
-    teacher: &Var,
-    (batch, weights): (&Batch, &Var),
-) -> Result<Var> {
+pub(super) fn mmd(pass: &mut Pass, student: &Var, teacher: &Var, (batch, weights): (&Batch, &Var)) -> Result<Var> {
     let one_head = |x: &Var| {
         let &[b, t, d] = x.dims() else {
             return Err(Error::Shape { op: "mmd", rule: "hidden states [B, T, d]", got: x.meta().to_string() });

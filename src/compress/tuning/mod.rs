@@ -45,9 +45,8 @@ impl Tuning {
 
 /// Parameters that were added and learn.
 pub fn parameter_count(model: &Model) -> usize {
-    let learned = model.tensors.iter().filter(|(name, t)| {
-        name.starts_with(TUNING) && t.dtype().is_float() && model.learns(name)
-    });
+    let learned =
+        model.tensors.iter().filter(|(name, t)| name.starts_with(TUNING) && t.dtype().is_float() && model.learns(name));
     learned.map(|(_, tensor)| tensor.count()).sum()
 }
 
