@@ -56,11 +56,14 @@ pub struct Top {
 }
 
 /// Whether gold labels count, and the type and extents of every tensor: micro-batches alike in it make the same launches.
-pub type MicroShape = (bool, [Option<Meta>; 14]);
+pub type MicroShape = (bool, [Option<Meta>; Micro::PLACES]);
 
 impl Micro {
+    /// Tensors that it may have.
+    pub const PLACES: usize = 14;
+
     /// Its tensors, each in its place.
-    pub fn tensors(&self) -> [Option<&Tensor>; 14] {
+    pub fn tensors(&self) -> [Option<&Tensor>; Self::PLACES] {
         let (batch, teacher) = (&self.batch, self.teacher.as_ref());
         [
             Some(&batch.tokens),
