@@ -61,6 +61,7 @@ impl Pass<'_> {
                 let inputs = [&rows, &weight, scale].into_iter().chain(&bias);
                 let op = MatmulInt8Groups { group, bias: bias.is_some() };
                 let y = self.tape.first(op, &inputs.collect::<Vec<_>>())?;
+                let y = if self.tuned { self.low_rank(name, &rows, y)? } else { y };
                 return with_last(x, &y);
             }
             let q = self.quantized(name, &rows)?;

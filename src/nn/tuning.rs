@@ -20,7 +20,7 @@ use crate::error::Result;
 use crate::ops::binary::{Binary, BinaryFunction};
 use crate::ops::layout::{Concat, Fill, GatherRows};
 use crate::ops::matmul::Matmul;
-use crate::ops::quant::{Dequantize, FakeQuant, Granularity};
+use crate::ops::quant::{Dequantize, FakeQuant, Granularity, GridFrom};
 use crate::ops::sparse24::Decompress24;
 use crate::ops::unary::{Function, Unary};
 use crate::shape::Shape;
@@ -90,14 +90,24 @@ impl Pass<'_> {
             }
             (None, None) => return Ok(None),
         };
+        // Weights in groups multiply float inputs.
+        let groups = (scale.dims().len() == 2).then(|| x.tensor.shape().last() / scale.tensor.shape().last().max(1));
+        let granularity = groups.map_or(Granularity::Channel, Granularity::Group);
         let (bits, scheme) = (ACTIVATION.bits, ACTIVATION.scheme);
-        let zeros = Fill { value: 0.0, dims: scale.tensor.shape(), dtype: DType::F32 };
+        let count = scale.tensor.count();
+        let zeros = Fill { value: 0.0, dims: Shape::new(&[count])?, dtype: DType::F32 };
         let zeros = Var::constant(dispatch::one(dispatch::run_on(self.model.device(), &zeros, &[])?, "fill")?);
-        let dequantize = Dequantize { bits, scheme, granularity: Granularity::Channel };
-        let weight = self.tape.first(dequantize, &[&levels, &scale.detach(), &zeros])?;
+        let dequantize = Dequantize { bits, scheme, granularity };
+        let weight = self.tape.first(dequantize, &[&levels, &scale.detach().reshape(&[count])?, &zeros])?;
         let weight = self.constant(&weight.tensor)?;
-        let fake = FakeQuant { bits, scheme, granularity: ACTIVATION.granularity, dynamic: true };
-        Ok(Some((self.tape.first(fake, &[x])?, weight)))
+        if groups.is_some() {
+            return Ok(Some((x.clone(), weight)));
+        }
+        let step = self.model.tensors.get(&format!("{name}.input_step")).cloned().map(Var::constant);
+        let from = if step.is_some() { GridFrom::Step } else { GridFrom::Own };
+        let fake = FakeQuant { bits, scheme, granularity: ACTIVATION.granularity, from };
+        let inputs: Vec<&Var> = [x].into_iter().chain(&step).collect();
+        Ok(Some((self.tape.first(fake, &inputs)?, weight)))
     }
 
     fn has_update(&self, name: &str) -> bool {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use espalier::compress::freeze::{Form, freeze};
+use espalier::compress::quantization::Format;
 use espalier::compress::tuning::{Adapter, Lora, Merged, Prefix, Tuning, lora, parameter_count};
 use espalier::device::{self, Device};
 use espalier::dispatch;
@@ -239,7 +240,7 @@ fn updates_beside_integer_and_compressed_weights_learn_and_merge_onto_their_grid
     let device = cpu();
     let micro = micro(&device, &assemble(&examples(16, 4)));
     for form in
-        [Form { sparse: false, int8: true }, Form { sparse: true, int8: false }, Form { sparse: true, int8: true }]
+        [Form { sparse: false, quantized: int8 }, Form { sparse: true, quantized: None }, Form { sparse: true, quantized: int8 }]
     {
         let mut model = dense(&device);
         if form.sparse {
@@ -255,7 +256,7 @@ fn updates_beside_integer_and_compressed_weights_learn_and_merge_onto_their_grid
         let twin = pass.logits(&hidden).unwrap().tensor.to_f64().unwrap();
         // The last digits of a sum decide on which side a rounding falls: one step of 1/127 of a token's largest activation.
         let apart = apart(&twin, &logits(&model, &micro));
-        assert!(apart < if form.int8 { 5e-3 } else { 1e-5 }, "{form:?}: {apart}");
+        assert!(apart < if form.quantized.is_some() { 5e-3 } else { 1e-5 }, "{form:?}: {apart}");
         let before = bits(&model, true);
         let losses = learn(&mut model, &micro, 60, settings(1e-2));
         assert!(losses[59] < 0.9 * losses[0], "{form:?}: {} to {}", losses[0], losses[59]);

@@ -195,15 +195,17 @@ fn report(linear: &str, before: impl Iterator<Item = bool>, after: impl Iterator
     Merged { linear: linear.into(), count, zeros, kept }
 }
 
-/// Nearest levels, ties to even, of q s + update on the same scales per row, within -127 and 127.
+/// Nearest levels, ties to even, of q s + update on the same scales (of rows, or of groups along them), within the ends of
+/// the grid, which are the largest level that is there.
 fn on_grid(q: &Tensor, scale: &[f32], update: &Tensor) -> Result<Vec<i8>> {
-    let k = q.shape().last();
+    let group = (q.count() / scale.len().max(1)).max(1);
     let (q, update) = (q.to_vec::<i8>()?, update.to_vec::<f32>()?);
+    let end = f64::from(q.iter().map(|q| q.unsigned_abs()).max().unwrap_or(0).min(127));
     let level = |(i, (q, u)): (usize, (&i8, &f32))| {
-        let s = scale.get(i / k).copied().unwrap_or(1.0);
-        // A row of zeros has the scale 1 or 0 and nothing to round to.
+        let s = scale.get(i / group).copied().unwrap_or(1.0);
+        // A row of zeros has nothing to round to.
         let step = if s > 0.0 { f64::from(*u) / f64::from(s) } else { 0.0 };
-        (f64::from(*q) + step).round_ties_even().clamp(-127.0, 127.0) as i8
+        (f64::from(*q) + step).round_ties_even().clamp(-end, end) as i8
     };
     Ok(q.iter().zip(&update).enumerate().map(level).collect())
 }
