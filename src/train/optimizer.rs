@@ -169,10 +169,7 @@ impl Optimizer {
         };
         for part in [Part::Matrices, Part::Vectors, Part::Gates] {
             let wanted = |name: &str, tensor: &Tensor| {
-                tensor.dtype() == DType::F32
-                    && part_of(name, tensor) == part
-                    && model.learns(name)
-                    && trained(name)
+                tensor.dtype() == DType::F32 && part_of(name, tensor) == part && model.learns(name) && trained(name)
             };
             let mut names: Vec<String> =
                 model.tensors.iter().filter(|(n, t)| wanted(n, t)).map(|(n, _)| n.clone()).collect();
