@@ -239,6 +239,7 @@ fn merging_keeps_any_mask() {
 fn updates_beside_integer_and_compressed_weights_learn_and_merge_onto_their_grid() {
     let device = cpu();
     let micro = micro(&device, &assemble(&examples(16, 4)));
+    let int8 = Some(Format::default());
     for form in
         [Form { sparse: false, quantized: int8 }, Form { sparse: true, quantized: None }, Form { sparse: true, quantized: int8 }]
     {
