@@ -240,9 +240,11 @@ fn updates_beside_integer_and_compressed_weights_learn_and_merge_onto_their_grid
     let device = cpu();
     let micro = micro(&device, &assemble(&examples(16, 4)));
     let int8 = Some(Format::default());
-    for form in
-        [Form { sparse: false, quantized: int8 }, Form { sparse: true, quantized: None }, Form { sparse: true, quantized: int8 }]
-    {
+    for form in [
+        Form { sparse: false, quantized: int8 },
+        Form { sparse: true, quantized: None },
+        Form { sparse: true, quantized: int8 },
+    ] {
         let mut model = dense(&device);
         if form.sparse {
             (0..2).flat_map(Config::linears).for_each(|linear| {
