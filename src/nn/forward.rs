@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::config::{Activation, AttentionKind, Head, NormKind, Positions, Residual};
 use super::model::{GATE, Model, missing};
+use super::taps::Taps;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::attention::{Attention, Mask};
@@ -73,9 +74,13 @@ pub struct Pass<'m> {
     /// Parameters as they enter products: the leaves, or their casts.
     entered: BTreeMap<String, Var>,
     compute: Option<DType>,
-    hooks: Vec<&'m dyn OutputHook>,
+    pub(super) hooks: Vec<&'m dyn OutputHook>,
     dropout: Option<(Dropout, Var)>,
     split_ffn: bool,
+    /// Whether the model has parameters beside its own (see `tuning`).
+    pub(super) tuned: bool,
+    prefix: usize,
+    pub(super) taps: Option<Box<Taps>>,
     /// When set, the FFN inputs `[rows, d]` of every block are kept here.
     pub ffn_inputs: Option<Vec<Tensor>>,
 }
@@ -91,7 +96,7 @@ impl<'m> Pass<'m> {
     }
 
     fn on(model: &'m Model, tape: Tape) -> Self {
-        let (leaves, entered) = (BTreeMap::new(), BTreeMap::new());
+        let (leaves, entered, tuned) = (BTreeMap::new(), BTreeMap::new(), model.tuned());
         Self {
             tape,
             model,
@@ -101,6 +106,9 @@ impl<'m> Pass<'m> {
             hooks: Vec::new(),
             dropout: None,
             split_ffn: false,
+            tuned,
+            prefix: if tuned { model.prefix_length() } else { 0 },
+            taps: None,
             ffn_inputs: None,
         }
     }
@@ -116,6 +124,11 @@ impl<'m> Pass<'m> {
     pub fn computing(mut self, dtype: Option<DType>) -> Self {
         self.compute = dtype;
         self
+    }
+
+    /// The type that it computes in, where that is not the parameters'.
+    pub fn computes(&self) -> Option<DType> {
+        self.compute
     }
 
     /// FFNs as two linears: the fused one computes input and weight gradients at once, which backward in two parts cannot use.
@@ -156,9 +169,8 @@ impl<'m> Pass<'m> {
         let Some(tensor) = self.model.tensors.get(name) else {
             return Ok(None);
         };
-        // Routers are trained on their own, by regression on expert scores.
-        let trained = tensor.dtype().is_float() && !name.contains(".router.");
-        let leaf = if trained { self.tape.leaf(tensor) } else { Var::constant(tensor.clone()) };
+        let learns = tensor.dtype().is_float() && self.model.learns(name);
+        let leaf = if learns { self.tape.leaf(tensor) } else { Var::constant(tensor.clone()) };
         self.leaves.insert(name.to_string(), leaf.clone());
         // Scales of integer weights belong to integer products, which are f32 outside, and steps to rounding; gates decide,
         // they are no factors.
@@ -213,7 +225,9 @@ impl<'m> Pass<'m> {
             x = self.tape.first(Binary(BinaryFunction::Add), &[&x, &positions])?;
         }
         x = self.dropped(x, 0)?;
-        self.first_norm(&x)
+        let states = self.first_norm(&x)?;
+        self.keep_hidden(0, &states);
+        Ok(states)
     }
 
     /// Block `i` and the norm after it: that of the next block's attention, or the final one.
@@ -224,13 +238,17 @@ impl<'m> Pass<'m> {
     fn block(&mut self, i: usize, states: States, batch: &Batch, cache: &mut Cache) -> Result<States> {
         let States { normed, residual } = states;
         let attended = self.attention(i, &normed, batch, cache)?;
+        let attended = self.adapted(i, "attention", attended)?;
         let attended = self.dropped(attended, 2 * i as u32 + 1)?;
         let States { normed, residual } = self.add_norm(&format!("blocks.{i}.norm_ffn"), &attended, &residual)?;
         let fed = self.ffn(i, &normed)?;
+        let fed = self.adapted(i, "ffn", fed)?;
         let fed = self.dropped(fed, 2 * i as u32 + 2)?;
         let last = i + 1 == self.model.config.blocks.len();
         let next = if last { "norm_final".into() } else { format!("blocks.{}.norm_attention", i + 1) };
-        self.add_norm(&next, &fed, &residual)
+        let states = self.add_norm(&next, &fed, &residual)?;
+        self.keep_hidden(i + 1, &states);
+        Ok(states)
     }
 
     fn first_norm(&mut self, x: &Var) -> Result<States> {
@@ -271,6 +289,18 @@ impl<'m> Pass<'m> {
         let mut project = |part: &str| self.linear(&format!("blocks.{i}.attention.{part}"), x)?.reshape(&heads);
         let (query, key, value) = (project("query")?, project("key")?, project("value")?);
         let (query, key) = (self.rotated(i, &query, batch)?, self.rotated(i, &key, batch)?);
+        self.keep_heads(i, [&query, &key, &value]);
+        let before = self.prefix;
+        let longer;
+        let (key, value, batch) = match cache {
+            // A cache begins with the prefix already.
+            Cache::None | Cache::Collect(_) if before > 0 => {
+                let (key, value, batch) = self.prefixed(i, key, value, batch)?;
+                longer = batch;
+                (key, value, &longer)
+            }
+            _ => (key, value, batch),
+        };
         let mut op = Attention {
             mask: match model.config.attention {
                 AttentionKind::Bidirectional => Mask::None,
@@ -280,14 +310,14 @@ impl<'m> Pass<'m> {
             lengths: batch.lengths.is_some(),
             bias: false,
             scale: block.attention_scale,
-            query_offset: 0,
+            query_offset: before,
         };
         let constant = |t: &Option<Tensor>| t.iter().cloned().map(Var::constant).collect::<Vec<_>>();
         let (key, value, extra) = match cache {
             Cache::Extend(extend, lengths) => {
                 // The newest token sees everything cached: no mask but the valid lengths.
                 let all = extend(i, &key.tensor, &value.tensor)?;
-                op = Attention { mask: Mask::None, lengths: true, ..op };
+                op = Attention { mask: Mask::None, lengths: true, query_offset: 0, ..op };
                 (Var::constant(all.key), Var::constant(all.value), vec![Var::constant(lengths.clone())])
             }
             _ => {
@@ -343,7 +373,7 @@ impl<'m> Pass<'m> {
             && self.model.tensors.contains_key(&format!("{outer}.weight"))
             && ![&inner, &outer].iter().any(|l| self.model.tensors.contains_key(&format!("{l}.smooth")))
             && self.hooks.is_empty()
-            && !self.split_ffn
+            && !(self.split_ffn || self.tuned)
         {
             let activation = match block.activation {
                 Activation::Relu => FfnActivation::Relu,

@@ -26,6 +26,7 @@ pub mod quant_matmul;
 mod quantize;
 pub mod random;
 pub mod reduce;
+pub mod relation;
 pub mod rope;
 mod rows;
 pub mod select;
@@ -57,6 +58,7 @@ pub static FAMILIES: &[&Family] = &[
     &quant::FAMILY,
     &random::FAMILY,
     &reduce::FAMILY,
+    &relation::FAMILY,
     &rope::FAMILY,
     &select::FAMILY,
     &softmax::FAMILY,

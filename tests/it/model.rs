@@ -20,7 +20,7 @@ use espalier::train::trainer::{step, weighted_cross_entropy};
 
 pub const SPECIAL: SpecialIds = SpecialIds { pad: 0, unk: 1, bos: 2, eos: 3, gmask: 4 };
 pub const SIZE: Size = Size { layers: 2, heads: 2, head_size: 8, ffn_width: 32, max_positions: 32 };
-const VOCABULARY: usize = 37;
+pub const VOCABULARY: usize = 37;
 
 pub fn cpu() -> Arc<dyn Device> {
     device::open("cpu").unwrap()
@@ -101,7 +101,7 @@ fn gpt_gradients_equal_the_f64_oracle() {
 }
 
 /// Log-probability of `tokens` and the end mark after `context`, from one full pass.
-fn full_pass(model: &Model, context: &[u32], tokens: &[u32], finished: bool) -> f64 {
+pub fn full_pass(model: &Model, context: &[u32], tokens: &[u32], finished: bool) -> f64 {
     let mut labels = tokens.to_vec();
     if finished {
         labels.push(SPECIAL.eos);

@@ -18,7 +18,7 @@ pub enum Selection {
 }
 
 /// Structured pruning, then recovery by distillation.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Structure {
     pub layers: usize,

@@ -1,9 +1,9 @@
 //! Structured pruning, then recovery by distillation.
 
 use super::{Context, Objective, Student, calibration, fit, recover, text, trained};
+use crate::compress::distillation::TeacherCache;
 use crate::compress::importance;
 use crate::compress::structure::{self, Keep, Target};
-use crate::compress::teacher::TeacherCache;
 use crate::error::Result;
 use crate::nn::Model;
 use crate::recipe::flow::Flow;
