@@ -24,6 +24,7 @@ pub mod quant_matmul;
 mod quantize;
 pub mod random;
 pub mod reduce;
+pub mod relative;
 pub mod rope;
 mod rows;
 pub mod softmax;
@@ -53,6 +54,7 @@ pub static FAMILIES: &[&Family] = &[
     &quant::FAMILY,
     &random::FAMILY,
     &reduce::FAMILY,
+    &relative::FAMILY,
     &rope::FAMILY,
     &softmax::FAMILY,
     &quant_int4::FAMILY,
