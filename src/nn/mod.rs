@@ -1,6 +1,7 @@
 //! The model as data: a config with per-layer shapes, and named tensors in one of several representations.
 
 pub mod config;
+mod encoder;
 mod forward;
 pub mod generate;
 mod linear;
@@ -8,5 +9,5 @@ pub mod model;
 mod shapes;
 
 pub use config::{Activation, AttentionKind, Block, Config, Experts, Head, NormKind, Positions, Residual};
-pub use forward::{Batch, OutputHook, Pass, States};
+pub use forward::{Batch, OutputHook, Pass, Source, States};
 pub use model::Model;

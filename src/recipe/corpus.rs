@@ -303,5 +303,6 @@ pub fn upload(device: &Arc<dyn Device>, batch: &Batch) -> Result<nn::Batch> {
         block_positions: Some(Tensor::from_slice(device, &[b, t], &batch.blocks)?),
         context: Some(Tensor::from_slice(device, &[b], &batch.context_lengths)?),
         lengths: Some(Tensor::from_slice(device, &[b], &batch.lengths)?),
+        source: None,
     })
 }

@@ -238,7 +238,7 @@ pub fn calibration(context: &Context, model: &Model, batches: usize) -> Result<V
 
 /// Linears of all blocks whose name contains one of `parts` (all when empty).
 pub fn linears(config: &Config, parts: &[String]) -> Vec<String> {
-    let all = (0..config.blocks.len()).flat_map(Config::linears);
+    let all = config.all_linears().into_iter();
     all.filter(|l| parts.is_empty() || parts.iter().any(|p| matches(l, p))).collect()
 }
 

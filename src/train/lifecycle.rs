@@ -3,7 +3,7 @@
 
 use super::optimizer::Optimizer;
 use crate::error::Result;
-use crate::nn::{Batch, Model, OutputHook, Pass};
+use crate::nn::{Batch, Model, OutputHook, Pass, Source};
 use crate::shape::Meta;
 use crate::tape::Var;
 use crate::tensor::Tensor;
@@ -42,11 +42,11 @@ pub struct Teacher {
 }
 
 /// Whether gold labels count, and the type and extents of every tensor: micro-batches alike in it make the same launches.
-pub type MicroShape = (bool, [Option<Meta>; 12]);
+pub type MicroShape = (bool, [Option<Meta>; 14]);
 
 impl Micro {
     /// Its tensors, each in its place.
-    pub fn tensors(&self) -> [Option<&Tensor>; 12] {
+    pub fn tensors(&self) -> [Option<&Tensor>; 14] {
         let (batch, teacher) = (&self.batch, self.teacher.as_ref());
         [
             Some(&batch.tokens),
@@ -61,6 +61,8 @@ impl Micro {
             teacher.map(|t| &t.soft_weights),
             teacher.map(|t| &t.hard_targets),
             teacher.map(|t| &t.hard_weights),
+            batch.source.as_ref().map(|s| &s.tokens),
+            batch.source.as_ref().map(|s| &s.lengths),
         ]
     }
 
@@ -76,6 +78,9 @@ impl Micro {
     /// The same with every tensor put through `change`, which is also told its place in [`Micro::tensors`].
     pub fn map(&self, change: impl Fn(usize, &Tensor) -> Result<Tensor>) -> Result<Self> {
         let maybe = |at: usize, tensor: &Option<Tensor>| tensor.as_ref().map(|t| change(at, t)).transpose();
+        let source = |s: &Source| -> Result<Source> {
+            Ok(Source { tokens: change(12, &s.tokens)?, lengths: change(13, &s.lengths)? })
+        };
         let teacher = |t: &Teacher| -> Result<Teacher> {
             Ok(Teacher {
                 hidden: change(7, &t.hidden)?,
@@ -92,6 +97,7 @@ impl Micro {
                 block_positions: maybe(2, &self.batch.block_positions)?,
                 context: maybe(3, &self.batch.context)?,
                 lengths: maybe(4, &self.batch.lengths)?,
+                source: self.batch.source.as_ref().map(source).transpose()?,
             },
             targets: change(5, &self.targets)?,
             weights: change(6, &self.weights)?,
