@@ -62,16 +62,19 @@ pub(super) fn reorder(kv: &mut KeyValue, from: &[u32]) -> Result<()> {
 }
 
 impl Pass<'_> {
-    /// Runs the encoder on a batch's source and keeps what the decoder's blocks look at.
-    pub(super) fn encode(&mut self, batch: &Batch) -> Result<()> {
+    /// The encoder's last hidden states `[B, S, d]` of a batch's source.
+    ///
+    /// # Errors
+    /// `Error::Shape` without a source.
+    pub fn encoded(&mut self, batch: &Batch) -> Result<Var> {
         let source = batch.source.as_ref().ok_or_else(|| Error::Shape {
             op: "encoder",
             rule: "an encoder-decoder needs a source",
             got: "none".into(),
         })?;
         let states = self.encoder_states(source)?;
-        self.memory = Some(Memory::States(states, source.lengths.clone()));
-        Ok(())
+        self.memory = Some(Memory::States(states.clone(), source.lengths.clone()));
+        Ok(states)
     }
 
     fn encoder_states(&mut self, source: &Source) -> Result<Var> {

@@ -221,7 +221,7 @@ impl<'m> Pass<'m> {
     pub(super) fn run(&mut self, batch: &Batch, mut cache: Cache) -> Result<Var> {
         let config = &self.model.config;
         if config.encoder > 0 && self.memory.is_none() {
-            self.encode(batch)?;
+            self.encoded(batch)?;
         }
         let mut states = self.enter(batch)?;
         for i in config.encoder..config.blocks.len() {

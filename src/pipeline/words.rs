@@ -193,7 +193,8 @@ pub(super) fn micros_of(heads: &[MicroHead], tensors: &[Loose], device: &Arc<dyn
             let loose = if *present { rest.next() } else { None };
             own.push(loose.map(|(meta, bytes)| Tensor::from_bytes(device, *meta, bytes)).transpose()?);
         }
-        let [tokens, positions, block_positions, context, lengths, targets, weights, teacher @ .., _, _] = own.as_slice()
+        let [tokens, positions, block_positions, context, lengths, targets, weights, teacher @ .., _, _] =
+            own.as_slice()
         else {
             return Err(unsaid("a micro-batch without its tensors".into()));
         };

@@ -1,8 +1,9 @@
 //! Ranges of a recipe's values: everything that could fail late is refused before the first stage runs.
 
-use super::schema::{Corpus, Evaluate, MAX_BEAMS, MAX_SEED, Recipe, Training};
+use super::schema::{Corpus, Evaluate, Family, MAX_BEAMS, MAX_SEED, Recipe, Training};
 use crate::data::tokenizer::is_language;
 use crate::error::{Error, Result};
+use crate::nn::Activation;
 use crate::nn::config::Size;
 use crate::train::optimizer::Rule;
 
@@ -86,6 +87,7 @@ impl Recipe {
         self.check_order()?;
         self.check_data()?;
         self.check_model()?;
+        self.check_family()?;
         self.teacher.check("teacher")?;
         self.check_compression()?;
         if let Some(pipeline) = &self.pipeline {
@@ -132,7 +134,8 @@ impl Recipe {
     }
 
     fn check_model(&self) -> Result<()> {
-        let m = self.model;
+        self.model.check()?;
+        let m = self.model.size();
         let sizes = [m.layers, m.heads, m.head_size, m.ffn_width, m.max_positions];
         let most = [1024, 1024, 4096, 1 << 20, 1_000_000];
         if sizes.iter().zip(most).any(|(&n, most)| n == 0 || n > most)
@@ -153,9 +156,37 @@ impl Recipe {
         Ok(())
     }
 
+    /// What a family has no form of.
+    fn check_family(&self) -> Result<()> {
+        let family = self.model.family;
+        if family == Family::Tagger && !matches!(self.data.corpus, Corpus::Terms { .. }) {
+            let allowed = "terms for a tagger: only generated sentences have known spans";
+            return refuse("data.corpus", "without spans", allowed);
+        }
+        if family == Family::T5 && self.structure.is_some() {
+            return refuse(
+                "structure",
+                "with model.family t5",
+                "glm or tagger: an encoder-decoder keeps its structures",
+            );
+        }
+        if family == Family::T5 && self.pipeline.is_some() {
+            return refuse(
+                "pipeline",
+                "with model.family t5",
+                "glm or tagger: an encoder-decoder is not one chain of blocks",
+            );
+        }
+        if self.experts.is_some() && self.model.activation() != Activation::Relu {
+            let allowed = "relu for experts: they are chosen by which neurons are positive";
+            return refuse("model.activation", "gelu", allowed);
+        }
+        Ok(())
+    }
+
     fn check_compression(&self) -> Result<()> {
         if let Some(s) = &self.structure {
-            s.check(self.model)?;
+            s.check(self.model.size())?;
         }
         if let Some(s) = &self.sparsify {
             s.check(self.smallest())?;
@@ -174,7 +205,7 @@ impl Recipe {
 
     /// Sizes of the model once its structures are pruned.
     pub fn smallest(&self) -> Size {
-        self.structure.as_ref().map_or(self.model, |s| s.pruned(self.model))
+        self.structure.as_ref().map_or(self.model.size(), |s| s.pruned(self.model.size()))
     }
 }
 

@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use super::corpus::Corpus;
+use super::corpus::{Corpus, tagging};
 use super::order::Step;
 use super::schema::{Recipe, Training};
 use crate::device::{Device, Kind};
 use crate::error::{Error, Result};
-use crate::nn::Config;
 use crate::nn::config::Size;
 use crate::report::model::{Machine, RunReport};
 
@@ -26,13 +25,13 @@ pub struct PlannedStage {
 
 /// The stages of a recipe with their shapes; nothing is read or written.
 pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
-    let mut stages = vec![planned("teacher", recipe.model, recipe, Some(&recipe.teacher))];
-    let mut size = recipe.model;
+    let mut stages = vec![planned("teacher", recipe.model.size(), recipe, Some(&recipe.teacher))];
+    let mut size = recipe.model.size();
     for step in recipe.steps() {
         match step {
             Step::Structure => {
                 let Some(s) = &recipe.structure else { continue };
-                size = s.pruned(recipe.model);
+                size = s.pruned(recipe.model.size());
                 if s.compare_random {
                     stages.push(planned("random (baseline)", size, recipe, Some(&s.training)));
                 }
@@ -55,7 +54,7 @@ pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
             }
             Step::Hybrid => {
                 let Some(h) = &recipe.hybrid else { continue };
-                stages.push(planned("hybrid teacher", recipe.model, recipe, Some(&h.teacher)));
+                stages.push(planned("hybrid teacher", recipe.model.size(), recipe, Some(&h.teacher)));
                 stages.push(planned("hybrid", size, recipe, Some(&h.student)));
             }
         }
@@ -90,12 +89,13 @@ pub fn physical_memory() -> Option<u64> {
 }
 
 fn planned(name: &str, size: Size, recipe: &Recipe, training: Option<&Training>) -> PlannedStage {
-    let config = Config::glm(size, recipe.data.vocabulary);
+    let labels = tagging::labels().unwrap_or_default();
+    let config = recipe.model.config(size, recipe.data.vocabulary, &labels);
     let parameters: usize = config.parameters().iter().map(|(_, dims)| dims.iter().product::<usize>()).sum();
     let tokens = training.map_or(0, |t| t.batch * recipe.data.max_length);
     // Per block and token: norms, residuals, q, k, v, context and projections (about 10 d) and the FFN's hidden layer;
     // backward holds as much again at its peak.
-    let per_token = size.layers * (10 * config.width + 2 * size.ffn_width) + 4 * config.width;
+    let per_token = config.blocks.len() * (10 * config.width + 2 * size.ffn_width) + 4 * config.width;
     let training_state = if training.is_some() { 3 * parameters } else { 0 };
     PlannedStage {
         stage: name.into(),

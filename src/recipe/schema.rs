@@ -3,6 +3,7 @@
 mod distil;
 mod experts;
 mod hybrid;
+mod model;
 mod pipeline;
 mod quantize;
 mod sparsify;
@@ -11,7 +12,6 @@ mod structure;
 use serde::{Deserialize, Serialize};
 
 use super::order::Step;
-use crate::nn::config::Size;
 use crate::train::optimizer::{Rule, Settings};
 use crate::train::precision::Precision;
 use crate::train::schedule::{Schedule, Shape};
@@ -19,6 +19,7 @@ use crate::train::schedule::{Schedule, Shape};
 pub use distil::{Distil, HiddenProjection};
 pub use experts::Experts;
 pub use hybrid::Hybrid;
+pub use model::{Architecture, Family, layout};
 pub use pipeline::{Auto, Pipeline, Stages};
 pub use quantize::Quantize;
 pub use sparsify::{Mask, Sparsify};
@@ -36,7 +37,7 @@ pub struct Recipe {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<Vec<Step>>,
     pub data: Data,
-    pub model: Size,
+    pub model: Architecture,
     pub teacher: Training,
     #[serde(default)]
     pub structure: Option<Structure>,

@@ -18,7 +18,7 @@ use crate::compress::distil::{Distillation, PROJECTION, Projection, selection};
 use crate::compress::quantization::QuantizationAware;
 use crate::compress::sparsify::Sparsity24;
 use crate::compress::teacher::TeacherCache;
-use crate::data::batch::{Batch, Example, GmaskPosition};
+use crate::data::batch::Example;
 use crate::error::{Error, Result};
 use crate::nn::{self, Config, Model};
 use crate::ops::distill::Reduction;
@@ -250,5 +250,5 @@ pub fn matches(name: &str, part: &str) -> bool {
 /// A held-out batch for checks that compare two forms of a model.
 pub fn probe(corpus: &Corpus, model: &Model) -> Result<nn::Batch> {
     let examples: Vec<&Example> = corpus.held_out.iter().flat_map(|h| h.validation.iter().take(8)).collect();
-    upload(model.device(), &Batch::assemble(&examples, corpus.special(), GmaskPosition::MaskIndex))
+    upload(model.device(), &corpus.assemble(&examples))
 }

@@ -6,6 +6,7 @@ mod cuda;
 mod cuda_groups;
 mod data;
 mod device;
+mod encoder;
 mod graphs;
 mod kernels;
 mod metrics;
