@@ -10,6 +10,7 @@ mod load;
 mod lock;
 pub mod order;
 pub mod plan;
+mod promises;
 pub mod run_folder;
 pub mod schema;
 mod source;
