@@ -5,7 +5,7 @@ pub mod experts;
 pub mod freeze;
 pub mod hybrid;
 pub mod importance;
+pub mod pruning;
 pub mod quantization;
-pub mod sparsify;
 pub mod structure;
 pub mod teacher;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::config::{Activation, AttentionKind, Head, NormKind, Positions, Residual};
 use super::encoder::Memory;
-use super::model::{Model, missing};
+use super::model::{GATE, Model, missing};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::attention::{Attention, Mask};
@@ -186,8 +186,8 @@ impl<'m> Pass<'m> {
         let trained = tensor.dtype().is_float() && !name.contains(".router.");
         let leaf = if trained { self.tape.leaf(tensor) } else { Var::constant(tensor.clone()) };
         self.leaves.insert(name.to_string(), leaf.clone());
-        // Scales of integer weights belong to integer products, which are f32 outside.
-        let entered = if name.ends_with(".scale") { leaf } else { self.entering(leaf)? };
+        // Scales of integer weights belong to integer products, which are f32 outside; gates decide, they are no factors.
+        let entered = if name.ends_with(".scale") || name.ends_with(GATE) { leaf } else { self.entering(leaf)? };
         self.entered.insert(name.to_string(), entered.clone());
         Ok(Some(entered))
     }

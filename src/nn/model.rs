@@ -12,6 +12,10 @@ use crate::ops::{relative, rope};
 use crate::rng::Stream;
 use crate::tensor::Tensor;
 
+/// How the names of gates end: trained numbers that decide about weights and are none themselves. An optimizer keeps them
+/// in a group of their own, without decay and clipping, and methods that add them take them out again.
+pub const GATE: &str = ".gate";
+
 /// Rotary tables of one block: cos and sin, `[max_positions, head_size / 2]`.
 #[derive(Clone)]
 pub struct RotaryTables {

@@ -9,6 +9,7 @@ pub mod ceiling;
 pub mod distill;
 pub mod embed;
 pub mod ffn;
+pub mod fisher;
 mod groups;
 pub mod large;
 pub mod layout;
@@ -27,6 +28,7 @@ pub mod reduce;
 pub mod relative;
 pub mod rope;
 mod rows;
+pub mod select;
 pub mod softmax;
 pub mod sparse24;
 mod sparse24_matmul;
@@ -46,6 +48,7 @@ pub static FAMILIES: &[&Family] = &[
     &distill::FAMILY,
     &linear_loss::FAMILY,
     &ffn::FAMILY,
+    &fisher::FAMILY,
     &matmul::FAMILY,
     &moe::FAMILY,
     &moe_matmul::FAMILY,
@@ -56,6 +59,7 @@ pub static FAMILIES: &[&Family] = &[
     &reduce::FAMILY,
     &relative::FAMILY,
     &rope::FAMILY,
+    &select::FAMILY,
     &softmax::FAMILY,
     &quant_int4::FAMILY,
     &quant_matmul::FAMILY,

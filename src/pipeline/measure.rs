@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::cut;
 use super::message::{self, Purpose, Tag};
 use super::part::{Part, Training};
 use super::profile::{PieceProfile, Profile};
+use super::reads::Reads;
 use super::simulate::{ChunkCost, Link};
 use super::transport::{Channels, Transport};
 use crate::device::Device;
@@ -17,7 +19,7 @@ use crate::tensor::Tensor;
 use crate::train::lifecycle::{Method, Micro};
 use crate::train::optimizer::{Optimizer, Settings};
 
-/// Rounds whose median is taken; one more goes before to warm up.
+/// Rounds whose mean is taken; one more goes before to warm up.
 const ROUNDS: usize = 9;
 
 /// Seconds and bytes of one piece in one round.
@@ -34,35 +36,49 @@ struct Sample {
 type Make<'a> = dyn Fn(&Model) -> Result<Vec<Box<dyn Method>>> + 'a;
 
 /// Profiles `model` for micro-batches like `micro`, which lies on `device` as `model` does, under the hooks of its training:
-/// a teacher's loss costs at the head what gold labels do or more, fake quantization costs in every block.
+/// a teacher's loss costs at the head what gold labels do or more, fake quantization costs in every block. Meanwhile each of
+/// the `neighbours` does the same work without hooks, because stages that share memory and clock slow each other.
 ///
 /// # Errors
 /// Those of the ops and hooks.
-pub fn profile(model: &Model, micro: &Micro, settings: Settings, methods: &Make) -> Result<Profile> {
+pub fn profile(
+    model: &Model,
+    micro: &Micro,
+    settings: Settings,
+    methods: &Make,
+    neighbours: &[Arc<dyn Device>],
+) -> Result<Profile> {
     let device = model.device().clone();
     let count = cut::pieces(&model.config);
-    let chunks: BTreeMap<u32, _> = (0..count).map(|p| (p as u32, p..p + 1)).collect();
-    let mut own = Part::model_of(model, &device, &chunks)?;
-    let mut optimizer = Optimizer::new(&mut own, settings, |_| true)?;
-    let mut part = Part::new(own, chunks, &optimizer)?;
-    part.methods = methods(&part.model)?;
-    let compute = settings.precision.compute();
-    let whole = Training { compute, dropout: 0.0, seed: 0, recompute: false, split: false };
-    let split = Training { split: true, ..whole };
+    let mut subject = Subject::new(model, settings)?;
+    subject.part.methods = methods(&subject.part.model)?;
     let (mut wholes, mut splits) = (vec![Vec::new(); count], vec![Vec::new(); count]);
     let mut updates = Vec::new();
-    for round in 0..=ROUNDS {
-        // In turns, so that what disturbs the machine disturbs both.
-        let (w, s) = (run(&mut part, micro, whole)?, run(&mut part, micro, split)?);
-        optimizer.begin(1.0, 1)?;
-        let zero = Tensor::from_slice(&device, &[1], &[0.0f32])?;
-        let update = device.elapsed(&mut || optimizer.update(&zero))?;
-        if round > 0 {
-            wholes.iter_mut().zip(w).for_each(|(list, sample)| list.push(sample));
-            splits.iter_mut().zip(s).for_each(|(list, sample)| list.push(sample));
-            updates.push(update);
-        }
-    }
+    let finished = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let work = |device| {
+            let mut neighbour = Subject::new(&model.to_device(device)?, settings)?;
+            let micro = Reads::ALL.bring(micro, device)?;
+            while !finished.load(Ordering::Relaxed) {
+                neighbour.round(&micro)?;
+            }
+            Ok(())
+        };
+        let busy: Vec<_> = neighbours.iter().map(|device| scope.spawn(move || work(device))).collect();
+        let measured = (0..=ROUNDS).try_for_each(|round| {
+            let (whole, split, update) = subject.round(micro)?;
+            if round > 0 {
+                wholes.iter_mut().zip(whole).for_each(|(list, sample)| list.push(sample));
+                splits.iter_mut().zip(split).for_each(|(list, sample)| list.push(sample));
+                updates.push(update);
+            }
+            Ok(())
+        });
+        finished.store(true, Ordering::Relaxed);
+        let ended: Vec<Result<()>> = busy.into_iter().filter_map(|thread| thread.join().ok()).collect();
+        ended.into_iter().fold(measured, Result::and)
+    })?;
+    let part = &subject.part;
     let bytes: Vec<f64> = (0..count)
         .map(|p| {
             let names = cut::tensors_of(&part.model, &(p..p + 1));
@@ -93,8 +109,39 @@ pub fn profile(model: &Model, micro: &Micro, settings: Settings, methods: &Make)
             })
             .collect(),
         link: link(&device)?,
-        update_per_byte: median(updates) / bytes.iter().sum::<f64>().max(1.0),
+        update_per_byte: mean(updates) / bytes.iter().sum::<f64>().max(1.0),
     })
+}
+
+/// What is measured, or works beside it.
+struct Subject {
+    part: Part,
+    optimizer: Optimizer,
+    settings: Settings,
+}
+
+impl Subject {
+    fn new(model: &Model, settings: Settings) -> Result<Self> {
+        let count = cut::pieces(&model.config);
+        let chunks: BTreeMap<u32, _> = (0..count).map(|p| (p as u32, p..p + 1)).collect();
+        let mut own = Part::model_of(model, model.device(), &chunks)?;
+        let optimizer = Optimizer::new(&mut own, settings, |_| true)?;
+        Ok(Self { part: Part::new(own, chunks, &optimizer)?, optimizer, settings })
+    }
+
+    /// Every piece with backward in one go, then in two parts, in turns so that what disturbs the machine disturbs both; and
+    /// the seconds of an update.
+    fn round(&mut self, micro: &Micro) -> Result<(Vec<Sample>, Vec<Sample>, f64)> {
+        let device = self.part.model.device().clone();
+        let compute = self.settings.precision.compute();
+        let whole = Training { compute, dropout: 0.0, seed: 0, recompute: false, split: false };
+        let wholes = run(&mut self.part, micro, whole)?;
+        let splits = run(&mut self.part, micro, Training { split: true, ..whole })?;
+        self.optimizer.begin(1.0, 1)?;
+        let zero = Tensor::from_slice(&device, &[1], &[0.0f32])?;
+        let update = device.elapsed(&mut || self.optimizer.update(&zero))?;
+        Ok((wholes, splits, update))
+    }
 }
 
 /// All pieces forward, then backward, each by itself.
@@ -129,20 +176,25 @@ fn run(part: &mut Part, micro: &Micro, training: Training) -> Result<Vec<Sample>
             };
             Ok(())
         })?;
-        if training.split {
-            sample.backward_weight = device.elapsed(&mut || part.backward_weight(at).map(drop))?;
+    }
+    if training.split {
+        // After all inputs' gradients, as in a schedule: what they read has left the caches by then.
+        for (piece, sample) in samples.iter_mut().enumerate().rev() {
+            sample.backward_weight = device.elapsed(&mut || part.backward_weight((piece as u32, 0)).map(drop))?;
         }
     }
     Ok(samples)
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+/// Without the smallest and the largest: a step's time is a sum, whose parts are sometimes slow, so their mean counts.
+fn mean(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
+    let inner = if values.len() > 2 { &values[1..values.len() - 1] } else { &values[..] };
+    inner.iter().sum::<f64>() / inner.len().max(1) as f64
 }
 
 fn cost_of(samples: &[Sample]) -> ChunkCost {
-    let of = |part: fn(&Sample) -> f64| median(samples.iter().map(part).collect());
+    let of = |part: fn(&Sample) -> f64| mean(samples.iter().map(part).collect());
     ChunkCost {
         forward: of(|s| s.forward),
         backward_input: of(|s| s.backward_input),
@@ -188,5 +240,5 @@ fn link(device: &Arc<dyn Device>) -> Result<Link> {
     }
     let _ = near.send(1, Vec::new());
     let _ = echo.join();
-    Ok(Link { latency: median(trips), bytes_per_second: 0.0, handling: median(times) })
+    Ok(Link { latency: mean(trips), bytes_per_second: 0.0, handling: mean(times) })
 }

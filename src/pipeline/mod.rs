@@ -27,6 +27,7 @@ mod tests;
 pub mod trace;
 pub mod train;
 pub mod transport;
+mod v_shape;
 pub mod validate;
 pub mod watch;
 pub mod words;

@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::v_shape::{self, Pace};
 use crate::error::{Error, Result};
 
 /// What a stage can be asked to do for one micro-batch and chunk.
@@ -88,7 +89,7 @@ impl FromStr for Event {
 }
 
 /// The published orders. Sources: LightChatGLM Algorithm 1; GPipe (Huang et al. 2019); 1F1B (PipeDream-Flush, Narayanan et
-/// al. 2021) with its interleaved form; DAPPLE (Fan et al. 2021); zero bubble (Qi et al. 2023 and 2024).
+/// al. 2021) with its interleaved form; DAPPLE (Fan et al. 2021); zero bubble (Qi et al. 2023) and the V's (Qi et al. 2024).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Kind {
@@ -114,11 +115,15 @@ pub enum Kind {
     ZeroBubbleH2,
     /// No bubbles and the memory of 1F1B: two chunks a stage, in a V.
     ZeroBubbleV,
+    /// Half the memory and half the bubbles of 1F1B, in a V.
+    VHalf,
+    /// A third of the memory and two thirds of the bubbles of 1F1B, in a V.
+    VMin,
 }
 
 impl Kind {
     /// All kinds with their usual settings.
-    pub const ALL: [Kind; 9] = [
+    pub const ALL: [Kind; 11] = [
         Kind::Sequential,
         Kind::GPipe,
         Kind::OneForwardOneBackward,
@@ -128,13 +133,15 @@ impl Kind {
         Kind::ZeroBubbleH1,
         Kind::ZeroBubbleH2,
         Kind::ZeroBubbleV,
+        Kind::VHalf,
+        Kind::VMin,
     ];
 
     /// Chunks of the model for so many stages.
     pub const fn chunks(self, stages: usize) -> usize {
         match self {
             Kind::Interleaved { chunks } => stages * chunks,
-            Kind::ZeroBubbleV => stages * 2,
+            Kind::ZeroBubbleV | Kind::VHalf | Kind::VMin => stages * 2,
             _ => stages,
         }
     }
@@ -142,14 +149,14 @@ impl Kind {
     /// The stage that owns a chunk.
     pub const fn home(self, stages: usize, chunk: usize) -> usize {
         match self {
-            Kind::ZeroBubbleV if chunk >= stages => 2 * stages - 1 - chunk,
+            Kind::ZeroBubbleV | Kind::VHalf | Kind::VMin if chunk >= stages => 2 * stages - 1 - chunk,
             _ => chunk % stages,
         }
     }
 
     /// Whether it needs backward in two parts.
     pub const fn splits_backward(self) -> bool {
-        matches!(self, Kind::ZeroBubbleH1 | Kind::ZeroBubbleH2 | Kind::ZeroBubbleV)
+        matches!(self, Kind::ZeroBubbleH1 | Kind::ZeroBubbleH2 | Kind::ZeroBubbleV | Kind::VHalf | Kind::VMin)
     }
 }
 
@@ -168,13 +175,14 @@ impl fmt::Display for Kind {
             Kind::ZeroBubbleH1 => f.write_str("zb-h1"),
             Kind::ZeroBubbleH2 => f.write_str("zb-h2"),
             Kind::ZeroBubbleV => f.write_str("zb-v"),
+            Kind::VHalf => f.write_str("v-half"),
+            Kind::VMin => f.write_str("v-min"),
         }
     }
 }
 
 /// What names a kind, for messages.
-pub const KINDS: &str =
-    "sequential, gpipe, 1f1b, dapple-a[:CAP], dapple-b[:CAP], interleaved[:CHUNKS], zb-h1, zb-h2 or zb-v";
+pub const KINDS: &str = "sequential, gpipe, 1f1b, dapple-a[:CAP], dapple-b[:CAP], interleaved[:CHUNKS], zb-h1, zb-h2, zb-v, v-half or v-min";
 
 impl FromStr for Kind {
     type Err = String;
@@ -197,6 +205,8 @@ impl FromStr for Kind {
             ("zb-h1", None) => Ok(Kind::ZeroBubbleH1),
             ("zb-h2", None) => Ok(Kind::ZeroBubbleH2),
             ("zb-v", None) => Ok(Kind::ZeroBubbleV),
+            ("v-half", None) => Ok(Kind::VHalf),
+            ("v-min", None) => Ok(Kind::VMin),
             _ => Err(wrong()),
         }
     }
@@ -249,7 +259,12 @@ impl Schedule {
         if kind.chunks(stages).saturating_mul(micros) > MAX_WORK {
             return refuse("micro_batches", micros, "at most 2^26 over the number of chunks");
         }
-        let build = |i: usize| match kind {
+        let mut paced = match kind {
+            Kind::VHalf => v_shape::paced(Pace::half(stages), stages, micros),
+            Kind::VMin => v_shape::paced(Pace::least(stages), stages, micros),
+            _ => Vec::new(),
+        };
+        let mut build = |i: usize| match kind {
             Kind::Sequential => (0..micros).flat_map(|m| [(Work::Forward, i, m), (Work::Backward, i, m)]).collect(),
             Kind::GPipe => alternating(i, micros, micros),
             Kind::OneForwardOneBackward => alternating(i, stages - i, micros),
@@ -258,7 +273,8 @@ impl Schedule {
             Kind::Interleaved { chunks } => interleaved(i, stages, chunks, micros),
             Kind::ZeroBubbleH1 => deferred(i, stages - i, i, micros),
             Kind::ZeroBubbleH2 => deferred(i, 2 * (stages - i) - 1, 2 * i, micros),
-            Kind::ZeroBubbleV => v_shaped(i, stages, micros),
+            Kind::ZeroBubbleV => v_shape::zero_bubble(i, stages, micros),
+            Kind::VHalf | Kind::VMin => std::mem::take(&mut paced[i]),
         };
         let event =
             |(work, chunk, micro): (Work, usize, usize)| Event { work, chunk: chunk as u32, micro: micro as u32 };
@@ -319,7 +335,8 @@ fn capped(count: usize, cap: usize) -> usize {
     if cap == 0 { count } else { count.min(cap) }
 }
 
-type Item = (Work, usize, usize);
+/// Work of a chunk on a micro-batch.
+pub(super) type Item = (Work, usize, usize);
 
 /// `ahead` forwards, then one backward and one forward in turns. Backwards come in the order of the micro-batches, so gradients
 /// are summed in one order whatever the kind.
@@ -361,68 +378,6 @@ fn interleaved(i: usize, stages: usize, chunks: usize, micros: usize) -> Vec<Ite
     for k in 0..each {
         items.push(item(k, Work::Backward));
         items.extend((k + ahead < each).then(|| item(k + ahead, Work::Forward)));
-    }
-    items.retain(|&(_, _, micro)| micro < micros);
-    items
-}
-
-/// The V: chunk i on the way down, chunk 2 S - 1 - i on the way up. Written for at least 2 S - 1 micro-batches; those that do
-/// not exist are left out.
-fn v_shaped(i: usize, stages: usize, micros: usize) -> Vec<Item> {
-    let (down, up) = (i, 2 * stages - 1 - i);
-    let padded = micros.max(2 * stages - 1);
-    let mut items = Vec::with_capacity(padded * 6);
-    // Micro-batches that have had each work, for the chunk on the way down and the one on the way up.
-    let mut done = [[0usize; 3]; 2];
-    let mut add = |side: usize, work: Work| {
-        let slot = match work {
-            Work::Forward => 0,
-            Work::BackwardInput => 1,
-            _ => 2,
-        };
-        items.push((work, [down, up][side], done[side][slot]));
-        done[side][slot] += 1;
-        done
-    };
-    const DOWN: usize = 0;
-    const UP: usize = 1;
-    for _ in 0..2 * (stages - i) - 1 {
-        add(DOWN, Work::Forward);
-    }
-    for _ in 0..i {
-        add(UP, Work::Forward);
-        add(DOWN, Work::Forward);
-    }
-    let mut state = [[0; 3]; 2];
-    for _ in 0..stages - i {
-        add(UP, Work::Forward);
-        add(UP, Work::BackwardInput);
-        state = add(UP, Work::BackwardWeight);
-    }
-    while state[UP][0] < state[DOWN][0] || state[DOWN][0] < padded {
-        if state[DOWN][0] < padded {
-            add(DOWN, Work::Forward);
-        }
-        for side in [DOWN, UP] {
-            if side == UP {
-                add(UP, Work::Forward);
-            }
-            add(side, Work::BackwardInput);
-            state = add(side, Work::BackwardWeight);
-        }
-    }
-    for _ in 0..i {
-        add(DOWN, Work::BackwardInput);
-        state = add(UP, Work::BackwardInput);
-    }
-    for _ in 0..stages - i {
-        add(DOWN, Work::BackwardInput);
-        state = add(DOWN, Work::BackwardWeight);
-    }
-    for side in [UP, DOWN] {
-        for _ in state[side][2]..padded {
-            add(side, Work::BackwardWeight);
-        }
     }
     items.retain(|&(_, _, micro)| micro < micros);
     items

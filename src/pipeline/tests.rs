@@ -80,6 +80,15 @@ fn bubbles_are_the_published_ones() {
             let v = timeline(Kind::ZeroBubbleV, p, m, (1.0, 1.0, 1.0));
             assert!(close(v.inner_bubble(), 0.0), "zb-v, {p} stages, {m}: {}", v.inner_bubble());
         }
+        // Half and two thirds of 1F1B's 6 (p - 1) at most, in chunks' units; three, six .. stages of the least memory turn
+        // later to keep their pace and wait for one unit more.
+        for m in 2 * p..=24 {
+            let bubble = |kind| 2.0 * (timeline(kind, p, m, (1.0, 1.0, 1.0)).seconds - 3.0 * m as f64);
+            let (half, least) = ([0, 2, 5, 7, 11, 13, 17, 19][p - 1], [0, 3, 9, 11, 15, 21, 23, 27][p - 1]);
+            assert!(half <= 3 * (p - 1) && least <= 4 * (p - 1) + usize::from(p % 3 == 0));
+            assert!(close(bubble(Kind::VHalf), half as f64), "v-half, {p} stages, {m}: {}", bubble(Kind::VHalf));
+            assert!(close(bubble(Kind::VMin), least as f64), "v-min, {p} stages, {m}: {}", bubble(Kind::VMin));
+        }
     }
 }
 
@@ -103,10 +112,14 @@ fn activations_are_the_published_ones() {
             assert!(most(Kind::ZeroBubbleH1) <= p as f64);
             assert!(most(Kind::ZeroBubbleH2) <= (2 * p - 1) as f64);
             assert!(most(Kind::ZeroBubbleV) <= p as f64);
+            assert!(most(Kind::VHalf) <= ((p + 2) / 2) as f64);
+            assert!(most(Kind::VMin) <= ((p + 4) / 3) as f64);
             if m >= 2 * p - 1 {
                 assert_eq!(most(Kind::ZeroBubbleH1), p as f64);
                 assert_eq!(most(Kind::ZeroBubbleH2), (2 * p - 1) as f64);
                 assert_eq!(most(Kind::ZeroBubbleV), p as f64);
+                assert_eq!(most(Kind::VHalf), ((p + 2) / 2) as f64);
+                assert_eq!(most(Kind::VMin), ((p + 4) / 3) as f64);
             }
             if m % p == 0 && m > p {
                 for v in [2, 3] {

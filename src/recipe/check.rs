@@ -189,7 +189,7 @@ impl Recipe {
             s.check(self.model.size())?;
         }
         if let Some(s) = &self.sparsify {
-            s.check(self.smallest())?;
+            s.check(self.smallest(), self.pipeline.is_some())?;
         }
         if let Some(q) = &self.quantize {
             q.check()?;

@@ -20,7 +20,7 @@ impl Pruned {
         let zeros = |name: &String| -> Result<(String, Vec<bool>)> {
             Ok((name.clone(), model.values(name)?.iter().map(|w| *w == 0.0).collect()))
         };
-        Ok(Self(state.sparse.iter().map(zeros).collect::<Result<_>>()?))
+        Ok(Self(state.sparse.keys().map(zeros).collect::<Result<_>>()?))
     }
 
     /// That all of them still are zero. Weights under other names are another stage's: experts answer for themselves.

@@ -9,6 +9,7 @@ use super::contents::{self, is_blank};
 use super::lock::FolderLock;
 use crate::atomic::write_atomic;
 use crate::compress::freeze::Form;
+use crate::compress::pruning::Pattern;
 use crate::data::persist::read_capped;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -44,22 +45,24 @@ pub struct StageRecord {
 pub struct State {
     /// The teacher's channels that the student has.
     pub kept: Vec<usize>,
-    /// Weights held 2:4.
-    pub sparse: Vec<String>,
-    pub two_dimensional: bool,
+    /// Weights whose zeros are held, and how many each has at least.
+    pub sparse: BTreeMap<String, usize>,
+    /// What the zeros look like.
+    pub pattern: Pattern,
     /// Linears trained under int8 fake quantization.
     pub int8: Vec<String>,
 }
 
 impl State {
     pub fn form(&self) -> Form {
-        Form { sparse: !self.sparse.is_empty(), int8: !self.int8.is_empty() }
+        Form { sparse: !self.sparse.is_empty() && self.pattern.is_24(), int8: !self.int8.is_empty() }
     }
 
     /// The promises on a model whose tensors have other names; `None` for what is gone with its promise.
     pub fn renamed(&self, rename: impl Fn(&str) -> Option<String>) -> Self {
         let all = |names: &[String]| names.iter().filter_map(|name| rename(name)).collect();
-        Self { sparse: all(&self.sparse), int8: all(&self.int8), ..self.clone() }
+        let sparse = self.sparse.iter().filter_map(|(name, zeros)| Some((rename(name)?, *zeros))).collect();
+        Self { sparse, int8: all(&self.int8), ..self.clone() }
     }
 }
 

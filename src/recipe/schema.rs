@@ -22,7 +22,7 @@ pub use hybrid::Hybrid;
 pub use model::{Architecture, Family, layout};
 pub use pipeline::{Auto, Pipeline, Stages};
 pub use quantize::Quantize;
-pub use sparsify::{Mask, Sparsify};
+pub use sparsify::{PruningMethod, Sparsify};
 pub use structure::{Selection, Structure};
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -28,7 +28,7 @@ pub struct Spread {
 pub type Probe<'a> = dyn Fn(usize) -> Result<Vec<Micro>> + 'a;
 
 /// Profiles the model on a device for micro-batches like one.
-pub type Measure<'a> = dyn Fn(&Arc<dyn Device>, &Micro) -> Result<Profile> + 'a;
+pub type Measure<'a> = dyn Fn(&Arc<dyn Device>, &[Arc<dyn Device>], &Micro) -> Result<Profile> + 'a;
 
 /// More devices must be at least this much faster.
 const WORTHWHILE: f64 = 0.95;
@@ -69,12 +69,14 @@ impl Search<'_> {
         }
         let home = self.model.device();
         // One stage keeps the whole device, which is faster than a share of it.
-        let name = (workers > 1).then(|| self.pipeline.devices(home, workers)).transpose()?;
-        let device = match name.iter().flatten().next() {
-            Some(name) => self.pipeline.open(home, name)?,
-            None => home.clone(),
-        };
-        let profile = (self.measure)(&device, micro)?;
+        let names = (workers > 1).then(|| self.pipeline.devices(home, workers)).transpose()?.unwrap_or_default();
+        let mut devices = names.iter().map(|name| self.pipeline.open(home, name)).collect::<Result<Vec<_>>>()?;
+        if devices.is_empty() {
+            devices.push(home.clone());
+        }
+        // Other processes may have machines of their own.
+        let beside = if self.context.ranks.is_some() { &[] } else { &devices[1..] };
+        let profile = (self.measure)(&devices[0], beside, micro)?;
         profile.write(&path)?;
         Ok(profile)
     }

@@ -51,11 +51,11 @@ pub fn stepper(
         return one_device(model, 1);
     };
     let promises = Promises::new(state, distillation.as_ref());
-    let profile = |device: &Arc<dyn Device>, micro: &Micro| {
+    let profile = |device: &Arc<dyn Device>, beside: &[Arc<dyn Device>], micro: &Micro| {
         let micro = Reads::ALL.bring(micro, device)?;
         let micro = teacher.map_or(Ok(micro.clone()), |teacher| stood_in(&micro, teacher.config.width))?;
         let methods = |whole: &Model| promises.methods(whole, distillation.as_ref());
-        measure::profile(&model.to_device(device)?, &micro, settings, &methods)
+        measure::profile(&model.to_device(device)?, &micro, settings, &methods, beside)
     };
     let Some(spread) = spread((context, pipeline), model, probe, &profile)? else {
         // Where the recipe leaves it open that is a plain training on one device, whose batches are whole.

@@ -15,14 +15,13 @@ use super::schema::{Distil, HiddenProjection, Recipe, Training};
 use super::source::{CorpusSource, Draw, Factors};
 use super::staged;
 use crate::compress::distil::{Distillation, PROJECTION, Projection, selection};
+use crate::compress::pruning::Held;
 use crate::compress::quantization::QuantizationAware;
-use crate::compress::sparsify::Sparsity24;
 use crate::compress::teacher::TeacherCache;
 use crate::data::batch::Example;
 use crate::error::{Error, Result};
 use crate::nn::{self, Config, Model};
 use crate::ops::distill::Reduction;
-use crate::ops::sparse24::Form24;
 use crate::pipeline::post::Post;
 use crate::report::model::LossCurve;
 use crate::rng::Stream;
@@ -31,6 +30,7 @@ use crate::train::graphs;
 use crate::train::lifecycle::{Invariant, Method, Micro};
 use crate::train::trainer::{Job, Source, Summary, train};
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -78,10 +78,10 @@ pub struct Objective<'a> {
 /// Hooks that keep what earlier stages promised, for the weights that are in `model`: all of them or a pipeline stage's.
 pub fn held(model: &Model, state: &State) -> Result<Vec<Box<dyn Method>>> {
     let mut methods: Vec<Box<dyn Method>> = Vec::new();
-    let sparse: Vec<String> = state.sparse.iter().filter(|name| model.tensors.contains_key(*name)).cloned().collect();
+    let here = state.sparse.iter().filter(|(name, _)| model.tensors.contains_key(*name));
+    let sparse: BTreeMap<String, usize> = here.map(|(name, zeros)| (name.clone(), *zeros)).collect();
     if !sparse.is_empty() {
-        let form = if state.two_dimensional { Form24::TwoDimensional } else { Form24::OneDimensional };
-        methods.push(Box::new(Sparsity24::new(model, sparse, form)?));
+        methods.push(Box::new(Held::new(model, sparse, state.pattern)?));
     }
     if !state.int8.is_empty() {
         methods.push(Box::new(QuantizationAware { bits: 8, linears: state.int8.clone() }));
@@ -106,7 +106,20 @@ pub fn fit(
     training: &Training,
     objective: Objective,
 ) -> Result<Summary> {
-    let mut methods = held(model, state)?;
+    Ok(fit_with(context, model, state, training, objective, Vec::new())?.0)
+}
+
+/// As [`fit`], with methods that act before all others; gives their invariants too.
+pub fn fit_with(
+    context: &Context,
+    model: &mut Model,
+    state: &State,
+    training: &Training,
+    objective: Objective,
+    mut methods: Vec<Box<dyn Method>>,
+) -> Result<(Summary, Vec<Invariant>)> {
+    let own = methods.len();
+    methods.extend(held(model, state)?);
     let (cache, distillation) = match objective.teacher {
         Some((cache, distillation)) => (Some(cache), Some(distillation)),
         None => (None, None),
@@ -157,25 +170,42 @@ pub fn fit(
         progress: context.progress,
         stepper: context.recipe.pipeline.is_some().then_some(&spread),
     };
-    train(model, &job, &mut methods)
+    let summary = train(model, &job, &mut methods)?;
+    let mut invariants = Vec::new();
+    for method in &methods[..own] {
+        invariants.extend(method.invariants(model)?);
+    }
+    Ok((summary, invariants))
 }
 
 /// Trains a model that a stage has changed until it has recovered, on labels and on what the teacher says of them.
 /// `salt`: so that stages draw different batches.
 pub fn recover(
     context: &Context,
-    (mut model, state): (Model, State),
+    student: (Model, State),
     training: &Training,
     distil: &Distil,
     cache: &TeacherCache,
     salt: u64,
 ) -> Result<Outcome> {
+    recover_with(context, student, (training, distil), cache, salt, Vec::new())
+}
+
+/// As [`recover`], with methods that act before all others.
+pub fn recover_with(
+    context: &Context,
+    (mut model, state): (Model, State),
+    (training, distil): (&Training, &Distil),
+    cache: &TeacherCache,
+    salt: u64,
+    methods: Vec<Box<dyn Method>>,
+) -> Result<Outcome> {
     let recipe = context.recipe;
     let draw = Draw::mixed(context.corpus, training, recipe.seed ^ salt, recipe.data.max_length)?;
     let distillation = distillation(&model, cache.teacher(), &state.kept, distil)?;
     let objective = Objective { draw, gold: distil.gold, soft_on_target: false, teacher: Some((cache, distillation)) };
-    let summary = fit(context, &mut model, &state, training, objective)?;
-    Ok(trained(context.name, model, state, summary))
+    let (summary, invariants) = fit_with(context, &mut model, &state, training, objective, methods)?;
+    Ok(Outcome { invariants, ..trained(context.name, model, state, summary) })
 }
 
 /// What a training gives.

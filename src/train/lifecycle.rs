@@ -1,6 +1,8 @@
 //! One training life-cycle with four hooks (BMCook's idea): quantization changes how a weight enters an output,
 //! distillation adds to the loss, pruning acts at the update, conversion into experts comes after. Any subset composes.
 
+use std::collections::BTreeMap;
+
 use super::optimizer::Optimizer;
 use crate::error::Result;
 use crate::nn::{Batch, Model, OutputHook, Pass, Source};
@@ -142,6 +144,17 @@ pub trait Method {
 
     /// Before the first update and after each: masks, schedules.
     fn on_update(&mut self, _step: u64, _model: &Model, _optimizer: &mut Optimizer) -> Result<()> {
+        Ok(())
+    }
+
+    /// What a resumed training needs beside parameters and the optimizer's state, by names of its own.
+    fn state(&self) -> BTreeMap<String, Tensor> {
+        BTreeMap::new()
+    }
+
+    /// Goes on from what [`Method::state`] gave after `step` steps, before `on_update` is called for that step again;
+    /// `state` holds the other methods' tensors too.
+    fn restore(&mut self, _state: &BTreeMap<String, Tensor>, _step: u64) -> Result<()> {
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
+use crate::nn::model::GATE;
 use crate::ops::binary::{ADD, AccumulateScaled, Binary, BinaryFunction};
 use crate::ops::optim::{AdamW, Sgd, StepRates, UpdateFactor};
 use crate::ops::reduce::{Axis, CountNonFinite, Reduce, ReduceFunction};
@@ -82,6 +83,24 @@ struct Group {
     second_moment: Option<Tensor>,
     mask: Option<Tensor>,
     weight_decay: f32,
+    /// Of gates alone.
+    gates: Option<Gates>,
+}
+
+/// What the group of gates has for itself.
+struct Gates {
+    /// Learning rate as a multiple of the weights'.
+    rate: f64,
+    /// See [`StepRates`].
+    rates: Tensor,
+}
+
+/// Groups in their order: decayed matrices, norms and biases, gates.
+#[derive(Clone, Copy, PartialEq)]
+enum Part {
+    Matrices,
+    Vectors,
+    Gates,
 }
 
 /// Parameters, their gradients and moments, and in device memory what a step reads and decides: queueing a step needs no
@@ -90,6 +109,8 @@ pub struct Optimizer {
     groups: Vec<Group>,
     settings: Settings,
     step: u64,
+    /// What the gradients of the last step are divided by.
+    weight: f64,
     /// See [`StepRates`]; written before each step.
     rates: Tensor,
     /// u32 `[1]`: steps done before the one under way; random draws are keyed by it.
@@ -123,26 +144,35 @@ impl Optimizer {
             return Err(Error::NotAvailable { device: "reference".into(), reason });
         }
         let mut groups = Vec::new();
-        for decayed in [true, false] {
+        let part_of = |name: &str, tensor: &Tensor| match tensor.dims().len() {
+            _ if name.ends_with(GATE) => Part::Gates,
+            2.. if !name.ends_with(".bias") => Part::Matrices,
+            _ => Part::Vectors,
+        };
+        for part in [Part::Matrices, Part::Vectors, Part::Gates] {
             let wanted = |name: &str, tensor: &Tensor| {
-                let matrix = tensor.dims().len() > 1;
                 tensor.dtype() == DType::F32
-                    && (matrix && !name.ends_with(".bias")) == decayed
+                    && part_of(name, tensor) == part
                     && !name.contains(".router.")
                     && trained(name)
             };
             let names: Vec<String> =
                 model.tensors.iter().filter(|(n, t)| wanted(n, t)).map(|(n, _)| n.clone()).collect();
             if !names.is_empty() {
-                let decay = if decayed { settings.weight_decay } else { 0.0 };
-                groups.push(Group::new(model, names, &device, decay, settings.rule)?);
+                let decay = if part == Part::Matrices { settings.weight_decay } else { 0.0 };
+                let mut group = Group::new(model, names, &device, decay, settings.rule)?;
+                if part == Part::Gates {
+                    let rates = Tensor::zeros(&device, Meta::new(&[StepRates::WORDS], DType::F32)?)?;
+                    group.gates = Some(Gates { rate: 1.0, rates });
+                }
+                groups.push(group);
             }
         }
         let rates = Tensor::zeros(&device, Meta::new(&[StepRates::WORDS], DType::F32)?)?;
         let counter = Tensor::zeros(&device, Meta::new(&[1], DType::U32)?)?;
         let state = Tensor::zeros(&device, Meta::new(&[UpdateFactor::STATE], DType::F32)?)?;
         let mut optimizer =
-            Self { groups, settings, step: 0, rates, counter, state, zeros: None, generation: 0, device };
+            Self { groups, settings, step: 0, weight: 1.0, rates, counter, state, zeros: None, generation: 0, device };
         optimizer.set_loss_scale(LossScale::of(settings.precision))?;
         Ok(optimizer)
     }
@@ -194,8 +224,19 @@ impl Optimizer {
         let betas = if let Rule::Adamw { beta1, beta2, .. } = self.settings.rule { [beta1, beta2] } else { [0.0; 2] };
         self.forget_gradients();
         self.set_counter(self.step)?;
-        self.step += 1;
-        self.rates.upload(&StepRates { learning_rate, betas, weight, step: self.step }.words())
+        (self.step, self.weight) = (self.step + 1, weight);
+        let rates = StepRates { learning_rate, betas, weight, step: self.step };
+        for gates in self.groups.iter().filter_map(|group| group.gates.as_ref()) {
+            let learning_rate = (f64::from(learning_rate) * gates.rate) as f32;
+            gates.rates.upload(&StepRates { learning_rate, ..rates }.words())?;
+        }
+        self.rates.upload(&rates.words())
+    }
+
+    /// Gates learn at this peak rate, on the schedule's shape.
+    pub fn set_gate_rate(&mut self, peak: f64) {
+        let rate = peak / self.settings.schedule.peak;
+        self.groups.iter_mut().filter_map(|group| group.gates.as_mut()).for_each(|gates| gates.rate = rate);
     }
 
     /// Starts the sums of gradients anew.
@@ -241,18 +282,12 @@ impl Optimizer {
         }
     }
 
-    /// Sum of squares `[1]` of the accumulated gradients; `None` where nothing is trained.
+    /// Sum of squares `[1]` of the accumulated gradients but for those of gates; `None` where nothing is trained.
     pub fn squares(&mut self) -> Result<Option<Tensor>> {
         self.clear_unfilled()?;
         let mut squares: Option<Tensor> = None;
-        for group in &self.groups {
-            let sum = Reduce { function: ReduceFunction::SumSquares, axis: Axis::All };
-            // Gradients of pruned weights must not count in the norm that the kept ones are clipped by.
-            let part = match &group.mask {
-                Some(mask) => dispatch::run_one(&sum, &[&dispatch::run_one(&MUL, &[&group.gradients, mask])?])?,
-                None => dispatch::run_one(&sum, &[&group.gradients])?,
-            };
-            let part = part.reshape(&[1])?;
+        for group in self.groups.iter().filter(|group| group.gates.is_none()) {
+            let part = group.squares()?;
             squares = Some(match squares {
                 None => part,
                 Some(sum) => dispatch::run_one(&ADD, &[&sum, &part])?,
@@ -265,8 +300,20 @@ impl Optimizer {
     pub fn apply(&mut self, squares: &Tensor, losses: &Tensor) -> Result<()> {
         let growth = if self.scaled() { LossScale::GROWTH } else { 0 };
         let op = UpdateFactor { max_norm: self.settings.clip, growth };
+        let mut gates = Vec::new();
+        for group in &self.groups {
+            if let Some(own) = &group.gates {
+                // As the weights' factor, unclipped; before the state is that of the next step.
+                let op = UpdateFactor { max_norm: 0.0, ..op };
+                let squares = dispatch::run_one(&ADD, &[squares, &group.squares()?])?;
+                let factor = &dispatch::run(&op, &[&squares, losses, &own.rates, &self.state.duplicate()?])?[1];
+                gates.push((group, factor.clone(), &own.rates));
+            }
+        }
         let outputs = dispatch::run(&op, &[squares, losses, &self.rates, &self.state])?;
-        self.groups.iter().try_for_each(|group| group.update(self.settings.rule, &outputs[1], &self.rates))
+        let mut weights = self.groups.iter().filter(|group| group.gates.is_none());
+        weights.try_for_each(|group| group.update(self.settings.rule, &outputs[1], &self.rates))?;
+        gates.into_iter().try_for_each(|(group, factor, rates)| group.update(self.settings.rule, &factor, rates))
     }
 
     /// Gradients that no micro-batch of the step gave are 0, not what an earlier step left.
@@ -361,6 +408,23 @@ impl Optimizer {
             return Ok(());
         }
         Err(Error::file("optimizer", name, "no trained parameter of this name to mask"))
+    }
+
+    /// Gradient of the last step's summed loss with respect to a parameter, and the factor that makes it the gradient per
+    /// unit of weight (half of that after a step that doubled the loss scale). The next step overwrites its memory.
+    pub fn gradient(&self, name: &str) -> Result<(Tensor, f32)> {
+        for group in &self.groups {
+            if let Some(slot) = group.slots.iter().find(|s| s.name == name) {
+                let scale = if self.scaled() { self.loss_scale(&[1])?.to_vec::<f32>()?[0] } else { 1.0 };
+                return Ok((view(&group.gradients, slot)?, (1.0 / (self.weight * f64::from(scale))) as f32));
+            }
+        }
+        Err(Error::file("optimizer", name, "no trained parameter of this name"))
+    }
+
+    /// Whether the last step changed nothing because its gradients overflowed; without a loss scale none is void.
+    pub fn is_void(&self) -> Result<bool> {
+        Ok(self.scaled() && self.outcome()?.norm == 0.0)
     }
 
     /// Sums of this step's gradients, one flat tensor per group; two optimizers of the same parameters have the same layout.
@@ -458,7 +522,19 @@ impl Group {
             second_moment,
             mask: None,
             weight_decay,
+            gates: None,
         })
+    }
+
+    /// Sum of squares `[1]` of the gradients. Those of pruned weights must not count in the norm that the kept ones are
+    /// clipped by.
+    fn squares(&self) -> Result<Tensor> {
+        let sum = Reduce { function: ReduceFunction::SumSquares, axis: Axis::All };
+        let squares = match &self.mask {
+            Some(mask) => dispatch::run_one(&sum, &[&dispatch::run_one(&MUL, &[&self.gradients, mask])?])?,
+            None => dispatch::run_one(&sum, &[&self.gradients])?,
+        };
+        squares.reshape(&[1])
     }
 
     /// What a checkpoint keeps, by kind.

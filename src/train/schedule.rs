@@ -20,10 +20,13 @@ pub enum Shape {
     InverseSquareRoot {
         width: usize,
     },
-    /// Restarts at the peak every `cycle` steps and falls linearly to `floor` of it (oBERT's recipe).
+    /// Falls linearly from the peak to `floor` of it over `start` steps (none: over a cycle), then again and again over
+    /// `cycle` steps (oBERT's recipe: a restart at each pruning step). Steps are counted behind the warm-up.
     Cyclic {
         cycle: u64,
         floor: f64,
+        #[serde(default)]
+        start: u64,
     },
 }
 
@@ -58,9 +61,11 @@ impl Schedule {
             Shape::Cosine { floor } => {
                 self.peak * (floor + (1.0 - floor) * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()))
             }
-            Shape::Cyclic { cycle, floor } => {
-                let within = ((step - self.warmup - 1) % cycle.max(1)) as f64 / cycle.max(1) as f64;
-                self.peak * (1.0 - (1.0 - floor) * within)
+            Shape::Cyclic { cycle, floor, start } => {
+                let done = step - self.warmup - 1;
+                let cycle = if done < start { start } else { cycle.max(1) };
+                let within = if done < start { done } else { (done - start) % cycle };
+                self.peak * (1.0 - (1.0 - floor) * (within as f64 / cycle as f64))
             }
         }
     }
@@ -93,9 +98,13 @@ mod tests {
         let cosine = schedule(2.0, 0, Shape::Cosine { floor: 0.1 });
         assert_relative_eq!(cosine.rate(50, 100), 2.0 * 0.55, max_relative = 1e-9);
         assert_relative_eq!(cosine.rate(100, 100), 0.2, max_relative = 1e-9);
-        let cyclic = schedule(8e-5, 0, Shape::Cyclic { cycle: 4, floor: 0.1 });
+        let cyclic = schedule(8e-5, 0, Shape::Cyclic { cycle: 4, floor: 0.1, start: 0 });
         assert_relative_eq!(cyclic.rate(1, 12), 8e-5);
         assert_relative_eq!(cyclic.rate(5, 12), 8e-5);
         assert!(cyclic.rate(4, 12) < 3e-5);
+        // Three dense steps first: the restarts are at the pruning steps 3, 7, 11.
+        let late = schedule(1.0, 0, Shape::Cyclic { cycle: 4, floor: 0.25, start: 3 });
+        let rates: Vec<f64> = (1..=8).map(|step| late.rate(step, 12)).collect();
+        assert_eq!(rates, [1.0, 0.75, 0.5, 1.0, 0.8125, 0.625, 0.4375, 1.0]);
     }
 }

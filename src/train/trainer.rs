@@ -199,6 +199,7 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
     let (done, earlier_seconds) = match resumed {
         Some(Resumed { step, seconds, state }) => {
             stepper.restore(&state, step)?;
+            methods.iter_mut().try_for_each(|method| method.restore(&state, step))?;
             (step, seconds)
         }
         None => (0, 0.0),
@@ -258,7 +259,7 @@ pub fn train(model: &mut Model, job: &Job, methods: &mut [Box<dyn Method>]) -> R
         }
         if now < job.steps && (stop || due(job.checkpoint_every)) {
             let seconds = earlier_seconds + started.elapsed().as_secs_f64();
-            save(model, stepper.as_mut(), &checkpoints, (now, seconds), job)?;
+            save(model, (stepper.as_mut(), methods), &checkpoints, (now, seconds), job)?;
         }
         if stop && now < job.steps {
             log.bar.abandon_with_message("stopped; saved");
@@ -298,14 +299,16 @@ const SECONDS: &str = "seconds";
 
 fn save(
     model: &Model,
-    stepper: &mut dyn Stepper,
+    (stepper, methods): (&mut dyn Stepper, &[Box<dyn Method>]),
     checkpoints: &Path,
     (step, seconds): (u64, f64),
     job: &Job,
 ) -> Result<()> {
     stepper.check_finite()?;
     let mut files = store::model_files(model)?;
-    files.push((OPTIMIZER, store::encode(&stepper.state()?)?));
+    let mut state = stepper.state()?;
+    methods.iter().for_each(|method| state.extend(method.state()));
+    files.push((OPTIMIZER, store::encode(&state)?));
     let summary = [
         ("stage", job.stage.to_string()),
         (store::STEP, step.to_string()),
@@ -325,7 +328,7 @@ fn save(
 struct Resumed {
     step: u64,
     seconds: f64,
-    /// The optimizer's.
+    /// The optimizer's and the methods'.
     state: BTreeMap<String, Tensor>,
 }
 

@@ -3,13 +3,12 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use espalier::compress::sparsify::Sparsity24;
+use espalier::compress::pruning::{Held, Pattern};
 use espalier::data::batch::Example;
 use espalier::device::{self, Class, Device, Kind, Limits, NullDevice, Stats};
 use espalier::error::Uncapturable;
 use espalier::nn::{Config, Model, Pass};
 use espalier::ops::binary::ADD;
-use espalier::ops::sparse24::Form24;
 use espalier::rng::Stream;
 use espalier::tape::Var;
 use espalier::tensor::Tensor;
@@ -99,8 +98,8 @@ fn run(
     let mut model = Model::init(Config::glm(SIZE, VOCABULARY), device, 1).unwrap();
     let mut methods: Vec<Box<dyn Method>> = method.into_iter().collect();
     if plan.pruned {
-        let weights = vec!["blocks.0.ffn.in.weight".to_string(), "blocks.1.attention.query.weight".to_string()];
-        methods.push(Box::new(Sparsity24::new(&model, weights, Form24::OneDimensional).unwrap()));
+        let weights = ["blocks.0.ffn.in.weight", "blocks.1.attention.query.weight"].map(|name| (name.to_string(), 0));
+        methods.push(Box::new(Held::new(&model, weights.into(), Pattern::TwoFour).unwrap()));
     }
     let source = Steps { device, plan, seen: Mutex::default() };
     let schedule = Schedule { peak: 1e-2, warmup: 4, shape: Shape::Cosine { floor: 0.1 } };

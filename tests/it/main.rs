@@ -9,13 +9,17 @@ mod device;
 mod encoder;
 mod graphs;
 mod kernels;
+mod learned_masks;
 mod metrics;
 mod model;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod pipeline;
+mod pruning;
+mod pruning_recipes;
 mod report;
 mod run_folder;
+mod second_order;
 mod shaders;
 mod staged;
 mod stages;

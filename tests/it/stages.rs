@@ -466,7 +466,7 @@ fn a_profile_sees_what_hooks_cost_at_the_head() {
     let micro = Micro { gold: false, ..micros(&device, &[2], None).remove(0) };
     let pause = Duration::from_millis(20);
     let costly = |_: &Model| Ok(vec![Box::new(Costly(pause)) as Box<dyn Method>]);
-    let profile = measure::profile(&model, &micro, no_clip(), &costly).unwrap();
+    let profile = measure::profile(&model, &micro, no_clip(), &costly, &[]).unwrap();
     let (head, others) = profile.pieces.split_last().unwrap();
     assert!(head.cost.forward >= pause.as_secs_f64(), "{head:?}");
     assert!(others.iter().all(|piece| piece.cost.forward < head.cost.forward), "{profile:?}");

@@ -40,7 +40,7 @@ fn kind(text: &str) -> std::result::Result<Kind, String> {
 
 #[derive(clap::Args)]
 pub struct Grid {
-    /// sequential, gpipe, 1f1b, dapple-a[:CAP], dapple-b[:CAP], interleaved[:CHUNKS], zb-h1, zb-h2 or zb-v
+    /// sequential, gpipe, 1f1b, dapple-a[:CAP], dapple-b[:CAP], interleaved[:CHUNKS], zb-h1, zb-h2, zb-v, v-half or v-min
     #[arg(value_parser = kind)]
     kind: Kind,
     #[arg(long, default_value_t = 4)]

@@ -25,6 +25,9 @@ pub struct Args {
     /// Tokens of a sequence [default: the recipe's longest]
     #[arg(long, value_name = "TOKENS")]
     columns: Option<usize>,
+    /// Devices like this one that work at the same time, as the other stages will where they share memory and clock
+    #[arg(long, default_value_t = 0, value_name = "STAGES", value_parser = clap::value_parser!(u32).range(0..=1024))]
+    beside: u32,
     /// Where the profile goes
     #[arg(long, default_value = "profile.json", value_name = "FILE")]
     out: PathBuf,
@@ -59,7 +62,8 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
         tokens: batch.token_count,
         teacher: None,
     };
-    let profile = measure::profile(&model, &micro, recipe.teacher.settings(), &|_| Ok(Vec::new()))?;
+    let neighbours = (0..args.beside).map(|_| global.open()).collect::<Result<Vec<_>>>()?;
+    let profile = measure::profile(&model, &micro, recipe.teacher.settings(), &|_| Ok(Vec::new()), &neighbours)?;
     profile.write(&args.out)?;
     if global.json() {
         say_json(&profile);

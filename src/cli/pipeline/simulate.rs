@@ -16,7 +16,7 @@ use crate::report::{self, Alignment, Table};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// sequential, gpipe, 1f1b, dapple-a[:CAP], dapple-b[:CAP], interleaved[:CHUNKS], zb-h1, zb-h2 or zb-v
+    /// sequential, gpipe, 1f1b, dapple-a[:CAP], dapple-b[:CAP], interleaved[:CHUNKS], zb-h1, zb-h2, zb-v, v-half or v-min
     #[arg(long, value_parser = kind, default_value = "1f1b", value_name = "KIND")]
     schedule: Kind,
     /// A schedule in PyTorch's form instead: a row per stage, cells such as 0F0, 1I2 or 2SEND_F0

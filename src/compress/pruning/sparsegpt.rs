@@ -1,0 +1,221 @@
+//! SparseGPT (Frantar and Alistarh 2023): each linear is pruned column by column, and what a column loses is made up for by
+//! the columns to its right, by the inverse of the inputs' second moments. Rounding to a grid can be done in the same pass.
+
+use std::collections::BTreeMap;
+
+use faer::linalg::solvers::DenseSolveCore;
+use faer::{Mat, Side};
+use rayon::prelude::*;
+
+use super::calibration::{Statistic, walk};
+use super::pattern::{Pattern, matrix_dims};
+use super::pruner::{Criterion, Work};
+use super::selection::{Scope, pruned};
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+use crate::train::lifecycle::Micro;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// Share of the mean of H's diagonal that is added to it.
+    pub damping: f64,
+    /// Columns that are treated together; where the pattern is unstructured, weights are compared within them.
+    pub block: usize,
+    /// Bits of the symmetric grid, one scale per row, that kept weights are rounded to.
+    pub bits: Option<u32>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { damping: 0.01, block: 128, bits: None }
+    }
+}
+
+pub struct SparseGpt {
+    pub settings: Settings,
+    pub micros: Vec<Micro>,
+    /// With `Settings::bits`, the grid's step of each row of each weight.
+    pub scales: BTreeMap<String, Vec<f64>>,
+}
+
+impl SparseGpt {
+    pub fn new(settings: Settings, micros: Vec<Micro>) -> Self {
+        Self { settings, micros, scales: BTreeMap::new() }
+    }
+}
+
+/// What is pruned of a matrix `[n, k]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    pub pattern: Pattern,
+    pub scope: Scope,
+    pub sparsity: f64,
+}
+
+/// A pruned matrix: weights, which of them are kept, and the grid's step of each row.
+pub struct Pruned {
+    pub weights: Vec<f64>,
+    pub kept: Vec<bool>,
+    pub scales: Vec<f64>,
+}
+
+/// Prunes w `[n, k]`, of which `before` is kept so far, for inputs with H = 2/rows X^T X, `gram` being X^T X `[k, k]`.
+///
+/// # Errors
+/// `Error::Parameter` for settings out of range and where the damped H is not positive definite.
+pub fn prune(
+    [n, k]: [usize; 2],
+    weights: &[f64],
+    before: &[bool],
+    (gram, rows): (&[f64], usize),
+    target: Target,
+    settings: &Settings,
+) -> Result<Pruned> {
+    let upper = factor(k, gram, rows, settings)?;
+    let dead = |j: usize| gram[j * k + j] == 0.0;
+    let mut w = weights.to_vec();
+    w.iter_mut().enumerate().filter(|(i, _)| dead(i % k)).for_each(|(_, w)| *w = 0.0);
+    let levels = settings.bits.map_or(0.0, |bits| f64::from((1u32 << (bits - 1)) - 1));
+    let scale = |row: &[f64]| row.iter().fold(0.0f64, |most, w| most.max(w.abs())) / levels;
+    let scales: Vec<f64> = if levels > 0.0 { w.chunks(k).map(scale).collect() } else { Vec::new() };
+    let mut kept = vec![true; n * k];
+    for start in (0..k).step_by(settings.block) {
+        let end = (start + settings.block).min(k);
+        if target.pattern == Pattern::Unstructured {
+            choose([n, k], (start, end), &w, before, &upper, target, &mut kept);
+        }
+        // Rows are independent once it is known which of their weights go.
+        w.par_chunks_mut(k).zip(kept.par_chunks_mut(k)).enumerate().for_each(|(row, (w, kept))| {
+            let step = scales.get(row).copied().unwrap_or(0.0);
+            let mut errors = vec![0.0; end - start];
+            for j in start..end {
+                if target.pattern == Pattern::TwoFour && j % 4 == 0 {
+                    best_pair(&w[j..j + 4], &mut kept[j..j + 4], |i| upper[(j + i) * k + j + i]);
+                }
+                let to = if !kept[j] {
+                    0.0
+                } else if step > 0.0 {
+                    (w[j] / step).round_ties_even().clamp(-levels, levels) * step
+                } else {
+                    w[j]
+                };
+                let error = (w[j] - to) / upper[j * k + j];
+                w[j] = to;
+                for l in j + 1..end {
+                    w[l] -= error * upper[j * k + l];
+                }
+                errors[j - start] = error;
+            }
+            // The later blocks are brought up to date at once.
+            for (j, error) in (start..end).zip(&errors).filter(|(_, error)| **error != 0.0) {
+                for l in end..k {
+                    w[l] -= error * upper[j * k + l];
+                }
+            }
+        });
+    }
+    Ok(Pruned { weights: w, kept, scales })
+}
+
+/// U with H^-1 = U^T U, upper triangular `[k, k]`, of the damped H.
+fn factor(k: usize, gram: &[f64], rows: usize, settings: &Settings) -> Result<Vec<f64>> {
+    let refuse =
+        |parameter, value: String, allowed| Err(Error::Parameter { op: "SparseGPT", parameter, value, allowed });
+    if !(settings.damping.is_finite() && settings.damping >= 0.0) {
+        return refuse("damping", settings.damping.to_string(), "a finite number, not negative");
+    }
+    if settings.block == 0 || !settings.block.is_multiple_of(4) {
+        return refuse("block", settings.block.to_string(), "a multiple of 4 columns");
+    }
+    if let Some(bits) = settings.bits.filter(|bits| !(2..=8).contains(bits)) {
+        return refuse("bits", bits.to_string(), "2 to 8");
+    }
+    let scale = 2.0 / rows.max(1) as f64;
+    let diagonal = |j: usize| if gram[j * k + j] == 0.0 { 1.0 } else { scale * gram[j * k + j] };
+    let damp = settings.damping * (0..k).map(diagonal).sum::<f64>() / k.max(1) as f64;
+    let h = Mat::from_fn(k, k, |i, j| if i == j { diagonal(i) + damp } else { scale * gram[i * k + j] });
+    let indefinite = || {
+        let value = format!("{}: the second moments of {k} inputs are not positive definite", settings.damping);
+        Error::Parameter { op: "SparseGPT", parameter: "damping", value, allowed: "larger, such as 0.05" }
+    };
+    let inverse = h.llt(Side::Lower).map_err(|_| indefinite())?.inverse();
+    let factor = inverse.llt(Side::Lower).map_err(|_| indefinite())?;
+    let lower = factor.L();
+    Ok((0..k * k).map(|i| if i % k >= i / k { lower[(i % k, i / k)] } else { 0.0 }).collect())
+}
+
+/// The smallest w^2 / U_jj^2 of columns `start .. end` go; what went before goes first. Counts over blocks add up to the
+/// declared one.
+fn choose(
+    [n, k]: [usize; 2],
+    (start, end): (usize, usize),
+    w: &[f64],
+    before: &[bool],
+    upper: &[f64],
+    target: Target,
+    kept: &mut [bool],
+) {
+    let rows = if target.scope == Scope::Row { 1 } else { n };
+    let count = pruned(rows * end, target.sparsity) - pruned(rows * start, target.sparsity);
+    let score = |i: usize| if before[i] { (w[i] / upper[i % k * k + i % k]).powi(2) } else { -1.0 };
+    for first in (0..n).step_by(rows.max(1)) {
+        let mut order: Vec<usize> = (first..first + rows).flat_map(|r| (start..end).map(move |c| r * k + c)).collect();
+        // The lower index is kept on ties.
+        order.sort_by(|&a, &b| score(a).total_cmp(&score(b)).then(b.cmp(&a)));
+        order[..count].iter().for_each(|&i| kept[i] = false);
+    }
+}
+
+/// Keeps the two largest w^2 / U_jj^2 of four, the lower index on ties.
+fn best_pair(w: &[f64], kept: &mut [bool], diagonal: impl Fn(usize) -> f64) {
+    let mut order = [0, 1, 2, 3];
+    let score = |i: usize| (w[i] / diagonal(i)).powi(2);
+    order.sort_by(|&a, &b| score(b).total_cmp(&score(a)));
+    order[2..].iter().for_each(|&i| kept[i] = false);
+}
+
+impl Criterion for SparseGpt {
+    fn name(&self) -> &'static str {
+        "SparseGPT pruning"
+    }
+
+    /// # Errors
+    /// `Error::Parameter` for a pattern or scope that the method does not have.
+    fn prune(&mut self, work: &Work) -> Result<Vec<Tensor>> {
+        let refuse =
+            |parameter, value: String, allowed| Error::Parameter { op: "SparseGPT", parameter, value, allowed };
+        if !matches!(work.pattern, Pattern::Unstructured | Pattern::TwoFour) {
+            return Err(refuse("pattern", format!("{:?}", work.pattern), "unstructured or two_four"));
+        }
+        if work.scope == Scope::Global {
+            return Err(refuse("scope", "global".into(), "row or layer: each linear is pruned by itself"));
+        }
+        let Self { settings, micros, scales } = self;
+        let target = Target { pattern: work.pattern, scope: work.scope, sparsity: work.sparsity };
+        let mut found: BTreeMap<usize, Tensor> = BTreeMap::new();
+        walk(work.model, micros, Statistic::Gram, &mut |block| {
+            for (index, name) in work.weights.iter().enumerate() {
+                let Some(sums) = name.strip_suffix(".weight").and_then(|linear| block.get(linear)) else {
+                    continue;
+                };
+                let (weight, matrix) = (work.model.get(name)?, work.matrix(name)?);
+                if weight.dims().len() != 2 {
+                    let value = format!("{name}, {:?}", weight.dims());
+                    return Err(refuse("weight", value, "a matrix: prune before experts"));
+                }
+                let before: Vec<bool> = work.units[index].to_vec::<f32>()?.iter().map(|&kept| kept != 0.0).collect();
+                let dims = matrix_dims(&matrix);
+                let done = prune(dims, &matrix.to_f64()?, &before, (&sums.inputs, sums.rows), target, settings)?;
+                matrix.assign(&Tensor::from_f64(matrix.device(), &dims, matrix.dtype(), &done.weights)?)?;
+                let units: Vec<f32> = done.kept.iter().map(|&kept| f32::from(u8::from(kept))).collect();
+                found.insert(index, Tensor::from_slice(matrix.device(), &dims, &units)?);
+                scales.insert(name.clone(), done.scales);
+            }
+            Ok(())
+        })?;
+        if let Some(index) = (0..work.weights.len()).find(|index| !found.contains_key(index)) {
+            return Err(Error::file("calibration", &work.weights[index], "is the weight of no linear of a block"));
+        }
+        Ok(found.into_values().collect())
+    }
+}

@@ -1,0 +1,111 @@
+//! `[sparsify]` of a recipe: every method through the flow, its promise held by the stages after it, and refusals.
+
+use espalier::recipe::{self, Recipe};
+use espalier::report::{self, RunReport};
+
+use crate::model::cpu;
+use crate::training::{options, tiny};
+
+fn run(recipe: &Recipe) -> RunReport {
+    let folder = tempfile::tempdir().unwrap();
+    let html = recipe::run(recipe, &cpu(), &options(&folder.path().join("run"))).unwrap();
+    report::read(html.with_file_name("report.json")).unwrap()
+}
+
+/// Share of zeros of the pruned weights after the last stage.
+fn sparsity(sets: &[&str]) -> (f64, RunReport) {
+    let short = ["structure=false", "hybrid=false", "evaluate.decoded=1", "sparsify.calibration_batches=2"];
+    let report = run(&tiny(&[&short, sets].concat()));
+    for stage in &report.stages {
+        assert!(stage.invariants.iter().all(|i| i.ok), "{sets:?}, {}: {:?}", stage.name, stage.invariants);
+    }
+    let last = report.stages.last().unwrap();
+    let shares: Vec<f64> = last.sparsity.iter().map(|(_, share)| *share).collect();
+    (shares.iter().sum::<f64>() / shares.len().max(1) as f64, report)
+}
+
+#[test]
+fn every_method_runs_from_a_recipe() {
+    let alone = ["quantize=false", "experts=false"];
+    let grown =
+        ["sparsify.pattern=unstructured", "sparsify.sparsity=0.75", "sparsify.every=1", "sparsify.window=[0.25, 0.75]"];
+    for sets in [
+        &["sparsify.method=random"][..],
+        &["sparsify.method=magnitude", "sparsify.mask=two_dimensional"],
+        &["sparsify.method=wanda"],
+        &["sparsify.method=obs", "sparsify.obs.update=group"],
+        &["sparsify.method=sparse_gpt"],
+        &["sparsify.method=learned", "sparsify.window=[0, 0.5]"],
+    ] {
+        let (share, _) = sparsity(&[&alone, sets].concat());
+        assert!((share - 0.5).abs() < 0.01, "{sets:?}: {share}");
+    }
+    for sets in [
+        &["sparsify.method=magnitude", "sparsify.curve=linear", "sparsify.cycle_floor=0.1"][..],
+        &["sparsify.method=first_order", "sparsify.scope=row"],
+        &["sparsify.method=movement", "sparsify.pattern={ block = { rows = 4, columns = 4 } }"],
+        &["sparsify.method=wanda", "sparsify.scope=row"],
+        &["sparsify.method=obs", "sparsify.scope=layer"],
+    ] {
+        let (share, _) = sparsity(&[&alone[..], &grown, sets].concat());
+        assert!((share - 0.75).abs() < 0.01, "{sets:?}: {share}");
+    }
+    let rows = ["sparsify.method=activation", "sparsify.pattern=row", "sparsify.sparsity=0.25"];
+    assert!((sparsity(&[&alone[..], &rows].concat()).0 - 0.25).abs() < 0.01);
+}
+
+/// Unstructured zeros of every weight, unevenly spread, are held through quantization and the split into experts.
+#[test]
+fn later_stages_hold_the_zeros() {
+    let sets = [
+        "sparsify.method=magnitude",
+        "sparsify.pattern=unstructured",
+        "sparsify.scope=global",
+        "sparsify.sparsity=0.8",
+        "sparsify.window=[0, 0]",
+    ];
+    let (share, report) = sparsity(&sets);
+    assert!((share - 0.8).abs() < 0.1, "{share}");
+    let names: Vec<&str> = report.stages.iter().map(|s| s.name.as_str()).collect();
+    assert_eq!(names, ["teacher", "sparsify", "quantize", "experts"]);
+    let held = |stage: &report::model::StageRow| stage.invariants.iter().any(|i| i.name.contains("declared sparsity"));
+    assert!(report.stages[1..].iter().all(held));
+}
+
+#[test]
+fn what_cannot_be_pruned_is_refused_with_its_key() {
+    for (sets, key) in [
+        (&["sparsify.sparsity=0.6"][..], "sparsify.sparsity"),
+        (&["sparsify.pattern=unstructured", "sparsify.sparsity=1.0"], "sparsify.sparsity"),
+        (&["sparsify.pattern={ block = { rows = 0, columns = 4 } }"], "sparsify.pattern"),
+        (&["sparsify.method=activation"], "sparsify.pattern"),
+        (&["sparsify.method=sparse_gpt", "sparsify.pattern=row"], "sparsify.pattern"),
+        (&["sparsify.method=sparse_gpt", "sparsify.scope=global"], "sparsify.scope"),
+        (&["sparsify.method=sparse_gpt", "sparsify.sparse_gpt.bits=1"], "sparsify.sparse_gpt.bits"),
+        (&["sparsify.method=sparse_gpt", "sparsify.sparse_gpt.block=6"], "sparsify.sparse_gpt.block"),
+        (&["sparsify.method=learned", "sparsify.pattern=unstructured"], "sparsify.pattern"),
+        (&["sparsify.method=learned", "sparsify.window=[0, 0]"], "sparsify.window"),
+        (&["sparsify.method=movement", "sparsify.pattern=two_four_2d"], "sparsify.pattern"),
+        (&["sparsify.method=movement", "sparsify.movement.rate=0.0"], "sparsify.movement.rate"),
+        (&["sparsify.method=first_order"], "sparsify.window"),
+        (&["sparsify.method=obs", "sparsify.obs.block=129"], "sparsify.obs.block"),
+        (&["sparsify.method=obs", "sparsify.obs.damping=0.0"], "sparsify.obs.damping"),
+        (&["sparsify.window=[0.5, 0.2]"], "sparsify.window"),
+        (&["sparsify.window=[0.5, 1.2]"], "sparsify.window"),
+        (&["sparsify.every=0"], "sparsify.every"),
+        (&["sparsify.cycle_floor=2.0"], "sparsify.cycle_floor"),
+        (&["sparsify.calibration_batches=0"], "sparsify.calibration_batches"),
+        (&["sparsify.initial=0.7"], "sparsify.initial"),
+    ] {
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        let error = Recipe::load(None, &sets).unwrap_err();
+        assert!(error.to_string().contains(key), "{sets:?}: {error}");
+        assert_eq!(error.exit_code(), 2);
+    }
+    let text =
+        std::fs::read_to_string(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/quick.toml")).unwrap();
+    let staged = format!("{text}\n[pipeline]\nstages = 2\n");
+    let sets = ["sparsify.pattern=unstructured".to_string()];
+    let error = Recipe::parse(std::path::Path::new("r.toml"), &staged, &sets).unwrap_err();
+    assert!(error.to_string().contains("sparsify.window"), "{error}");
+}
