@@ -4,6 +4,7 @@
 mod data;
 mod doctor;
 mod flow;
+mod import;
 mod kernels;
 mod model;
 mod pipeline;
@@ -90,6 +91,9 @@ enum Command {
     Eval(model::Eval),
     Translate(model::Translate),
     Info(model::Info),
+    /// Make a recipe of another system's config
+    #[command(subcommand)]
+    Import(import::Import),
     Report(flow::Report),
     TrainTagger(tagger::TrainTagger),
     /// Models in stages: plan a cut, simulate a schedule
@@ -128,6 +132,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Run(args) => flow::run(&cli.global, args),
         Command::Eval(args) => model::eval(&cli.global, args),
         Command::Translate(args) => model::translate(&cli.global, args),
+        Command::Import(command) => import::run(&cli.global, command),
         Command::Info(args) => model::info(&cli.global, args),
         Command::Report(args) => flow::compare_runs(&cli.global, args),
         Command::TrainTagger(args) => tagger::train_tagger(&cli.global, args),

@@ -8,6 +8,7 @@ mod data;
 mod device;
 mod encoder;
 mod graphs;
+mod import;
 mod kernels;
 mod learned_masks;
 mod metrics;
@@ -15,6 +16,7 @@ mod model;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod pipeline;
+mod properties;
 mod pruning;
 mod pruning_recipes;
 mod report;
