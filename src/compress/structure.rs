@@ -47,7 +47,8 @@ pub fn scaled_ffn(ffn_width: usize, head_size: usize, target: usize) -> usize {
 /// Indices of the `n` largest scores, ascending; among equals the lowest index wins. Exactly `n` of them.
 pub fn largest(scores: &[f64], n: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+    // Adding 0 makes the two zeros equal.
+    order.sort_by(|&a, &b| (scores[b] + 0.0).total_cmp(&(scores[a] + 0.0)).then(a.cmp(&b)));
     order.truncate(n);
     order.sort_unstable();
     order
