@@ -1,20 +1,26 @@
-// op:       observe, fake_quant, fake_quant_bwd, quantize, dequantize, pack_int4
+// op:       observe, fake_quant, fake_quant_bwd, quantize, dequantize, pack_int4, step_slope, track_step
 // math:     y = (clamp(rne(x / s) + z, low, high) - z) s, with s and z from the range of the element's group
-// grad:     fake_quant_bwd: dx = dy where low <= rne(x / s) + z <= high, else 0
-// shapes:   observe: x[N], range[G, 2]; fold: parts[P, 2], range[G, 2]; fake_quant: x[N], range[G, 2], y[N];
+// grad:     fake_quant_bwd: dx = dy where low <= rne(x / s) + z <= high, else 0; step_slope: f dy (q - x / s) there, f dy q elsewhere
+// shapes:   observe: x[N], range[G, 2]; fold: parts[P, 2], range[G, 2]; fake_quant: x[N], grid (range[G, 2] or step[G or 1]), y[N];
 //           fake_quant_bwd: x[N], range[G, 2], dy[N], dx[N]; quantize: x[N], range[G, 2], q[N] i8;
 //           scales: range[G, 2], scale[G], zero[G]; dequantize: q[N] i8, scale[G], zero[G], y[N];
-//           pack_int4: x[N], range[G, 2], q[N / 8] words
+//           pack_int4: x[N], range[G, 2], q[N / 8] words;
+//           observe_means: x[N], (step to divide by, scale)[G, 2]; step_slope: x[N], step, dy[N], slope[N] f32;
+//           track_step: step[G], range[G, 2]
 // layout:   groups are runs of `length` neighbours; i8 one after the other; eight levels of four bits to a word
 // launch:   linear, 64 threads a block: 8 elements each (maps), four (i8), one word (int4), one part of a group (ranges)
 //           v2: 256 threads a block: 8 elements each (maps), a warp per part of a group (ranges)
 // cost:     about 6 operations an element; each tensor moved once
 // numerics: f32; bits are defined: one multiplication by the correctly rounded reciprocal, round to nearest even;
-//           a group narrower than 2^-100 is zero with scale 1, one with NaN or wider than 2^120 has the scale NaN
-// source:   Jacob et al. 2018 (affine levels); straight-through: Bengio et al. 2013
+//           a group narrower than 2^-100 is zero with scale 1, one with NaN or wider than 2^120 has the scale NaN;
+//           a given step is at least 2^-100; means are sums in order
+// source:   Jacob et al. 2018 (affine levels); straight-through: Bengio et al. 2013; learned steps:
+//           Esser et al. 2020, Eq 3; means: Li and Liu 2016, Rastegari et al. 2016
 // rungs:    v1 one thread, neighbouring elements; v2 16 bytes per access, a thread's elements in one group
 
-struct QuantParams { u32 count, length, asymmetric; float low, high, unit, shift; };
+// mode: 0 symmetric range, 1 asymmetric range, 2 a step per group, 3 one step, 4 (step to divide by, scale) per group.
+struct QuantParams { u32 count, length, mode; float low, high, unit, shift; u32 own; };
+struct StepParams : QuantParams { float factor; };
 struct RangeParams { u32 count, length, absolute, part, each; };
 
 #define NOT_A_NUMBER __uint_as_float(0x7fc00000u)
@@ -64,16 +70,57 @@ extern "C" __global__ void __launch_bounds__(64) observe_fold(const float* parts
 struct Grid { float scale, inverse, zero; };
 
 // No product here is added to anything before it is rounded to a level, so there is nothing that could be fused.
-__device__ __forceinline__ Grid grid_of(const float* range, u32 group, const QuantParams& p) {
-    float low = range[2u * group], high = range[2u * group + 1u];
+__device__ __forceinline__ Grid grid_of(const float* given, u32 group, const QuantParams& p) {
+    if (p.mode == 2u || p.mode == 3u) {
+        float step = given[p.mode == 2u ? group : 0u];
+        if (is_nan(step) || step > 1.329228e36f) return {NOT_A_NUMBER, NOT_A_NUMBER, 0.0f};
+        step = fmaxf(step, 7.888609e-31f);
+        return {step, __fdiv_rn(1.0f, step), 0.0f};
+    }
+    float low = given[2u * group], high = given[2u * group + 1u];
+    if (p.mode == 4u) {
+        if (is_nan(low)) return {NOT_A_NUMBER, NOT_A_NUMBER, 0.0f};
+        if (low < 7.888609e-31f) return {1.0f, 0.0f, 0.0f};
+        return {high, __fdiv_rn(1.0f, low), 0.0f};
+    }
     float bottom = fminf(low, 0.0f);
-    float width = p.asymmetric == 1u ? fmaxf(high, 0.0f) - bottom : fmaxf(fabsf(low), fabsf(high));
+    float width = p.mode == 1u ? fmaxf(high, 0.0f) - bottom : fmaxf(fabsf(low), fabsf(high));
     if (is_nan(low) || is_nan(high) || !(width <= 1.329228e36f)) return {NOT_A_NUMBER, NOT_A_NUMBER, 0.0f};
     if (width < 7.888609e-31f) return {1.0f, 0.0f, 0.0f};
     float scale = __fmul_rn(width, p.unit);
     float inverse = __fdiv_rn(1.0f, scale);
-    if (p.asymmetric == 0u) return {scale, inverse, 0.0f};
+    if (p.mode == 0u) return {scale, inverse, 0.0f};
     return {scale, inverse, clampf(rintf(__fmul_rn(-bottom, inverse)), p.low, p.high)};
+}
+
+// (step to divide by, scale): the mean magnitude decides, and of a ternary group those of more than half a step.
+extern "C" __global__ void __launch_bounds__(64) observe_means(const E* x, float* means, QuantParams p) {
+    u32 id = linear_id();
+    if (id >= p.count / p.length) return;
+    x += (u64)id * p.length;
+    float sum = 0.0f;
+    for (u32 i = 0u; i < p.length; i++) sum += fabsf(ld(x[i]));
+    float mean = __fmul_rn(sum, __fdiv_rn(1.0f, (float)p.length));
+    float step = 7.888609e-31f, scale = mean;
+    if (is_nan(mean) || mean > 1.329228e36f) {
+        step = scale = NOT_A_NUMBER;
+    } else if (mean < 7.888609e-31f) {
+        step = 0.0f;
+        scale = 1.0f;
+    } else if (p.unit > 0.0f) {
+        step = __fmul_rn(mean, p.unit);
+        float inverse = __fdiv_rn(1.0f, step), kept = 0.0f, count = 0.0f;
+        for (u32 i = 0u; i < p.length; i++) {
+            float value = fabsf(ld(x[i]));
+            if (__fmul_rn(value, inverse) > 0.5f) {
+                kept += value;
+                count += 1.0f;
+            }
+        }
+        scale = __fmul_rn(kept, __fdiv_rn(1.0f, count));
+    }
+    means[2u * id] = step;
+    means[2u * id + 1u] = scale;
 }
 
 // The level before clamping.
@@ -155,6 +202,35 @@ extern "C" __global__ void __launch_bounds__(64) pack_int4_fwd(const E* x, const
         packed |= (u32)(value + 8.0f) << (4u * b);
     }
     q[word] = packed;
+}
+
+extern "C" __global__ void __launch_bounds__(64) step_slope(const E* x, const float* step, const E* dy, float* slope, StepParams p) {
+    u32 first = linear_id() * 8u;
+    if (first >= p.count) return;
+    u32 group = first / p.length;
+    Grid grid = grid_of(step, group, p);
+    for (u32 i = first; i < min(first + 8u, p.count); i++) {
+        if (i / p.length != group) {
+            group = i / p.length;
+            grid = grid_of(step, group, p);
+        }
+        float value = ld(x[i]), raw = raw_level(value, grid), level = raw;
+        if (!is_nan(raw)) {
+            level = clampf(raw, p.low, p.high);
+            if (level == raw) level -= __fmul_rn(value, grid.inverse);
+        }
+        slope[i] = ld(dy[i]) * p.factor * level;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(64) track_step(float* step, const float* range, StepParams p) {
+    u32 group = linear_id();
+    if (group >= p.count) return;
+    Grid grid = grid_of(range, group, p);
+    // A zero or non-finite range says nothing.
+    if (is_nan(grid.inverse) || grid.inverse == 0.0f) return;
+    float old = step[group];
+    step[group] = old == 0.0f ? grid.scale : old + p.factor * (grid.scale - old);
 }
 
 // --- 16 bytes per access: eight elements a thread, all of one group.

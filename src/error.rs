@@ -73,9 +73,7 @@ pub enum Error {
     Schedule { schedule: String, stage: usize, position: usize, event: String, rule: String },
 
     /// A stage of a pipeline that failed, and where in its schedule it stood; the others have stopped.
-    #[error(
-        "pipeline stage {stage} failed in step {step} at event {position} ({event}): {what}; events of all stages: {record}"
-    )]
+    #[error("pipeline stage {stage} failed in step {step} at event {position} ({event}): {what}{}", recorded(record))]
     Fault { stage: usize, step: u64, position: usize, event: String, what: String, record: PathBuf },
 
     /// A promise of a compression stage does not hold.
@@ -114,6 +112,11 @@ pub enum Uncapturable {
     Outlives(usize),
     #[error("the driver ended it with error {0}")]
     Driver(u32),
+}
+
+/// Where a fault's events are; a process that lost its leader between trainings has none.
+fn recorded(record: &Path) -> String {
+    if record.as_os_str().is_empty() { String::new() } else { format!("; events of all stages: {}", record.display()) }
 }
 
 impl Error {

@@ -393,10 +393,35 @@ pub fn assemble(file: File, element: DType) -> Result<(String, u32)> {
 }
 
 /// The text of a file of the program, or of the file of that name in the folder that the environment variable names.
-fn read_override(variable: &str, file: &File) -> Result<String> {
-    match std::env::var_os(variable).map(|folder| std::path::Path::new(&folder).join(file.name)) {
-        // A folder need only hold the files that are being tuned.
-        Some(path) if path.exists() => std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e)),
-        _ => Ok(file.text.to_string()),
+fn read_override(variable: &'static str, file: &File) -> Result<String> {
+    match std::env::var_os(variable) {
+        Some(folder) => read_from(variable, std::path::Path::new(&folder), file),
+        None => Ok(file.text.to_string()),
+    }
+}
+
+fn read_from(variable: &'static str, folder: &std::path::Path, file: &File) -> Result<String> {
+    if !folder.is_dir() {
+        let rule = "a folder of kernel files".into();
+        return Err(Error::Usage { argument: variable, value: folder.display().to_string(), rule });
+    }
+    let path = folder.join(file.name);
+    // It need only hold the files that are being tuned.
+    if path.exists() { std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e)) } else { Ok(file.text.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_of_kernels_must_be_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = File { name: "one.cu", text: "built in" };
+        assert_eq!(read_from("ESPALIER_CUDA", folder.path(), &file).unwrap(), "built in");
+        std::fs::write(folder.path().join("one.cu"), "tuned").unwrap();
+        assert_eq!(read_from("ESPALIER_CUDA", folder.path(), &file).unwrap(), "tuned");
+        let error = read_from("ESPALIER_CUDA", &folder.path().join("missing"), &file).unwrap_err();
+        assert!(error.to_string().starts_with("ESPALIER_CUDA: ") && error.exit_code() == 2, "{error}");
     }
 }

@@ -7,6 +7,7 @@ pub mod console;
 pub mod data;
 pub mod device;
 pub mod dispatch;
+pub mod json;
 pub mod kernel;
 pub mod metrics;
 pub mod nn;

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::{Global, ranks, say, say_json};
 use crate::console;
@@ -36,11 +37,16 @@ pub struct Run {
 pub fn run(global: &Global, args: Run) -> Result<()> {
     let mut sets = args.sets;
     sets.extend(args.seed.map(|s| format!("seed={s}")));
-    let recipe = Recipe::load(args.recipe.as_deref(), &sets)?;
-    if args.dry_run {
-        return dry_run(global, &recipe);
-    }
-    ranks::among(|others| whole(global, &recipe, args.out, args.overwrite, others))
+    let recipe = Recipe::load(args.recipe.as_deref(), &sets);
+    // A mistake in it is for one of several processes to say.
+    let heartbeat = recipe.as_ref().map_or(Duration::from_secs(10), Recipe::heartbeat);
+    ranks::among(heartbeat, |others| {
+        let recipe = recipe?;
+        if args.dry_run {
+            return dry_run(global, &recipe, others.map(|post| post.ranks()));
+        }
+        whole(global, &recipe, args.out, args.overwrite, others)
+    })
 }
 
 /// The flow itself, which the first process alone runs.
@@ -110,8 +116,39 @@ fn quoted(argument: &str) -> String {
     format!("'{}'", argument.replace('\'', r"'\''"))
 }
 
-fn dry_run(global: &Global, recipe: &Recipe) -> Result<()> {
-    let stages = plan::plan(recipe);
+/// The trainings in stages, with what a device of each stage holds.
+fn say_spread(planned: &[plan::PlannedStage]) {
+    use Alignment::{Left, Right};
+    let mut table =
+        Table::new(&[("training", Left), ("pipeline", Left), ("micro-batches", Right), ("memory of a stage", Left)]);
+    let mut spread = false;
+    for stage in planned {
+        let Some(pipeline) = &stage.pipeline else { continue };
+        spread = true;
+        let schedule = pipeline.schedule;
+        let replicas = &pipeline.replicas;
+        let stages = match replicas.len() {
+            0 => format!("as many stages as pay, {schedule}"),
+            n if replicas.iter().all(|r| *r == 1) => format!("{n} stages, {schedule}"),
+            n => format!("{n} stages on {replicas:?} devices, {schedule}"),
+        };
+        let memory: Vec<String> = pipeline.memory.iter().map(|bytes| report::bytes(*bytes as u64)).collect();
+        let memory = if memory.is_empty() { "known once measured".into() } else { memory.join(", ") };
+        table.row(vec![stage.stage.clone(), stages, pipeline.micro_batches.to_string(), memory]);
+    }
+    if spread {
+        say(table.terminal());
+        say("memory is that of even cuts; a run cuts by what the pieces take, which it measures");
+    }
+}
+
+/// `ranks`: processes, where there are several.
+fn dry_run(global: &Global, recipe: &Recipe, ranks: Option<usize>) -> Result<()> {
+    let mut stages = plan::plan(recipe);
+    plan::plan_spread(recipe, &mut stages)?;
+    if recipe.pipeline.is_some() {
+        plan::check_devices(recipe, &global.open()?, ranks)?;
+    }
     if global.json() {
         say_json(&stages);
         return Ok(());
@@ -130,6 +167,7 @@ fn dry_run(global: &Global, recipe: &Recipe) -> Result<()> {
         ]);
     }
     say(table.terminal());
+    say_spread(&stages);
     let largest = stages.iter().map(|s| s.estimated_memory as u64).max().unwrap_or(0);
     if let Some(memory) = plan::physical_memory().filter(|memory| largest > *memory) {
         let (largest, memory) = (report::bytes(largest), report::bytes(memory));

@@ -13,6 +13,7 @@ mod tagger;
 
 use std::fmt::Display;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -38,8 +39,7 @@ struct Cli {
 /// What every command takes.
 #[derive(clap::Args)]
 pub struct Global {
-    /// auto, cpu, cpu:THREADS, wgpu, wgpu:INDEX or wgpu:NAME
-    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    #[arg(long, global = true, default_value = AUTO, value_name = "DEVICE", help = device::NAMES)]
     device: String,
     /// How results are printed; progress and warnings go to standard error either way
     #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
@@ -49,11 +49,15 @@ pub struct Global {
     quiet: bool,
 }
 
+/// The device that is meant where none is named.
+const AUTO: &str = "auto";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     Text,
     Json,
-    /// For `kernels list` and `kernels compare`
+    /// For `kernels list` and `kernels compare`, whose help names it.
+    #[value(hide = true)]
     Markdown,
 }
 
@@ -106,6 +110,23 @@ enum Command {
     },
 }
 
+impl Command {
+    /// Whether `--device` has a meaning for it.
+    fn runs_on_a_device(&self) -> bool {
+        match self {
+            Self::Run(_) | Self::Eval(_) | Self::Translate(_) | Self::TrainTagger(_) => true,
+            Self::Kernels(command) => command.runs_on_a_device(),
+            Self::Pipeline(command) => matches!(command, pipeline::Pipeline::Profile(_)),
+            Self::Doctor
+            | Self::Data(_)
+            | Self::Info(_)
+            | Self::Report(_)
+            | Self::Import(_)
+            | Self::Completions { .. } => false,
+        }
+    }
+}
+
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     device::quiet_loader();
@@ -124,6 +145,10 @@ fn run(cli: Cli) -> Result<()> {
     if cli.global.format == Format::Markdown && !speaks_markdown {
         let rule = "text or json for this command".into();
         return Err(Error::Usage { argument: "--format", value: "markdown".into(), rule });
+    }
+    if cli.global.device != AUTO && !cli.command.runs_on_a_device() {
+        let rule = "left out: this command runs on no device".into();
+        return Err(Error::Usage { argument: "--device", value: cli.global.device, rule });
     }
     match cli.command {
         Command::Doctor => doctor::run(&cli.global),
@@ -144,6 +169,33 @@ fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// A file that an argument names.
+type Named<'a> = (&'static str, Option<&'a Path>);
+
+/// Refuses outputs that would overwrite an input or each other. Devices and pipes may be named twice.
+fn refuse_collisions(inputs: &[Named], outputs: &[Named]) -> Result<()> {
+    let place = |path: &Path| match path.canonicalize() {
+        Ok(found) => found.is_file().then_some(found),
+        // To be made: known by its folder.
+        Err(_) => {
+            let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            Some(folder.canonicalize().ok()?.join(path.file_name()?))
+        }
+    };
+    let given = |named: &[Named]| -> Vec<(&'static str, PathBuf)> {
+        named.iter().filter_map(|(argument, path)| Some((*argument, place((*path)?)?))).collect()
+    };
+    let mut taken = given(inputs);
+    for (argument, path) in given(outputs) {
+        if let Some((other, _)) = taken.iter().find(|(_, place)| *place == path) {
+            let rule = format!("another file than that of {other}");
+            return Err(Error::Usage { argument, value: path.display().to_string(), rule });
+        }
+        taken.push((argument, path));
+    }
+    Ok(())
 }
 
 /// Prints one line or block. A reader that has gone away (`| head`) ends the program quietly, not with a panic; any other

@@ -20,8 +20,8 @@ const INTERRUPTED: i32 = 5;
 const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Runs `work` in the first of the processes that were started together, or in the only one; the others serve it and end with
-/// it.
-pub fn among(work: impl FnOnce(Option<Arc<Post>>) -> Result<()>) -> Result<()> {
+/// it. `heartbeat`: the run's.
+pub fn among(heartbeat: Duration, work: impl FnOnce(Option<Arc<Post>>) -> Result<()>) -> Result<()> {
     let Some(joined) = mpi::join()? else {
         stop_on_signal();
         return work(None);
@@ -30,7 +30,7 @@ pub fn among(work: impl FnOnce(Option<Arc<Post>>) -> Result<()>) -> Result<()> {
     if post.rank() > 0 {
         // What a signal means is for the first process to say; the launcher sends it to all of them.
         let _ = ctrlc::set_handler(|| {});
-        let code = match rank::serve(&post, &hooks::maker()) {
+        let code = match rank::serve(&post, &hooks::maker(), heartbeat) {
             Ok(code) => {
                 joined.leave();
                 code

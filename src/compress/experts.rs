@@ -179,9 +179,43 @@ fn split(model: &mut Model, i: usize, experts: usize) -> Result<()> {
     for part in ["in.weight", "in.bias", "out.weight"] {
         model.tensors.remove(&name(part));
     }
+    carry_steps(model, i, &order, experts)?;
     model.tensors.insert(name("experts.in.weight"), Tensor::from_slice(&device, &[experts, n, d], &rows)?);
     model.tensors.insert(name("experts.in.bias"), Tensor::from_slice(&device, &[experts, n], &bias)?);
     model.tensors.insert(name("experts.out.weight"), Tensor::from_slice(&device, &[experts, d, n], &out)?);
+    Ok(())
+}
+
+/// Quantization steps of block `i`'s FFN go with its rows: those of the neurons in their new order, those of the output
+/// channels to every expert. Inputs keep theirs.
+///
+/// # Errors
+/// `Error::Shape` for steps of groups and for `.smooth`: neurons are reordered across them, and routers see inputs unscaled.
+fn carry_steps(model: &mut Model, i: usize, order: &[usize], experts: usize) -> Result<()> {
+    let d = model.config.width;
+    for (part, count) in [("in", order.len()), ("out", d)] {
+        let (from, to) = (format!("blocks.{i}.ffn.{part}"), format!("blocks.{i}.ffn.experts.{part}"));
+        if let Some(step) = model.tensors.remove(&format!("{from}.input_step")) {
+            model.tensors.insert(format!("{to}.input_step"), step);
+        }
+        let refuse = |rule, got| Err(Error::Shape { op: "experts", rule, got });
+        if model.tensors.contains_key(&format!("{from}.smooth")) {
+            return refuse("no factor between inputs and weights", format!("{from}.smooth"));
+        }
+        let Some(step) = model.tensors.remove(&format!("{from}.step")) else {
+            continue;
+        };
+        if step.count() != count {
+            return refuse("one step per output channel", format!("{} steps of {from}", step.count()));
+        }
+        let values = step.to_vec::<f32>()?;
+        let carried: Vec<f32> = match part {
+            "in" => order.iter().map(|&j| values[j]).collect(),
+            _ => values.repeat(experts),
+        };
+        let carried = Tensor::from_slice(model.device(), &[carried.len()], &carried)?;
+        model.tensors.insert(format!("{to}.step"), carried);
+    }
     Ok(())
 }
 

@@ -3,17 +3,18 @@
 use crate::dispatch;
 use crate::error::Result;
 use crate::nn::Model;
+use crate::ops::quant::GridFrom;
 use crate::ops::sparse24::{Compress24, Form24, Mask24};
 use crate::tensor::Tensor;
 
-use super::quantization::quantize_weight;
+use super::quantization::{Activations, Format, STEP, stored};
 
 /// What the trained model promises about its weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Form {
     /// 2:4 along the reduction dimension.
     pub sparse: bool,
-    pub int8: bool,
+    pub quantized: Option<Format>,
 }
 
 /// Converts every linear of every block; embeddings, norms, biases, routers and the head stay f32.
@@ -24,9 +25,7 @@ pub fn freeze(model: &Model, form: Form) -> Result<Model> {
     }
     for i in 0..model.config.blocks.len() {
         for experts in [format!("blocks.{i}.ffn.experts.in"), format!("blocks.{i}.ffn.experts.out")] {
-            if form.int8 {
-                convert(&mut frozen, &experts, Form { sparse: false, int8: true })?;
-            }
+            convert(&mut frozen, &experts, Form { sparse: false, ..form })?;
         }
     }
     Ok(frozen)
@@ -38,31 +37,60 @@ fn convert(model: &mut Model, linear: &str, form: Form) -> Result<()> {
         return Ok(());
     }
     let weight = model.get(&name)?.clone();
-    let mut put = |part: &str, tensor: Tensor| model.tensors.insert(format!("{linear}.{part}"), tensor);
-    if form.sparse && is_24(&weight)? {
-        let mask = dispatch::run_one(&Mask24 { form: Form24::OneDimensional }, &[&weight])?;
-        let compressed = dispatch::run(&Compress24, &[&weight, &mask])?;
-        let (values, metadata) = (compressed[0].clone(), compressed[1].clone());
-        if form.int8 {
-            // The largest magnitude of a row survives compression, so the scale is the uncompressed row's.
-            let (q, scale) = quantize_weight(&values, 8)?;
-            put("values", q);
-            put("scale", scale);
-        } else {
-            put("values", values);
-        }
-        put("metadata", metadata);
-    } else if form.int8 {
-        let (q, scale) = quantize_weight(&weight, 8)?;
-        // One scale per output channel: [n], or [E, n] of experts.
-        let dims = weight.dims();
-        put("int8", q);
-        put("scale", scale.reshape(&dims[..dims.len() - 1])?);
-    } else {
-        return Ok(());
+    let integers = form.quantized.map(|format| stored(model, linear, &format)).transpose()?;
+    // Zeros are skipped by the float and the integer kernels; weight-only ones multiply them.
+    let skipped = form.quantized.is_none_or(|format| format.activations != Activations::Float);
+    let parts = match (form.quantized, integers) {
+        (_, integers) if form.sparse && skipped && is_24(&weight)? => compressed(&weight, integers)?,
+        (Some(format), Some(integers)) => dense(&weight, integers, &format)?,
+        _ => return Ok(()),
+    };
+    for (part, tensor) in parts {
+        model.tensors.insert(format!("{linear}.{part}"), tensor);
     }
     model.tensors.remove(&name);
+    model.tensors.remove(&format!("{linear}.{STEP}"));
     Ok(())
+}
+
+type Parts = Vec<(&'static str, Tensor)>;
+
+/// 2:4 storage of a weight, or of the integers that stand for it.
+fn compressed(weight: &Tensor, integers: Option<(Tensor, Tensor)>) -> Result<Parts> {
+    let mask = dispatch::run_one(&Mask24 { form: Form24::OneDimensional }, &[weight])?;
+    let Some((q, scale)) = integers else {
+        let parts = dispatch::run(&Compress24, &[weight, &mask])?;
+        return Ok(vec![("values", parts[0].clone()), ("metadata", parts[1].clone())]);
+    };
+    // The integers travel as floats, which hold them exactly, and come back by a step of 1.
+    let ones = Tensor::from_slice(weight.device(), &[1], &[1.0f32])?;
+    let levels: Vec<f32> = q.to_vec::<i8>()?.into_iter().map(f32::from).collect();
+    let levels = Tensor::from_slice(weight.device(), weight.dims(), &levels)?;
+    let parts = dispatch::run(&Compress24, &[&levels, &mask])?;
+    let store = Format::default().store(GridFrom::Step);
+    let values = dispatch::run(&store, &[&parts[0], &ones])?[0].clone();
+    Ok(vec![("values", values), ("metadata", parts[1].clone()), ("scale", scale)])
+}
+
+/// Integers with their scales: one per output channel (`[n]`, or `[E, n]` of experts) where inputs are integers too, else
+/// one per group, and then of at most four bits two to a byte.
+fn dense(weight: &Tensor, (q, scale): (Tensor, Tensor), format: &Format) -> Result<Parts> {
+    let dims = weight.dims();
+    let (channels, k) = dims.split_at(dims.len() - 1);
+    if format.activations != Activations::Float {
+        return Ok(vec![("int8", q), ("scale", scale.reshape(channels)?)]);
+    }
+    let groups = scale.count() / channels.iter().product::<usize>().max(1);
+    let scale = scale.reshape(&[channels, &[groups]].concat())?;
+    let length = k[0] / groups.max(1);
+    if format.weight_bits() > 4 || !length.is_multiple_of(8) {
+        return Ok(vec![("int8", q), ("scale", scale)]);
+    }
+    // As `ops/quant_int4.rs` stores them: plus 8, the lowest column in the lowest four bits.
+    let nibble = |(b, q): (usize, &i8)| u32::from((q + 8).unsigned_abs() & 15) << (4 * b);
+    let words: Vec<u32> = q.to_vec::<i8>()?.chunks(8).map(|w| w.iter().enumerate().map(nibble).sum()).collect();
+    let packed = Tensor::from_slice(weight.device(), &[channels, &[k[0] / 8]].concat(), &words)?;
+    Ok(vec![("int4", packed), ("scale", scale)])
 }
 
 /// Whether at most two of every four along the last axis are non-zero.

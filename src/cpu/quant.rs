@@ -13,37 +13,102 @@ const SHORT: usize = 16_384;
 const NARROWEST: f32 = 7.888_609e-31;
 const WIDEST: f32 = 1.329_228e36;
 
+/// How grids are made (`mode` of `ops/quant/ranges.rs`); 0 and 1 are ranges.
+const ASYMMETRIC: u32 = 1;
+const STEPS: u32 = 2;
+const ONE_STEP: u32 = 3;
+const MEANS: u32 = 4;
+
 /// Levels of a scheme, from the parameter block.
 #[derive(Clone, Copy)]
 pub(super) struct Scheme {
-    pub asymmetric: bool,
-    pub low: f32,
-    pub high: f32,
-    pub unit: f32,
+    mode: u32,
+    low: f32,
+    high: f32,
+    unit: f32,
 }
 
 impl Scheme {
     /// Parameters 2..=5.
     pub(super) fn of(args: &Args) -> Self {
-        Self { asymmetric: args.u(2) == 1, low: args.f(3), high: args.f(4), unit: args.f(5) }
+        Self { mode: args.word(2), low: args.f(3), high: args.f(4), unit: args.f(5) }
     }
 
-    /// The scale rule of every CPU kernel.
+    fn asymmetric(&self) -> bool {
+        self.mode == ASYMMETRIC
+    }
+
+    fn made(&self, scale: f32, inverse: f32, zero: f32) -> Grid {
+        Grid { scale, inverse, zero, low: self.low, high: self.high }
+    }
+
+    /// The scale rule of every CPU kernel: from a range, or from (step to divide by, scale) where means decide.
     pub(super) fn grid(&self, [low, high]: [f32; 2]) -> Grid {
-        let grid = |scale, inverse, zero| Grid { scale, inverse, zero, low: self.low, high: self.high };
+        if self.mode == MEANS {
+            return match low {
+                _ if low.is_nan() => self.made(f32::NAN, f32::NAN, 0.0),
+                _ if low < NARROWEST => self.made(1.0, 0.0, 0.0),
+                _ => self.made(high, 1.0 / low, 0.0),
+            };
+        }
         let bottom = if low < 0.0 { low } else { 0.0 };
-        let width = if self.asymmetric { high.max(0.0) - bottom } else { high.abs().max(low.abs()) };
+        let width = if self.asymmetric() { high.max(0.0) - bottom } else { high.abs().max(low.abs()) };
         let finite = width <= WIDEST && !low.is_nan() && !high.is_nan();
         if !finite {
-            return grid(f32::NAN, f32::NAN, 0.0);
+            return self.made(f32::NAN, f32::NAN, 0.0);
         }
         if width < NARROWEST {
-            return grid(1.0, 0.0, 0.0);
+            return self.made(1.0, 0.0, 0.0);
         }
         let scale = width * self.unit;
         let inverse = 1.0 / scale;
-        let zero = if self.asymmetric { (-bottom * inverse).round_ties_even().clamp(self.low, self.high) } else { 0.0 };
-        grid(scale, inverse, zero)
+        let zero =
+            if self.asymmetric() { (-bottom * inverse).round_ties_even().clamp(self.low, self.high) } else { 0.0 };
+        self.made(scale, inverse, zero)
+    }
+
+    fn grid_of_step(&self, step: f32) -> Grid {
+        if step.is_nan() || step > WIDEST {
+            return self.made(f32::NAN, f32::NAN, 0.0);
+        }
+        let scale = step.max(NARROWEST);
+        self.made(scale, 1.0 / scale, 0.0)
+    }
+
+    /// What the grid of a group follows from.
+    fn own<T: Float>(&self, row: &[T]) -> [f32; 2] {
+        if self.mode == MEANS { self.means(row) } else { extent_of(row) }
+    }
+
+    /// (step to divide by, scale) from the mean magnitude, summed in order.
+    fn means<T: Float>(&self, row: &[T]) -> [f32; 2] {
+        let magnitudes = || row.iter().map(|x| x.load().abs());
+        let mean = magnitudes().fold(0.0, |sum, x| sum + x) * (1.0 / row.len() as f32);
+        if mean.is_nan() || mean > WIDEST {
+            return [f32::NAN; 2];
+        }
+        if mean < NARROWEST {
+            return [0.0, 1.0];
+        }
+        if self.unit == 0.0 {
+            return [NARROWEST, mean];
+        }
+        let step = mean * self.unit;
+        let inverse = 1.0 / step;
+        let (mut sum, mut count) = (0.0f32, 0.0f32);
+        for x in magnitudes().filter(|x| x * inverse > 0.5) {
+            (sum, count) = (sum + x, count + 1.0);
+        }
+        [step, sum * (1.0 / count)]
+    }
+
+    /// The grid of a group from an argument that gives steps or ranges.
+    fn given(&self, given: &[f32], group: usize) -> Grid {
+        match self.mode {
+            STEPS => self.grid_of_step(given[group]),
+            ONE_STEP => self.grid_of_step(given[0]),
+            _ => self.grid([given[2 * group], given[2 * group + 1]]),
+        }
     }
 }
 
@@ -147,6 +212,21 @@ fn join(a: [f32; 2], b: [f32; 2]) -> [f32; 2] {
     [a[0].min(b[0]), a[1].max(b[1])]
 }
 
+/// What every group's grid follows from.
+fn own<T: Float>(args: &Args, scheme: &Scheme, x: &[T], length: usize) -> Vec<f32> {
+    let mut given = vec![[0.0; 2]; x.len() / length];
+    if scheme.mode == MEANS {
+        args.rows(&mut given, 1, grain(length), |first, chunk| {
+            for (pair, row) in chunk.iter_mut().zip(x[first * length..].chunks(length)) {
+                *pair = scheme.means(row);
+            }
+        });
+    } else {
+        ranges(args, x, length, &mut given);
+    }
+    given.into_iter().flatten().collect()
+}
+
 /// The range of every group. Minimum and maximum do not depend on the order of folding.
 fn ranges<T: Float>(args: &Args, x: &[T], length: usize, out: &mut [[f32; 2]]) {
     if length <= SHORT {
@@ -218,7 +298,7 @@ fn fake_quant_of<T: Float>(args: &Args) -> Result<()> {
     if dynamic && length <= SHORT {
         args.rows(y, length, grain(length), |first, chunk| {
             for (row, y) in (first..).zip(chunk.chunks_mut(length)) {
-                let grid = scheme.grid(extent_of(&x[row * length..][..length]));
+                let grid = scheme.grid(scheme.own(&x[row * length..][..length]));
                 for (part, y) in y.chunks_mut(BLOCK).enumerate() {
                     map(row * length + part * BLOCK, y, &grid);
                 }
@@ -226,15 +306,9 @@ fn fake_quant_of<T: Float>(args: &Args) -> Result<()> {
         });
         return Ok(());
     }
-    let mut own = Vec::new();
-    let given: &[[f32; 2]] = if dynamic {
-        own.resize(x.len() / length, [0.0; 2]);
-        ranges(args, x, length, &mut own);
-        &own
-    } else {
-        bytemuck::cast_slice(args.read::<f32>(1))
-    };
-    blocks(args, y, length, |group, start, y| map(start, y, &scheme.grid(given[group])));
+    let made = if dynamic { own(args, &scheme, x, length) } else { Vec::new() };
+    let given = if dynamic { &made } else { args.read::<f32>(1) };
+    blocks(args, y, length, |group, start, y| map(start, y, &scheme.given(given, group)));
     Ok(())
 }
 
@@ -245,41 +319,42 @@ pub fn fake_quant_backward(args: &Args) -> Result<()> {
 fn fake_quant_backward_of<T: Float>(args: &Args) -> Result<()> {
     let (length, scheme) = (args.u(1), Scheme::of(args));
     let (x, dy, dx) = (args.read::<T>(0), args.read::<T>(2), args.write::<T>(3));
-    let given: &[[f32; 2]] = bytemuck::cast_slice(args.read::<f32>(1));
+    let given = args.read::<f32>(1);
     blocks(args, dx, length, |group, start, dx| {
         let (mut wide_x, mut wide_dy, mut made) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);
         let x = widened(&x[start..start + dx.len()], &mut wide_x);
         let dy = widened(&dy[start..start + dx.len()], &mut wide_dy);
-        write_row(dx, &mut made, |dx| mask_row(x, dy, dx, &scheme.grid(given[group])));
+        write_row(dx, &mut made, |dx| mask_row(x, dy, dx, &scheme.given(given, group)));
     });
     Ok(())
 }
 
-/// Parameters: count, group length, scheme words, shift of stored levels.
+/// Parameters: count, group length, scheme words, shift of stored levels, dynamic.
 pub fn quantize(args: &Args) -> Result<()> {
     float_kernel!(args, quantize_of)
 }
 
 fn quantize_of<T: Float>(args: &Args) -> Result<()> {
-    let (length, scheme, shift) = (args.u(1), Scheme::of(args), args.f(6));
-    let (x, q) = (args.read::<T>(0), args.write::<i8>(1));
-    let (scales, zeros) = (args.write::<f32>(2), args.write::<f32>(3));
+    let (length, scheme, shift, dynamic) = (args.u(1), Scheme::of(args), args.f(6), args.u(7) == 1);
+    let first_output = if dynamic { 1 } else { 2 };
+    let (x, q) = (args.read::<T>(0), args.write::<i8>(first_output));
+    let (scales, zeros) = (args.write::<f32>(first_output + 1), args.write::<f32>(first_output + 2));
     let store = |start: usize, q: &mut [i8], grid: &Grid| {
         let mut wide = [0.0; BLOCK];
         store_row(widened(&x[start..start + q.len()], &mut wide), q, grid, shift);
     };
-    if length <= SHORT {
+    if dynamic && length <= SHORT {
         // Rows of q and their scales go to the same thread while x is in its cache.
         args.rows2((q, scales), (length, 1), grain(length), |first, q, scales| {
             for ((row, q), scale) in (first..).zip(q.chunks_mut(length)).zip(scales) {
-                let grid = scheme.grid(extent_of(&x[row * length..][..length]));
+                let grid = scheme.grid(scheme.own(&x[row * length..][..length]));
                 *scale = grid.scale;
                 for (part, q) in q.chunks_mut(BLOCK).enumerate() {
                     store(row * length + part * BLOCK, q, &grid);
                 }
             }
         });
-        if !scheme.asymmetric {
+        if !scheme.asymmetric() {
             zeros.fill(0.0);
             return Ok(());
         }
@@ -290,13 +365,46 @@ fn quantize_of<T: Float>(args: &Args) -> Result<()> {
         });
         return Ok(());
     }
-    let mut given = vec![[0.0; 2]; x.len() / length];
-    ranges(args, x, length, &mut given);
-    for ((range, scale), zero) in given.iter().zip(scales).zip(zeros) {
-        let grid = scheme.grid(*range);
+    let made = if dynamic { own(args, &scheme, x, length) } else { Vec::new() };
+    let given = if dynamic { &made } else { args.read::<f32>(1) };
+    for (group, (scale, zero)) in scales.iter_mut().zip(zeros).enumerate() {
+        let grid = scheme.given(given, group);
         (*scale, *zero) = (grid.scale, grid.zero - shift);
     }
-    blocks(args, q, length, |group, start, q| store(start, q, &scheme.grid(given[group])));
+    blocks(args, q, length, |group, start, q| store(start, q, &scheme.given(given, group)));
+    Ok(())
+}
+
+/// Parameters: as [`quantize`], then the factor.
+pub fn step_slope(args: &Args) -> Result<()> {
+    float_kernel!(args, step_slope_of)
+}
+
+fn step_slope_of<T: Float>(args: &Args) -> Result<()> {
+    let (length, scheme, factor) = (args.u(1), Scheme::of(args), args.f(8));
+    let (x, given, dy) = (args.read::<T>(0), args.read::<f32>(1), args.read::<T>(2));
+    blocks(args, args.write::<f32>(3), length, |group, start, slopes| {
+        let grid = scheme.given(given, group);
+        for ((slope, x), dy) in slopes.iter_mut().zip(&x[start..]).zip(&dy[start..]) {
+            let (raw, level) = (grid.raw(x.load()), grid.level(x.load()));
+            let rounding = if raw == level { x.load() * grid.inverse } else { 0.0 };
+            *slope = dy.load() * factor * (level - rounding);
+        }
+    });
+    Ok(())
+}
+
+/// Parameters: groups, then as [`quantize`], then the rate.
+pub fn track_step(args: &Args) -> Result<()> {
+    let (scheme, rate) = (Scheme::of(args), args.f(8));
+    let (steps, range) = (args.write::<f32>(0), args.read::<f32>(1));
+    for (group, step) in steps.iter_mut().enumerate() {
+        let grid = scheme.given(range, group);
+        // A zero or non-finite range says nothing.
+        if grid.inverse > 0.0 {
+            *step = if *step == 0.0 { grid.scale } else { *step + rate * (grid.scale - *step) };
+        }
+    }
     Ok(())
 }
 

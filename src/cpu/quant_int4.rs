@@ -1,4 +1,4 @@
-//! CPU kernels of `ops/quant_int4.rs`.
+//! CPU kernels of `ops/quant_int4.rs`, and the product of weight-only layers.
 
 use super::gemm::{Product as Dense, View, gemm_threaded};
 use super::matmul::floats;
@@ -79,15 +79,20 @@ pub fn matmul_int4(args: &Args) -> Result<()> {
 }
 
 fn forward<T: Float>(args: &Args) -> Result<()> {
-    let [m, n, k, group] = [0, 1, 2, 3].map(|i| args.u(i));
+    let (k, group) = (args.u(2), args.u(3));
     let (packed, scales) = (args.read::<u32>(1), args.read::<f32>(2));
+    product::<T>(args, &|j, out| {
+        unpack_row(&packed[j * k / 8..][..k / 8], &scales[j * (k / group)..][..k / group], group, out);
+    })
+}
+
+/// x W^T (+ bias) for weights whose row j `row` writes. Parameters: m, n, k, group, bias.
+pub(super) fn product<T: Float>(args: &Args, row: &(dyn Fn(usize, &mut [f32]) + Sync)) -> Result<()> {
+    let [m, n, k] = [0, 1, 2].map(|i| args.u(i));
     let (mut wide_x, mut wide_bias) = (Vec::new(), Vec::new());
     let x = floats(args.read::<T>(0), &mut wide_x);
     let bias = (args.u(4) == 1).then(|| floats(args.read::<T>(3), &mut wide_bias));
     let y = args.write::<T>(args.len() - 1);
-    let row = |j: usize, out: &mut [f32]| {
-        unpack_row(&packed[j * k / 8..][..k / 8], &scales[j * (k / group)..][..k / group], group, out);
-    };
     if m <= FEW {
         // Transposed, so that tasks own whole columns of y.
         let mut columns = vec![0.0; n * m];

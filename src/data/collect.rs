@@ -14,6 +14,7 @@ use super::package::{self, PackageIndex};
 use super::split::{self, Fractions, HeldOut, Split};
 use super::{catalog, clean, persist};
 use crate::error::{Error, Result};
+use crate::json;
 
 /// Name of the card in a written collection; also the mark by which an earlier collection is known.
 pub const CARD_FILE: &str = "card.json";
@@ -118,8 +119,7 @@ impl CollectionCard {
     pub fn read(directory: &Path) -> Result<Self> {
         let path = directory.join(CARD_FILE);
         let bytes = persist::read_capped(&path, MAX_CARD)?;
-        let mut reader = serde_json::Deserializer::from_slice(&bytes);
-        serde_path_to_error::deserialize(&mut reader).map_err(|e| Error::file(&path, e.path(), e.inner()))
+        json::read(&path, &bytes)
     }
 
     /// Parts that hold no pair: text of a single package cannot be split by package.

@@ -276,8 +276,12 @@ pub trait Device: Send + Sync {
     fn set_memory_cap(&self, bytes: Option<u64>);
 }
 
-/// Opens a device by its command-line name: `auto`, `cpu`, `cpu:THREADS`, `wgpu`, `wgpu:INDEX`, `wgpu:NAME`,
-/// `cuda`, `cuda:ORDINAL`, `cuda-host`, `cuda-host:ARCH` (CUDA kernels as C++ on the CPU), `reference`. `auto` takes CUDA, else a hardware adapter, else the CPU; a software adapter is used only when named.
+/// How devices are named on the command line.
+pub const NAMES: &str = "auto, cpu, cpu:THREADS, wgpu, wgpu:INDEX, wgpu:NAME, cuda, cuda:ORDINAL, cuda-host or cuda-host:90 \
+                         (CUDA kernels as C++ on the CPU), reference (f64)";
+
+/// Opens a device by its command-line name, one of [`NAMES`]. `auto` takes CUDA, else a hardware adapter, else the CPU; a
+/// software adapter is used only when named.
 pub fn open(name: &str) -> Result<Arc<dyn Device>> {
     let (kind, rest) = name.split_once(':').map_or((name, None), |(k, r)| (k, Some(r)));
     let unknown = |rule: &str| Error::Usage { argument: "--device", value: name.to_string(), rule: rule.to_string() };
@@ -310,8 +314,6 @@ pub fn open(name: &str) -> Result<Arc<dyn Device>> {
             let ordinal = rest.map_or(Ok(0), str::parse).map_err(|_| unknown("cuda:ORDINAL, a count from 0"))?;
             Ok(Arc::new(CudaDevice::new(ordinal)?))
         }
-        _ => Err(unknown(
-            "auto, cpu, cpu:THREADS, wgpu, wgpu:INDEX, wgpu:NAME, cuda, cuda:ORDINAL, cuda-host, cuda-host:90 or reference",
-        )),
+        _ => Err(unknown(NAMES)),
     }
 }

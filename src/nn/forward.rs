@@ -156,7 +156,7 @@ impl<'m> Pass<'m> {
         self.entering(Var::constant(tensor.clone()))
     }
 
-    fn entering(&mut self, var: Var) -> Result<Var> {
+    pub(super) fn entering(&mut self, var: Var) -> Result<Var> {
         match self.compute {
             Some(to) if var.tensor.dtype() == DType::F32 => self.tape.first(Cast { to }, &[&var]),
             _ => Ok(var),
@@ -186,8 +186,10 @@ impl<'m> Pass<'m> {
         let trained = tensor.dtype().is_float() && !name.contains(".router.");
         let leaf = if trained { self.tape.leaf(tensor) } else { Var::constant(tensor.clone()) };
         self.leaves.insert(name.to_string(), leaf.clone());
-        // Scales of integer weights belong to integer products, which are f32 outside; gates decide, they are no factors.
-        let entered = if name.ends_with(".scale") || name.ends_with(GATE) { leaf } else { self.entering(leaf)? };
+        // Scales of integer weights belong to integer products, which are f32 outside, and steps to rounding; gates decide,
+        // they are no factors.
+        let as_is = [".scale", ".step", ".input_step", GATE].iter().any(|end| name.ends_with(end));
+        let entered = if as_is { leaf } else { self.entering(leaf)? };
         self.entered.insert(name.to_string(), entered.clone());
         Ok(Some(entered))
     }
@@ -392,6 +394,7 @@ impl<'m> Pass<'m> {
         let dense = self.model.tensors.contains_key(&format!("{inner}.weight"));
         if dense
             && self.model.tensors.contains_key(&format!("{outer}.weight"))
+            && ![&inner, &outer].iter().any(|l| self.model.tensors.contains_key(&format!("{l}.smooth")))
             && self.hooks.is_empty()
             && !self.split_ffn
         {
@@ -470,9 +473,19 @@ impl<'m> Pass<'m> {
             let inputs: Vec<&Var> = [&x, &weight].into_iter().chain(&bias).chain([order, offsets]).collect();
             return self.tape.first(op, &inputs);
         }
-        let (weight, scale) = (self.parameter(&format!("{name}.int8"))?, self.parameter(&format!("{name}.scale"))?);
+        let scale = self.parameter(&format!("{name}.scale"))?;
+        let packed = self.optional(&format!("{name}.int4"))?;
+        if packed.is_some() || scale.dims().len() == 3 {
+            // Weight-only experts run on the float kernels.
+            let weight = self.unpacked(name, packed, &scale)?;
+            let experts = weight.dims()[0];
+            let op = GroupedMatmul { k, relu, bias: bias.is_some(), gather: first, experts };
+            let inputs: Vec<&Var> = [x, &weight].into_iter().chain(&bias).chain([order, offsets]).collect();
+            return self.tape.first(op, &inputs);
+        }
+        let weight = self.parameter(&format!("{name}.int8"))?;
         let experts = weight.dims()[0];
-        let q = self.tape.run(super::linear::ACTIVATION, &[x])?;
+        let q = self.quantized(name, x)?;
         let op = GroupedMatmulInt8 { k, relu, bias: bias.is_some(), gather: first, experts };
         let inputs: Vec<&Var> =
             [&q[0], &q[1], &weight, &scale].into_iter().chain(&bias).chain([order, offsets]).collect();

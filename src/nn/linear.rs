@@ -3,19 +3,22 @@
 use super::forward::Pass;
 use super::model::missing;
 use crate::error::Result;
+use crate::ops::binary::{Binary, BinaryFunction};
 use crate::ops::matmul::{Epilogue, Matmul};
-use crate::ops::quant::{Granularity, MatmulInt8, Quantize, Scheme};
-use crate::ops::quant_int4::MatmulInt4;
+use crate::ops::quant::{Dequantize, Granularity, GridFrom, MatmulInt8, MatmulInt8Groups, Quantize, Scheme};
+use crate::ops::quant_int4::{MatmulInt4, UnpackInt4};
 use crate::ops::sparse24::{MatmulSparse24, MatmulSparse24Int8};
 use crate::tape::Var;
+use crate::tensor::Tensor;
 
 /// Activations of int8 layers: symmetric narrow, one scale per token.
 pub(super) const ACTIVATION: Quantize =
-    Quantize { bits: 8, scheme: Scheme::SymmetricNarrow, granularity: Granularity::Token };
+    Quantize { bits: 8, scheme: Scheme::SymmetricNarrow, granularity: Granularity::Token, from: GridFrom::Own };
 
 impl Pass<'_> {
     /// y = x W^T + b for x `[.., k]`, on the kernel of the stored representation.
     pub fn linear(&mut self, name: &str, x: &Var) -> Result<Var> {
+        let x = &self.smoothed(name, x)?;
         let bias = self.optional(&format!("{name}.bias"))?;
         if let Some(weight) = self.optional(&format!("{name}.weight"))? {
             let (x, weight) = self.hooked(name, x.clone(), weight)?;
@@ -32,7 +35,7 @@ impl Pass<'_> {
             let metadata = self.optional(&format!("{name}.metadata"))?.ok_or_else(|| missing(name))?;
             match scale {
                 Some(scale) => {
-                    let q = self.tape.run(ACTIVATION, &[&rows])?;
+                    let q = self.quantized(name, &rows)?;
                     let inputs = [&q[0], &q[1], &values, &metadata, &scale].into_iter().chain(&bias);
                     self.tape.first(MatmulSparse24Int8 { bias: bias.is_some() }, &inputs.collect::<Vec<_>>())?
                 }
@@ -42,7 +45,14 @@ impl Pass<'_> {
                 }
             }
         } else if let (Some(weight), Some(scale)) = (self.optional(&format!("{name}.int8"))?, &scale) {
-            let q = self.tape.run(ACTIVATION, &[&rows])?;
+            if scale.dims().len() == weight.dims().len() {
+                let group = rows.tensor.shape().last() / scale.tensor.shape().last().max(1);
+                let inputs = [&rows, &weight, scale].into_iter().chain(&bias);
+                let op = MatmulInt8Groups { group, bias: bias.is_some() };
+                let y = self.tape.first(op, &inputs.collect::<Vec<_>>())?;
+                return with_last(x, &y);
+            }
+            let q = self.quantized(name, &rows)?;
             let inputs = [&q[0], &q[1], &weight, scale].into_iter().chain(&bias);
             self.tape.first(MatmulInt8 { bias: bias.is_some() }, &inputs.collect::<Vec<_>>())?
         } else if let (Some(packed), Some(scale)) = (self.optional(&format!("{name}.int4"))?, &scale) {
@@ -52,11 +62,53 @@ impl Pass<'_> {
         } else {
             return Err(missing(&format!("{name}.weight")));
         };
-        let mut dims = x.dims().to_vec();
-        if let Some(last) = dims.last_mut() {
-            *last = y.tensor.shape().last();
+        with_last(x, &y)
+    }
+
+    /// The input times the linear's `.smooth`, where it has one.
+    pub(super) fn smoothed(&mut self, name: &str, x: &Var) -> Result<Var> {
+        let Some(factors) = self.model.tensors.get(&format!("{name}.smooth")) else {
+            return Ok(x.clone());
+        };
+        let factors = self.constant(factors)?;
+        self.tape.first(Binary(BinaryFunction::Mul), &[x, &factors])
+    }
+
+    /// Rows as integers and a scale for each: by the linear's `.input_step`, or each by its own range.
+    pub(super) fn quantized(&mut self, name: &str, rows: &Var) -> Result<Vec<Var>> {
+        match self.model.tensors.get(&format!("{name}.input_step")) {
+            Some(step) => {
+                let step = Var::constant(step.clone());
+                self.tape.run(Quantize { from: GridFrom::Step, ..ACTIVATION }, &[rows, &step])
+            }
+            None => self.tape.run(ACTIVATION, &[rows]),
         }
-        y.reshape(&dims)
+    }
+
+    /// Weights `[E, n, k]` of experts that are stored in groups with a scale `[E, n, k / group]` each.
+    pub(super) fn unpacked(&mut self, name: &str, packed: Option<Var>, scale: &Var) -> Result<Var> {
+        let [e, n, groups] = scale.dims()[..] else {
+            return Err(missing(&format!("{name}.scale")));
+        };
+        let rows = scale.reshape(&[e * n, groups])?;
+        let weight = match packed {
+            Some(packed) => {
+                let k = 8 * packed.tensor.shape().last();
+                let packed = packed.reshape(&[e * n, k / 8])?;
+                self.tape.first(UnpackInt4 { group: k / groups.max(1) }, &[&packed, &rows])?
+            }
+            None => {
+                let q = self.parameter(&format!("{name}.int8"))?;
+                let granularity = Granularity::Group(q.tensor.shape().last() / groups.max(1));
+                let scales = rows.reshape(&[e * n * groups])?;
+                let zeros = Var::constant(Tensor::zeros(scales.tensor.device(), scales.meta())?);
+                let op = Dequantize { scheme: Scheme::SymmetricNarrow, granularity, bits: 8 };
+                self.tape.first(op, &[&q, &scales, &zeros])?
+            }
+        };
+        let k = weight.tensor.count() / (e * n).max(1);
+        let weight = weight.reshape(&[e, n, k])?;
+        self.entering(weight)
     }
 
     /// `[.., k]` as `[rows, k]`.
@@ -64,4 +116,13 @@ impl Pass<'_> {
         let shape = x.tensor.shape();
         x.reshape(&[shape.rows(), shape.last()])
     }
+}
+
+/// Rows of y under the leading extents of x.
+fn with_last(x: &Var, y: &Var) -> Result<Var> {
+    let mut dims = x.dims().to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = y.tensor.shape().last();
+    }
+    y.reshape(&dims)
 }

@@ -35,15 +35,42 @@ impl Checker<'_> {
         Ok(())
     }
 
+    /// Scales of output channels, or of groups of each channel's `k` weights.
+    fn scales(&self, name: &str, channels: &[usize], k: usize) -> Result<()> {
+        match self.tensors.get(name).map(Tensor::dims) {
+            Some(dims) if dims.len() > channels.len() => {
+                let groups = dims[dims.len() - 1];
+                if groups == 0 || !k.is_multiple_of(groups) || !(k / groups).is_multiple_of(4) {
+                    let rule = format!("needs a number of groups that divides {k} into multiples of 4");
+                    return self.refuse(name, rule);
+                }
+                self.need(name, &[DType::F32], &[channels, &[groups]].concat())
+            }
+            _ => self.need(name, &[DType::F32], channels),
+        }
+    }
+
+    /// What may stand beside a linear of `k` inputs in any representation.
+    fn beside(&self, name: &str, k: usize) -> Result<()> {
+        for (part, types, dims) in [("smooth", DType::FLOATS, [k]), ("input_step", &[DType::F32], [1])] {
+            let name = format!("{name}.{part}");
+            if self.has(&name) {
+                self.need(&name, types, &dims)?;
+            }
+        }
+        Ok(())
+    }
+
     /// A linear `[n, k]` in one of its representations.
     fn linear(&self, name: &str, n: usize, k: usize) -> Result<()> {
         let part = |suffix: &str| format!("{name}.{suffix}");
+        self.beside(name, k)?;
         self.need(&part("bias"), DType::FLOATS, &[n])?;
         if self.has(&part("weight")) {
             self.need(&part("weight"), DType::FLOATS, &[n, k])
         } else if self.has(&part("int8")) {
             self.need(&part("int8"), &[DType::I8], &[n, k])?;
-            self.need(&part("scale"), &[DType::F32], &[n])
+            self.scales(&part("scale"), &[n], k)
         } else if self.has(&part("values")) {
             self.need(&part("metadata"), &[DType::U32], &[n, (k / 2).div_ceil(16)])?;
             if self.has(&part("scale")) {
@@ -54,11 +81,10 @@ impl Checker<'_> {
             }
         } else if self.has(&part("int4")) {
             self.need(&part("int4"), &[DType::U32], &[n, k / 8])?;
-            let groups = self.tensors.get(&part("scale")).map_or(0, |t| t.shape().last());
-            if groups == 0 || !k.is_multiple_of(groups) {
-                return self.refuse(&part("scale"), format!("needs a number of groups that divides {k}"));
+            if self.tensors.get(&part("scale")).is_none_or(|t| t.dims().len() != 2) {
+                return self.refuse(&part("scale"), format!("needs the extents [{n}, groups]"));
             }
-            self.need(&part("scale"), &[DType::F32], &[n, groups])
+            self.scales(&part("scale"), &[n], k)
         } else {
             self.refuse(&part("weight"), "is missing in every representation".into())
         }
@@ -73,11 +99,16 @@ impl Checker<'_> {
         self.need(&name("experts.in.bias"), DType::FLOATS, &[e, n])?;
         self.need(&name("out.bias"), DType::FLOATS, &[width])?;
         for (part, rows, columns) in [("experts.in", n, width), ("experts.out", width, n)] {
+            self.beside(&name(part), columns)?;
+            let scale = name(&format!("{part}.scale"));
             if self.has(&name(&format!("{part}.weight"))) {
                 self.need(&name(&format!("{part}.weight")), DType::FLOATS, &[e, rows, columns])?;
+            } else if self.has(&name(&format!("{part}.int4"))) {
+                self.need(&name(&format!("{part}.int4")), &[DType::U32], &[e, rows, columns / 8])?;
+                self.scales(&scale, &[e, rows], columns)?;
             } else {
                 self.need(&name(&format!("{part}.int8")), &[DType::I8], &[e, rows, columns])?;
-                self.need(&name(&format!("{part}.scale")), &[DType::F32], &[e, rows])?;
+                self.scales(&scale, &[e, rows], columns)?;
             }
         }
         for (part, dims) in [

@@ -21,6 +21,7 @@ pub mod norm;
 pub mod optim;
 pub mod quant;
 pub mod quant_int4;
+pub mod quant_int8;
 pub mod quant_matmul;
 mod quantize;
 pub mod random;
@@ -62,6 +63,7 @@ pub static FAMILIES: &[&Family] = &[
     &select::FAMILY,
     &softmax::FAMILY,
     &quant_int4::FAMILY,
+    &quant_int8::FAMILY,
     &quant_matmul::FAMILY,
     &sparse24::FAMILY,
     &sparse24_matmul::FAMILY,

@@ -17,13 +17,20 @@ use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
 
 pub use super::quant_int4::{MatmulInt4, PackInt4, UnpackInt4};
+pub use super::quant_int8::MatmulInt8Groups;
 pub use super::quant_matmul::MatmulInt8;
 pub use super::quantize::{Dequantize, Quantize};
 
 mod cases;
+mod grid;
 mod ranges;
+mod step;
 
-pub(super) use ranges::range_launches;
+use grid::backward_input;
+pub use grid::{Granularity, Grid, GridFrom, LONGEST_MEAN, Scheme, Statistic};
+pub(super) use grid::{check, check_bits, float_input, group_length, map_params, ranges};
+pub(super) use ranges::{mode, own_launches, range_launches};
+pub use step::{StepSlope, TrackStep};
 
 pub static FAMILY: Family = Family { name: "quant", cases: cases::cases, source: Some(SOURCE) };
 
@@ -32,174 +39,6 @@ pub(super) const BLOCK: u32 = 64;
 /// Elements that one invocation maps.
 const PER_INVOCATION: usize = 8;
 
-/// Which integers stand for which reals. `b` bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Scheme {
-    /// s = amax / (2^(b-1) - 1), levels -(2^(b-1) - 1) ..= 2^(b-1) - 1: no level without its negative.
-    SymmetricNarrow,
-    /// s = 2 amax / 2^b, levels -2^(b-1) ..= 2^(b-1) - 1.
-    SymmetricFull,
-    /// s = (max - min) / (2^b - 1), zero point clamp(rne(-min / s)), levels 0 ..= 2^b - 1; the range is widened to hold 0.
-    Asymmetric,
-}
-
-/// Which elements share a scale. Every granularity is a run of neighbours in a row-major tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Granularity {
-    Tensor,
-    /// One per row of a weight `[n, k]`: its output channel.
-    Channel,
-    /// One per row of activations `[tokens, k]`.
-    Token,
-    /// One per this many neighbours along the last axis.
-    Group(usize),
-}
-
-/// What an observer keeps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Statistic {
-    /// (min, max).
-    MinMax,
-    /// (-amax, amax).
-    AbsMax,
-}
-
-impl Granularity {
-    /// (number of groups, elements per group) of a tensor.
-    pub fn groups(self, op: &'static str, x: &Meta) -> Result<(usize, usize)> {
-        let refuse = |rule| Err(Error::Shape { op, rule, got: x.to_string() });
-        if x.count() == 0 {
-            return refuse("at least one element");
-        }
-        match self {
-            Granularity::Tensor => Ok((1, x.count())),
-            Granularity::Channel | Granularity::Token => Ok((x.shape.rows(), x.shape.last())),
-            Granularity::Group(size) if size > 0 && x.shape.last().is_multiple_of(size) => Ok((x.count() / size, size)),
-            Granularity::Group(_) => refuse("last extent a multiple of the group"),
-        }
-    }
-}
-
-/// Levels of a scheme: what the kernels take as parameters.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Levels {
-    pub low: f32,
-    pub high: f32,
-    /// Scale per unit of width.
-    pub unit: f32,
-}
-
-/// Groups narrower than this count as all zero (scale 1), wider ones than [`WIDEST`] as not finite (scale NaN): inside,
-/// scale and reciprocal are normal numbers on every device.
-pub(super) const NARROWEST: f32 = 7.888_609e-31;
-pub(super) const WIDEST: f32 = 1.329_228e36;
-
-impl Scheme {
-    pub(super) const ALL: [Scheme; 3] = [Scheme::SymmetricNarrow, Scheme::SymmetricFull, Scheme::Asymmetric];
-
-    pub(crate) fn levels(self, bits: u32) -> Levels {
-        let half = (1u32 << (bits - 1)) as f32;
-        match self {
-            Scheme::SymmetricNarrow => Levels { low: 1.0 - half, high: half - 1.0, unit: 1.0 / (half - 1.0) },
-            Scheme::SymmetricFull => Levels { low: -half, high: half - 1.0, unit: 1.0 / half },
-            Scheme::Asymmetric => Levels { low: 0.0, high: 2.0 * half - 1.0, unit: 1.0 / (2.0 * half - 1.0) },
-        }
-    }
-
-    pub(crate) fn asymmetric(self) -> bool {
-        self == Scheme::Asymmetric
-    }
-
-    /// What is subtracted from a level so that it fits i8: half the levels where they start at 0.
-    pub fn shift(self, bits: u32) -> i32 {
-        if self.asymmetric() { 1 << (bits - 1) } else { 0 }
-    }
-}
-
-/// The scale rule written for the references: f32 at every step.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Grid {
-    pub scale: f32,
-    pub inverse: f32,
-    pub zero: f32,
-    levels: Levels,
-}
-
-impl Grid {
-    pub(super) fn new(scheme: Scheme, bits: u32, low: f64, high: f64) -> Self {
-        let levels = scheme.levels(bits);
-        let (low, high) = (low as f32, high as f32);
-        let width = match scheme {
-            Scheme::Asymmetric => high.max(0.0) - low.min(0.0),
-            _ => high.abs().max(low.abs()),
-        };
-        let finite = width <= WIDEST && !low.is_nan() && !high.is_nan();
-        if !finite {
-            return Self { scale: f32::NAN, inverse: f32::NAN, zero: 0.0, levels };
-        }
-        if width < NARROWEST {
-            return Self { scale: 1.0, inverse: 0.0, zero: 0.0, levels };
-        }
-        let scale = width * levels.unit;
-        let inverse = 1.0 / scale;
-        let zero = match scheme {
-            Scheme::Asymmetric => (-low.min(0.0) * inverse).round_ties_even().clamp(levels.low, levels.high),
-            _ => 0.0,
-        };
-        Self { scale, inverse, zero, levels }
-    }
-
-    /// The level before clamping; NaN stays NaN.
-    fn raw(&self, x: f64) -> f32 {
-        (x as f32 * self.inverse).round_ties_even() + self.zero
-    }
-
-    pub(super) fn level(&self, x: f64) -> f32 {
-        self.raw(x).clamp(self.levels.low, self.levels.high)
-    }
-
-    fn inside(&self, x: f64) -> bool {
-        (self.levels.low..=self.levels.high).contains(&self.raw(x))
-    }
-
-    pub(super) fn value(&self, x: f64) -> f32 {
-        (self.level(x) - self.zero) * self.scale
-    }
-}
-
-/// Minimum and maximum of each group; NaN where a group holds one.
-pub(super) fn ranges(x: &[f64], length: usize) -> Vec<[f64; 2]> {
-    let range = |group: &[f64]| {
-        if group.iter().any(|v| v.is_nan()) {
-            return [f64::NAN; 2];
-        }
-        [group.iter().copied().fold(f64::INFINITY, f64::min), group.iter().copied().fold(f64::NEG_INFINITY, f64::max)]
-    };
-    x.chunks(length).map(range).collect()
-}
-
-pub(super) fn group_length(granularity: Granularity, x: &Array) -> usize {
-    match granularity {
-        Granularity::Tensor => x.data.len().max(1),
-        Granularity::Channel | Granularity::Token => x.shape.last().max(1),
-        Granularity::Group(size) => size.max(1),
-    }
-}
-
-pub(super) fn check_bits(op: &'static str, bits: u32) -> Result<()> {
-    if (2..=8).contains(&bits) {
-        return Ok(());
-    }
-    Err(Error::Parameter { op, parameter: "bits", value: bits.to_string(), allowed: "2..=8" })
-}
-
-pub(super) fn float_input(op: &'static str, x: &Meta, all: &[Meta]) -> Result<()> {
-    if x.dtype.is_float() {
-        return Ok(());
-    }
-    Err(Error::Dtype { op, expected: "a float type for x", got: shape::list(all) })
-}
-
 /// Range of each group: `x[..]` to `range f32 [groups, 2]`. A group that holds a NaN has the range (NaN, NaN).
 #[derive(Clone, Copy, Debug)]
 pub struct Observe {
@@ -207,25 +46,27 @@ pub struct Observe {
     pub statistic: Statistic,
 }
 
-/// y = (clamp(rne(x / s) + z) - z) s: x as the quantized model sees it, in its own type. Inputs x and, unless
-/// `dynamic`, `range [groups, 2]`; dynamic takes each group's own range. NaN stays NaN.
+/// y = (clamp(rne(x / s) + z) - z) s: x as the quantized model sees it, in its own type. Inputs x and what `from` asks
+/// for. NaN stays NaN.
 ///
 /// Gradient: straight through where the rounded level was not clamped, 0 elsewhere. The mask looks at the level after
 /// rounding, as PyTorch's does, so that the largest element, whose quotient may be an ulp above the last level, learns.
+/// A given step learns too (see [`StepSlope`]).
 #[derive(Clone, Copy, Debug)]
 pub struct FakeQuant {
     pub bits: u32,
     pub scheme: Scheme,
     pub granularity: Granularity,
-    pub dynamic: bool,
+    pub from: GridFrom,
 }
 
-/// dx = dy [qmin <= rne(x / s) + z <= qmax]; inputs x, `range [groups, 2]`, dy.
+/// dx = dy [qmin <= rne(x / s) + z <= qmax]; inputs x, `range [groups, 2]` or `step`, dy.
 #[derive(Clone, Copy, Debug)]
 pub struct FakeQuantBackward {
     pub bits: u32,
     pub scheme: Scheme,
     pub granularity: Granularity,
+    pub from: GridFrom,
 }
 
 impl Op for Observe {
@@ -277,33 +118,16 @@ impl Op for FakeQuant {
     }
 
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
-        check_bits(self.name(), self.bits)?;
-        let (x, range) = match (inputs, self.dynamic) {
-            ([x], true) => (x, None),
-            ([x, range], false) => (x, Some(range)),
-            _ => {
-                let rule = "x, and a range unless dynamic";
-                return Err(Error::Shape { op: self.name(), rule, got: shape::list(inputs) });
-            }
-        };
-        float_input(self.name(), x, inputs)?;
-        let (groups, _) = self.granularity.groups(self.name(), x)?;
-        check_range(self.name(), groups, range, inputs)?;
-        Ok(vec![*x])
+        let (x, _) = check(self.name(), (self.bits, self.scheme, self.granularity, self.from), inputs)?;
+        Ok(vec![x])
     }
 
     fn reference(&self, inputs: &[Array]) -> Vec<Vec<f64>> {
         let x = &inputs[0];
         let length = group_length(self.granularity, x);
-        let ranges = match inputs.get(1) {
-            Some(range) => range.data.chunks(2).map(|r| [r[0], r[1]]).collect(),
-            None => ranges(&x.data, length),
-        };
-        let row = |(group, [low, high]): (&[f64], [f64; 2])| {
-            let grid = Grid::new(self.scheme, self.bits, low, high);
-            group.iter().map(|&v| f64::from(grid.value(v))).collect::<Vec<_>>()
-        };
-        vec![x.data.chunks(length).zip(ranges).flat_map(row).collect()]
+        let grids = Grid::all(self.scheme, self.bits, self.from, inputs, length);
+        let row = |(group, grid): (&[f64], Grid)| group.iter().map(|&v| f64::from(grid.value(v))).collect::<Vec<_>>();
+        vec![x.data.chunks(length).zip(grids).flat_map(row).collect()]
     }
 
     fn kernels(&self) -> &'static [Kernel] {
@@ -316,7 +140,7 @@ impl Op for FakeQuant {
     }
 
     fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
-        map_params(self.scheme, self.bits, self.granularity, &inputs[0]).flag(self.dynamic)
+        map_params((self.scheme, self.bits, self.granularity, self.from), inputs)
     }
 
     fn saves(&self) -> Saves {
@@ -324,15 +148,19 @@ impl Op for FakeQuant {
     }
 
     fn gradient(&self, g: &Gradient) -> Result<Vec<Option<Tensor>>> {
-        let backward = FakeQuantBackward { bits: self.bits, scheme: self.scheme, granularity: self.granularity };
-        if !self.dynamic {
-            let dx = g.one(&backward, &[g.input(0)?, g.input(1)?, g.grad(0)?])?;
-            return Ok(vec![Some(dx), None]);
+        let Self { bits, scheme, granularity, from } = *self;
+        let backward = FakeQuantBackward { bits, scheme, granularity, from };
+        if from != GridFrom::Own {
+            let inputs = [g.input(0)?, g.input(1)?, g.grad(0)?];
+            let dx = g.needs(0).then(|| g.one(&backward, &inputs)).transpose()?;
+            let learns = from == GridFrom::Step && g.needs(1);
+            return Ok(vec![dx, learns.then(|| self.step_gradient(g)).transpose()?]);
         }
-        // A narrow grid around a group's own amax clamps nothing: its straight-through gradient is dy itself.
-        if self.scheme == Scheme::SymmetricNarrow {
+        // A narrow grid around a group's own amax clamps nothing, and means clamp almost everything: dy itself.
+        if scheme == Scheme::SymmetricNarrow || scheme.means() {
             return Ok(vec![Some(g.grad(0)?.clone())]);
         }
+        let backward = FakeQuantBackward { from: GridFrom::Range, ..backward };
         let observe = Observe { granularity: self.granularity, statistic: Statistic::MinMax };
         let range = g.one(&observe, &[g.input(0)?])?;
         Ok(vec![Some(g.one(&backward, &[g.input(0)?, &range, g.grad(0)?])?)])
@@ -349,30 +177,14 @@ impl Op for FakeQuantBackward {
     }
 
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
-        check_bits(self.name(), self.bits)?;
-        match inputs {
-            [x, range, dy] if x == dy => {
-                float_input(self.name(), x, inputs)?;
-                let (groups, _) = self.granularity.groups(self.name(), x)?;
-                check_range(self.name(), groups, Some(range), inputs)?;
-                Ok(vec![*x])
-            }
-            _ => {
-                let rule = "x, range and dy with the shape of x";
-                Err(Error::Shape { op: self.name(), rule, got: shape::list(inputs) })
-            }
-        }
+        backward_input(self.name(), (self.bits, self.scheme, self.granularity, self.from), inputs).map(|x| vec![x])
     }
 
     fn reference(&self, inputs: &[Array]) -> Vec<Vec<f64>> {
         let length = group_length(self.granularity, &inputs[0]);
-        let mut dx = Vec::with_capacity(inputs[0].data.len());
-        for (i, (&x, &dy)) in inputs[0].data.iter().zip(&inputs[2].data).enumerate() {
-            let range = &inputs[1].data[i / length * 2..];
-            let grid = Grid::new(self.scheme, self.bits, range[0], range[1]);
-            dx.push(if grid.inside(x) { dy } else { 0.0 });
-        }
-        vec![dx]
+        let grids = Grid::all(self.scheme, self.bits, self.from, inputs, length);
+        let elements = inputs[0].data.iter().zip(&inputs[2].data).enumerate();
+        vec![elements.map(|(i, (&x, &dy))| if grids[i / length].inside(x) { dy } else { 0.0 }).collect()]
     }
 
     fn kernels(&self) -> &'static [Kernel] {
@@ -385,7 +197,7 @@ impl Op for FakeQuantBackward {
     }
 
     fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
-        map_params(self.scheme, self.bits, self.granularity, &inputs[0])
+        map_params((self.scheme, self.bits, self.granularity, self.from), inputs)
     }
 
     fn cost(&self, inputs: &[Meta], outputs: &[Meta]) -> Cost {
@@ -396,35 +208,6 @@ impl Op for FakeQuantBackward {
     fn as_any(&self) -> &dyn Any {
         self
     }
-}
-
-fn check_range(op: &'static str, groups: usize, range: Option<&Meta>, all: &[Meta]) -> Result<()> {
-    match range {
-        Some(r) if r.dims() != [groups, 2] || r.dtype != DType::F32 => Err(Error::Shape {
-            op,
-            rule: "range f32 [groups, 2]",
-            got: format!("{}, {groups} groups", shape::list(all)),
-        }),
-        _ => Ok(()),
-    }
-}
-
-/// count, group length, asymmetric, lowest level, highest level, scale per unit of width, shift of stored levels.
-pub(super) fn map_params(scheme: Scheme, bits: u32, granularity: Granularity, x: &Meta) -> Params {
-    let length = match granularity {
-        Granularity::Tensor => x.count(),
-        Granularity::Channel | Granularity::Token => x.shape.last(),
-        Granularity::Group(size) => size,
-    };
-    let levels = scheme.levels(bits);
-    Params::new()
-        .u(x.count())
-        .u(length)
-        .flag(scheme.asymmetric())
-        .f(levels.low)
-        .f(levels.high)
-        .f(levels.unit)
-        .f(scheme.shift(bits) as f32)
 }
 
 pub(super) const fn wgsl(
@@ -454,7 +237,7 @@ fn plan_fake(p: &Problem) -> Plan {
     }
     // Arguments: x, y, then scratch: ranges, parts of ranges.
     let (count, length) = (p.inputs[0].count(), p.params().words()[1] as usize);
-    let (mut launches, bytes) = range_launches(count, length, false, 2, 3);
+    let (mut launches, bytes) = own_launches(p, 2, 3);
     let map = Launch::linear(count.div_ceil(PER_INVOCATION), BLOCK, p.params()).trips(PER_INVOCATION);
     launches.push(map.slots(&[0, 2, 1]));
     Plan::sequence(launches).scratch(count / length * 8).scratch(bytes)
@@ -557,7 +340,12 @@ mod tests {
         let x = Tensor::from_slice(&device, &[1, 5], &[-2.0f32, -1.0, 0.3, 1.0, 1.2]).unwrap();
         let range = Tensor::from_slice(&device, &[1, 2], &[-1.0f32, 1.0]).unwrap();
         let dy = Tensor::from_slice(&device, &[1, 5], &[1.0f32, 2.0, 3.0, 4.0, 5.0]).unwrap();
-        let op = FakeQuantBackward { bits: 8, scheme: Scheme::SymmetricNarrow, granularity: Granularity::Tensor };
+        let op = FakeQuantBackward {
+            bits: 8,
+            scheme: Scheme::SymmetricNarrow,
+            granularity: Granularity::Tensor,
+            from: GridFrom::Range,
+        };
         let dx = crate::dispatch::run_one(&op, &[&x, &range, &dy]).unwrap();
         assert_eq!(dx.to_vec::<f32>().unwrap(), [0.0, 2.0, 3.0, 4.0, 0.0]);
     }
@@ -565,11 +353,12 @@ mod tests {
     #[test]
     fn bad_requests_are_typed_errors() {
         let meta = |dims: &[usize]| Meta::new(dims, DType::F32).unwrap();
-        let op = FakeQuant { bits: 9, scheme: Scheme::Asymmetric, granularity: Granularity::Tensor, dynamic: true };
+        let op =
+            FakeQuant { bits: 9, scheme: Scheme::Asymmetric, granularity: Granularity::Tensor, from: GridFrom::Own };
         assert_eq!(op.infer(&[meta(&[4])]).unwrap_err().code(), "E-PARAMETER");
         let op = FakeQuant { bits: 8, granularity: Granularity::Group(3), ..op };
         assert_eq!(op.infer(&[meta(&[4])]).unwrap_err().code(), "E-SHAPE");
-        let op = FakeQuant { granularity: Granularity::Channel, dynamic: false, ..op };
+        let op = FakeQuant { granularity: Granularity::Channel, from: GridFrom::Range, ..op };
         assert_eq!(op.infer(&[meta(&[4, 8]), meta(&[3, 2])]).unwrap_err().code(), "E-SHAPE");
     }
 }

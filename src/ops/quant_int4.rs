@@ -3,7 +3,9 @@
 use std::any::Any;
 
 use super::matmul::Matmul;
-use super::quant::{BLOCK, Granularity, Grid, SOURCE as QUANT_SOURCE, Scheme, map_params, range_launches, ranges};
+use super::quant::{
+    BLOCK, Granularity, Grid, GridFrom, SOURCE as QUANT_SOURCE, Scheme, map_params, range_launches, ranges,
+};
 use super::quant_matmul::{FEW_TOKENS, NARROW, Tile, fills, token_launch};
 use super::reduce::{Axis, Reduce, ReduceFunction};
 use super::unary::Cast;
@@ -102,7 +104,7 @@ impl Op for PackInt4 {
     }
 
     fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
-        map_params(Scheme::SymmetricNarrow, 4, Granularity::Group(self.group), &inputs[0])
+        map_params((Scheme::SymmetricNarrow, 4, Granularity::Group(self.group), GridFrom::Own), inputs)
     }
 
     fn differentiable(&self) -> usize {
@@ -375,7 +377,7 @@ mod tests {
         let packed = run(&PackInt4 { group: 16 }, &[&w]).unwrap();
         let back = run_one(&UnpackInt4 { group: 16 }, &[&packed[0], &packed[1]]).unwrap();
         let granularity = Granularity::Group(16);
-        let fake = FakeQuant { bits: 4, scheme: Scheme::SymmetricNarrow, granularity, dynamic: true };
+        let fake = FakeQuant { bits: 4, scheme: Scheme::SymmetricNarrow, granularity, from: GridFrom::Own };
         assert_eq!(back.to_vec::<f32>().unwrap(), run_one(&fake, &[&w]).unwrap().to_vec::<f32>().unwrap());
         assert_eq!(PackInt4 { group: 12 }.infer(&[w.meta()]).unwrap_err().code(), "E-SHAPE");
     }

@@ -292,7 +292,7 @@ fn cases() -> Vec<Case> {
 mod tests {
     use super::*;
     use crate::dispatch::{run, run_one};
-    use crate::ops::quant::{FakeQuant, Granularity, Quantize, Scheme};
+    use crate::ops::quant::{FakeQuant, Granularity, GridFrom, Quantize, Scheme};
     use crate::tensor::Tensor;
 
     /// What training sees (products of fake-quantized values) is the integer path: dividing the exact products by the
@@ -308,8 +308,8 @@ mod tests {
         };
         let (x, w) = (draw(m), draw(n));
         let (bits, scheme, granularity) = (8, Scheme::SymmetricNarrow, Granularity::Channel);
-        let stored = |t: &Tensor| run(&Quantize { bits, scheme, granularity }, &[t]).unwrap();
-        let fake = |t: &Tensor| run_one(&FakeQuant { bits, scheme, granularity, dynamic: true }, &[t]).unwrap();
+        let stored = |t: &Tensor| run(&Quantize { bits, scheme, granularity, from: GridFrom::Own }, &[t]).unwrap();
+        let fake = |t: &Tensor| run_one(&FakeQuant { bits, scheme, granularity, from: GridFrom::Own }, &[t]).unwrap();
         let ones = |n: usize| Tensor::from_slice(&device, &[n], &vec![1.0f32; n]).unwrap();
         let (sx, sw) = (stored(&x), stored(&w));
         let op = MatmulInt8 { bias: false };

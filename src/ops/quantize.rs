@@ -3,7 +3,7 @@
 use std::any::Any;
 
 use super::quant::{
-    BLOCK, Granularity, Grid, Scheme, check_bits, float_input, group_length, map_params, range_launches, ranges, wgsl,
+    BLOCK, Granularity, Grid, GridFrom, Scheme, check, check_bits, group_length, map_params, own_launches, wgsl,
 };
 use crate::cpu;
 use crate::dtype::DType;
@@ -12,7 +12,7 @@ use crate::kernel::{Kernel, Launch, Params, Plan, Problem};
 use crate::op::{Array, Case, Fill, Op, Tolerance};
 use crate::shape::{self, Meta};
 
-/// x to `q i8` of the same shape, `scale f32 [groups]`, `zero_point f32 [groups]`, by each group's own range.
+/// x and what `from` asks for to `q i8` of x's shape, `scale f32 [groups]`, `zero_point f32 [groups]`.
 ///
 /// Asymmetric levels start at 0; `q` stores them, and `zero_point` the zero point, less 2^(bits-1) so that they fit i8
 /// (0 for symmetric schemes): `x = (q - zero_point) scale` whatever the scheme. A group with a NaN has the scale NaN.
@@ -21,6 +21,7 @@ pub struct Quantize {
     pub bits: u32,
     pub scheme: Scheme,
     pub granularity: Granularity,
+    pub from: GridFrom,
 }
 
 /// `q i8`, `scale f32 [groups]`, `zero_point f32 [groups]` to x f32: (q - zero_point) scale.
@@ -37,14 +38,9 @@ impl Op for Quantize {
     }
 
     fn infer(&self, inputs: &[Meta]) -> Result<Vec<Meta>> {
-        check_bits(self.name(), self.bits)?;
-        let [x] = inputs else {
-            return Err(Error::Shape { op: self.name(), rule: "one input", got: shape::list(inputs) });
-        };
-        float_input(self.name(), x, inputs)?;
-        let (groups, _) = self.granularity.groups(self.name(), x)?;
+        let (x, groups) = check(self.name(), (self.bits, self.scheme, self.granularity, self.from), inputs)?;
         let scales = Meta::new(&[groups], DType::F32)?;
-        Ok(vec![Meta { dtype: DType::I8, ..*x }, scales, scales])
+        Ok(vec![Meta { dtype: DType::I8, ..x }, scales, scales])
     }
 
     fn reference(&self, inputs: &[Array]) -> Vec<Vec<f64>> {
@@ -52,8 +48,8 @@ impl Op for Quantize {
         let length = group_length(self.granularity, x);
         let shift = self.scheme.shift(self.bits) as f32;
         let (mut q, mut scales, mut zeros) = (Vec::new(), Vec::new(), Vec::new());
-        for (group, [low, high]) in x.data.chunks(length).zip(ranges(&x.data, length)) {
-            let grid = Grid::new(self.scheme, self.bits, low, high);
+        let grids = Grid::all(self.scheme, self.bits, self.from, inputs, length);
+        for (group, grid) in x.data.chunks(length).zip(grids) {
             let stored = |&v: &f64| {
                 let level = grid.level(v);
                 if level.is_nan() { 0.0 } else { f64::from(level - shift) }
@@ -74,7 +70,7 @@ impl Op for Quantize {
     }
 
     fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
-        map_params(self.scheme, self.bits, self.granularity, &inputs[0])
+        map_params((self.scheme, self.bits, self.granularity, self.from), inputs)
     }
 
     fn differentiable(&self) -> usize {
@@ -125,7 +121,7 @@ impl Op for Dequantize {
     }
 
     fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
-        map_params(self.scheme, self.bits, self.granularity, &inputs[0])
+        map_params((self.scheme, self.bits, self.granularity, GridFrom::Own), inputs)
     }
 
     fn differentiable(&self) -> usize {
@@ -137,14 +133,18 @@ impl Op for Dequantize {
     }
 }
 
-/// Arguments: x, q, scale, zero point, then scratch: ranges, parts of ranges. One invocation makes one word of q.
+/// Arguments: x, the grids where they are given, q, scale, zero point, then scratch where they are not: ranges, parts of
+/// ranges. One invocation makes one word of q.
 fn plan_quantize(p: &Problem) -> Plan {
     let (count, length) = (p.inputs[0].count(), p.params().words()[1] as usize);
-    let (mut launches, bytes) = range_launches(count, length, false, 4, 5);
-    launches.push(Launch::linear(count.div_ceil(4), BLOCK, p.params()).slots(&[0, 4, 1]).trips(4));
+    let own = p.inputs.len() == 1;
+    let (grids, q) = if own { (4, 1) } else { (1, 2) };
+    let (mut launches, bytes) = if own { own_launches(p, grids, 5) } else { (Vec::new(), 0) };
+    launches.push(Launch::linear(count.div_ceil(4), BLOCK, p.params()).slots(&[0, grids, q]).trips(4));
     let scales = Launch::linear(count / length, BLOCK, p.params()).entry("quantize_scales");
-    launches.push(scales.slots(&[4, 2, 3]));
-    Plan::sequence(launches).scratch(count / length * 8).scratch(bytes)
+    launches.push(scales.slots(&[grids, q + 1, q + 2]));
+    let plan = Plan::sequence(launches);
+    if own { plan.scratch(count / length * 8).scratch(bytes) } else { plan }
 }
 
 fn plan_dequantize(p: &Problem) -> Plan {
@@ -156,7 +156,7 @@ pub(super) fn cases() -> Vec<Case> {
     for (dims, group) in [(&[1usize, 1][..], 1), (&[3, 7], 7), (&[5, 96], 32), (&[65, 63], 21), (&[2, 3, 128], 64)] {
         for granularity in [Granularity::Tensor, Granularity::Token, Granularity::Group(group)] {
             for (scheme, bits) in Scheme::ALL.into_iter().zip([8, 5, 8]) {
-                let op = Quantize { bits, scheme, granularity };
+                let op = Quantize { bits, scheme, granularity, from: GridFrom::Own };
                 cases.push(Case::new(op, Tolerance::Exact).normal(dims, DType::F32));
                 let case = Case::new(Dequantize { scheme, granularity, bits }, Tolerance::Exact);
                 let case = case.input(dims, DType::I8, Fill::Integers { low: -128, high: 127 });
@@ -169,11 +169,12 @@ pub(super) fn cases() -> Vec<Case> {
     }
     for dtype in [DType::F16, DType::Bf16] {
         for scheme in Scheme::ALL {
-            let op = Quantize { bits: 8, scheme, granularity: Granularity::Channel };
+            let op = Quantize { bits: 8, scheme, granularity: Granularity::Channel, from: GridFrom::Own };
             cases.push(Case::new(op, Tolerance::Exact).normal(&[9, 65], dtype));
         }
     }
-    let op = Quantize { bits: 8, scheme: Scheme::SymmetricNarrow, granularity: Granularity::Token };
+    let (scheme, granularity) = (Scheme::SymmetricNarrow, Granularity::Token);
+    let op = Quantize { bits: 8, scheme, granularity, from: GridFrom::Own };
     cases.push(Case::new(op, Tolerance::Exact).normal(&[1024, 768], DType::F32).bench());
     cases
 }
@@ -195,10 +196,10 @@ mod tests {
         for scheme in Scheme::ALL {
             for granularity in [Granularity::Tensor, Granularity::Token, Granularity::Group(16)] {
                 for bits in 2..=8 {
-                    let stored = run(&Quantize { bits, scheme, granularity }, &[&x]).unwrap();
+                    let stored = run(&Quantize { bits, scheme, granularity, from: GridFrom::Own }, &[&x]).unwrap();
                     let [q, scale, zero] = &stored[..] else { panic!("three outputs") };
                     let back = run_one(&Dequantize { scheme, granularity, bits }, &[q, scale, zero]).unwrap();
-                    let fake = run_one(&FakeQuant { bits, scheme, granularity, dynamic: true }, &[&x]).unwrap();
+                    let fake = run_one(&FakeQuant { bits, scheme, granularity, from: GridFrom::Own }, &[&x]).unwrap();
                     assert_eq!(back.to_bytes().unwrap(), fake.to_bytes().unwrap(), "{scheme:?} {granularity:?} {bits}");
                 }
             }

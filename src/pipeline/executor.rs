@@ -17,7 +17,7 @@ use super::route::{Route, Routes};
 use super::schedule::{Event, Kind, Work};
 use super::simulate::{self, Span, StageUse, Timeline};
 use super::transport::{Channels, Transport};
-use super::watch::{Judge, Watch};
+use super::watch::{Glance, Judge, State, Watch};
 use super::worker::{Order, Report, Stop};
 use crate::console;
 use crate::device::Device;
@@ -354,8 +354,23 @@ impl Pipeline {
                 self.shut();
                 error
             }
+            Stop::Late(what) => self.late(worker, what),
             Stop::Gone(other) => self.fault(other, "it is gone without a word".into()),
             Stop::Cancelled | Stop::Vanish => self.fault(worker, "it is gone without a word".into()),
+        }
+    }
+
+    /// `worker` waited too long for a message that is not lost. The one that has computed longest keeps it back, or keeps up
+    /// whoever should send it.
+    fn late(&mut self, worker: usize, what: String) -> Error {
+        let glances = (0..self.setup.route.workers.len()).map(|other| (other, self.watch.glance(other)));
+        let computing = glances.filter(|(_, glance)| glance.state == State::Computing);
+        match computing.max_by(|(_, a), (_, b)| a.seconds.total_cmp(&b.seconds)) {
+            Some((slow, Glance { seconds, .. })) => {
+                let waiting = format!("worker {worker} waits: {what}");
+                self.fault(slow, format!("it is slow: {seconds:.1} s in one event so far; {waiting}"))
+            }
+            None => self.fault(worker, what),
         }
     }
 

@@ -24,11 +24,9 @@ mod present {
     use mpi::topology::SimpleCommunicator;
     use mpi::traits::{Communicator, Destination, Source};
 
+    use crate::console::LAUNCHERS;
     use crate::error::{Error, Result};
     use crate::pipeline::post::{ALIVE_EVERY, GENERATIONS, Inbox, Lane, Letter, Post};
-
-    /// Variables in which launchers tell a process how many were started.
-    const LAUNCHERS: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"];
 
     /// Longer letters go in pieces: MPI counts in 32 bits.
     const PIECE: usize = 8 << 20;

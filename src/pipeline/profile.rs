@@ -8,9 +8,11 @@ use serde::{Deserialize, Serialize};
 use super::schedule::Schedule;
 use super::simulate::{ChunkCost, Costs, Link};
 use crate::error::{Error, Result};
+use crate::json;
 
 /// One piece that a cut can not divide: the embedding, a block or the head with its loss.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(from = "Written")]
 pub struct PieceProfile {
     /// "embedding", "block 3", "head".
     pub name: String,
@@ -22,6 +24,31 @@ pub struct PieceProfile {
     pub split: Option<ChunkCost>,
     /// Bytes of its parameters.
     pub parameter_bytes: f64,
+}
+
+/// A piece as a file has it; flattened fields would let any other key pass.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    name: String,
+    forward: f64,
+    backward_input: f64,
+    backward_weight: f64,
+    #[serde(default)]
+    activation_bytes: f64,
+    #[serde(default)]
+    output_bytes: f64,
+    #[serde(default)]
+    split: Option<ChunkCost>,
+    parameter_bytes: f64,
+}
+
+impl From<Written> for PieceProfile {
+    fn from(piece: Written) -> Self {
+        let Written { name, forward, backward_input, backward_weight, activation_bytes, output_bytes, .. } = piece;
+        let cost = ChunkCost { forward, backward_input, backward_weight, activation_bytes, output_bytes };
+        Self { name, cost, split: piece.split, parameter_bytes: piece.parameter_bytes }
+    }
 }
 
 /// Pieces in the model's order, for one micro-batch of `rows` x `columns` tokens.
@@ -42,6 +69,12 @@ pub struct Profile {
 /// Pieces at most; a model has one per block and two more.
 pub const MAX_PIECES: usize = 1024;
 
+/// Longest time of anything in a profile.
+pub const MAX_SECONDS: f64 = 1e9;
+const MAX_BYTES: f64 = 1e18;
+/// Bytes per second of a link that is not free.
+const MIN_SPEED: f64 = 1e-6;
+
 impl PieceProfile {
     fn cost_of(&self, split: bool) -> &ChunkCost {
         if split { self.split.as_ref().unwrap_or(&self.cost) } else { &self.cost }
@@ -59,10 +92,7 @@ impl Profile {
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        let mut reader = serde_json::Deserializer::from_slice(&bytes);
-        let profile: Self =
-            serde_path_to_error::deserialize(&mut reader).map_err(|e| Error::file(path, e.path(), e.inner()))?;
-        reader.end().map_err(|e| Error::file(path, format!("line {}", e.line()), e))?;
+        let profile: Self = json::read(path, &bytes)?;
         profile.broken().map_or(Ok(profile), |(key, rule)| Err(Error::file(path, key, rule)))
     }
 
@@ -79,21 +109,25 @@ impl Profile {
         if !(1..=MAX_PIECES).contains(&self.pieces.len()) || self.rows == 0 || self.columns == 0 {
             return Some(("pieces".into(), "1 to 1024 pieces, at least one row and one column"));
         }
-        let size = |value: f64| value.is_finite() && value >= 0.0;
-        let whole = [self.update_per_byte, self.link.latency, self.link.bytes_per_second, self.link.handling];
-        if !whole.into_iter().all(size) {
-            return Some(("link, update_per_byte".into(), "finite numbers of at least 0"));
+        // Far above what there is, and low enough for all sums and products of a plan to stay finite.
+        let time = |seconds: f64| (0.0..=MAX_SECONDS).contains(&seconds);
+        let size = |bytes: f64| (0.0..=MAX_BYTES).contains(&bytes);
+        let Link { latency, bytes_per_second, handling } = self.link;
+        if ![self.update_per_byte, latency, handling].into_iter().all(time)
+            || !(bytes_per_second == 0.0 || (MIN_SPEED..=MAX_BYTES).contains(&bytes_per_second))
+        {
+            let allowed = "times from 0 to 1e9 seconds; bytes_per_second 0 or from 1e-6 to 1e18";
+            return Some(("link, update_per_byte".into(), allowed));
         }
         let sound = |piece: &PieceProfile| {
             let figures = |c: &ChunkCost| {
-                [c.forward, c.backward_input, c.backward_weight, c.activation_bytes, c.output_bytes]
-                    .into_iter()
-                    .all(size)
+                [c.forward, c.backward_input, c.backward_weight].into_iter().all(time)
+                    && [c.activation_bytes, c.output_bytes].into_iter().all(size)
             };
             size(piece.parameter_bytes) && figures(&piece.cost) && piece.split.as_ref().is_none_or(figures)
         };
         let wrong = self.pieces.iter().position(|piece| !sound(piece))?;
-        Some((format!("pieces[{wrong}]"), "finite numbers of at least 0"))
+        Some((format!("pieces[{wrong}]"), "times from 0 to 1e9 seconds, sizes from 0 to 1e18 bytes"))
     }
 
     /// What pieces cost together, on one device. `split`: with backward in two parts.
@@ -205,6 +239,9 @@ mod tests {
         for (from, to, place) in [
             ("\"forward\":2.5", "\"forward\":-2.5", "pieces[1]"),
             ("\"forward\":2.5", "\"forward\":\"x\"", "pieces[1]"),
+            ("\"forward\":2.5", "\"forward\":1e308", "pieces[1]"),
+            ("\"forward\":2.5", "\"forward\":2.5,\"activation_byte\":3", "pieces[1].activation_byte"),
+            ("\"bytes_per_second\":0.0", "\"bytes_per_second\":1e-300", "link"),
             ("\"rows\":2", "\"rows\":0", "pieces"),
             ("\"rows\":2", "\"rows\":2,\"lines\":3", "lines"),
             ("\"update_per_byte\":0.0", "\"update_per_byte\":-1", "update_per_byte"),

@@ -11,9 +11,9 @@ use super::life::{Answer, Command, run_worker};
 use super::packet::{self, Loose};
 use super::part::Training;
 use super::post::{Lane, Mail, Post};
-use super::remote::{Shown, show_every};
+use super::remote::{Shown, show_every, silence_limit};
 use super::route::{Route, Routes};
-use super::watch::Watch;
+use super::watch::{Glance, Watch};
 use super::words::{self, Described, Start, Word};
 use super::worker::{Order, Stop};
 use crate::console;
@@ -25,9 +25,6 @@ use crate::train::lifecycle::Method;
 
 /// Makes a stage's hooks from its part of the model and what the controller sent of them.
 pub type Make = dyn Fn(&Described, &Model) -> Result<Vec<Box<dyn Method>>> + Send + Sync;
-
-/// Silence of rank 0 after which a process ends by itself, at least; between pipelines exactly.
-const ORPHANED: Duration = Duration::from_secs(20);
 
 /// Devices by name: opened once.
 type Devices = BTreeMap<String, Arc<dyn Device>>;
@@ -42,11 +39,11 @@ struct Running {
     setup: Setup,
 }
 
-/// Serves the controller until the program is over; returns its exit code.
+/// Serves the controller until the program is over; returns its exit code. `heartbeat`: the run's.
 ///
 /// # Errors
-/// `DeviceLost` when the controller or this process's own worker is no longer to be reached.
-pub fn serve(post: &Arc<Post>, make: &Arc<Make>) -> Result<i32> {
+/// `Fault` of stage 0 when the controller is no longer to be reached, `DeviceLost` when this process's own worker is not.
+pub fn serve(post: &Arc<Post>, make: &Arc<Make>, heartbeat: Duration) -> Result<i32> {
     let mut devices = Devices::new();
     let mut running: Option<Running> = None;
     let mut last = Instant::now();
@@ -58,9 +55,8 @@ pub fn serve(post: &Arc<Post>, make: &Arc<Make>) -> Result<i32> {
             }
             last = Instant::now();
         }
-        let orphaned = running.as_ref().map_or(ORPHANED, |r| ORPHANED.max(2 * r.setup.heartbeat));
-        if post.silence(0) > orphaned {
-            return Err(lost("rank 0", "it shows no sign of life"));
+        if post.silence(0) > silence_limit(heartbeat) {
+            return Err(orphaned(post, running.as_ref()));
         }
         let Some(letter) = post.control(every.saturating_sub(last.elapsed())) else {
             continue;
@@ -108,6 +104,24 @@ pub fn serve(post: &Arc<Post>, make: &Arc<Make>) -> Result<i32> {
             }
         }
     }
+}
+
+/// Rank 0 is gone, and with it the stage that it worked on. The first of the others writes down what is known.
+fn orphaned(post: &Post, running: Option<&Running>) -> Error {
+    let mut what =
+        format!("its process, rank 0, is gone or silent: no sign of life for {:.1} s", post.silence(0).as_secs_f64());
+    let Some(Running { shown, setup, .. }) = running else {
+        let event = "between trainings".into();
+        return Error::Fault { stage: 0, step: 0, position: 0, event, what, record: std::path::PathBuf::new() };
+    };
+    let record = setup.record.clone();
+    if post.rank() == 1
+        && let Err(e) = shown.watch.write(&record)
+    {
+        what = format!("{what}; the record could not be written: {e}");
+    }
+    let Glance { step, position, event, .. } = shown.watch.glance(0);
+    Error::Fault { stage: 0, step, position, event, what, record }
 }
 
 fn lost(device: &str, reason: &str) -> Error {
@@ -161,7 +175,7 @@ impl Running {
             deadline,
             slow,
             run: start.run,
-            record: std::path::PathBuf::new(),
+            record: start.record,
             planted: start.planted,
             teacher: None,
         };

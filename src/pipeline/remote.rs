@@ -44,6 +44,11 @@ const HURRIED_STOP: Duration = Duration::from_millis(100);
 /// Silence after which a process is not waited for when the program ends.
 const DEAD: Duration = Duration::from_secs(3);
 
+/// How long a process may show no sign of life.
+pub(super) fn silence_limit(heartbeat: Duration) -> Duration {
+    (2 * heartbeat).max(5 * ALIVE_EVERY)
+}
+
 /// How often a worker shows what it is at.
 pub(super) fn show_every(heartbeat: Duration) -> Duration {
     (heartbeat / 8).clamp(Duration::from_millis(5), Duration::from_millis(250))
@@ -124,7 +129,7 @@ impl Ranks {
             post: across.post.clone(),
             generation,
             count,
-            limit: (2 * setup.heartbeat).max(5 * ALIVE_EVERY),
+            limit: silence_limit(setup.heartbeat),
             ended: Arc::new((0..count).map(|_| AtomicBool::new(false)).collect()),
             stop: Arc::default(),
             reader: None,
@@ -166,6 +171,7 @@ impl Ranks {
             recompute: setup.recompute,
             times: [setup.heartbeat, setup.deadline, setup.slow].map(|t| t.as_secs_f64()),
             run: setup.run.clone(),
+            record: setup.record.clone(),
             planted: setup.planted.clone(),
             tensors: tensors.keys().cloned().collect(),
             method_tensors: own.keys().cloned().collect(),

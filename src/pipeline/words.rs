@@ -44,6 +44,7 @@ pub(super) struct Start {
     /// Heartbeat, deadline and slow, in seconds.
     pub times: [f64; 3],
     pub run: String,
+    pub record: std::path::PathBuf,
     pub planted: Vec<Injection>,
     /// Names of the model's tensors, then of those that the hooks are made from.
     pub tensors: Vec<String>,
@@ -91,6 +92,7 @@ pub(super) enum Word {
         count: usize,
         index: usize,
     },
+    Late(String),
     Gone(usize),
     /// The worker ended without a word.
     Vanished,
@@ -160,6 +162,7 @@ pub(super) fn of_answer(answer: &Answer) -> Result<Vec<u8>> {
                 index: *index,
             },
             Stop::Error(e) => Word::Fault(format!("error[{}]: {e}", e.code())),
+            Stop::Late(what) => Word::Late(what.clone()),
             Stop::Gone(other) => Word::Gone(*other),
             Stop::Cancelled | Stop::Vanish => Word::Vanished,
         }),
@@ -176,6 +179,7 @@ pub(super) fn answer_of(word: Word, tensors: Vec<Loose>) -> Option<Answer> {
         Word::NonFinite { step, layer, tensor, count, index } => {
             Answer::Stopped(Stop::Error(Error::NonFinite { step, layer, tensor, count, index }))
         }
+        Word::Late(what) => Answer::Stopped(Stop::Late(what)),
         Word::Gone(other) => Answer::Stopped(Stop::Gone(other)),
         Word::Vanished => Answer::Stopped(Stop::Vanish),
         _ => return None,

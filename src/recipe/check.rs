@@ -1,6 +1,6 @@
 //! Ranges of a recipe's values: everything that could fail late is refused before the first stage runs.
 
-use super::schema::{Corpus, Evaluate, Family, MAX_BEAMS, MAX_SEED, Recipe, Training};
+use super::schema::{Corpus, Evaluate, Family, MAX_BEAMS, MAX_SEED, Quantize, Recipe, Sparsify, Training};
 use crate::data::tokenizer::is_language;
 use crate::error::{Error, Result};
 use crate::nn::Activation;
@@ -17,14 +17,20 @@ const MAX_ROTARY: usize = 1 << 26;
 const MAX_WIDTH: usize = 65_536;
 
 pub(super) fn refuse<T>(key: &str, value: impl ToString, allowed: impl ToString) -> Result<T> {
-    Err(Error::Recipe { key: key.into(), value: value.to_string(), allowed: allowed.to_string() })
+    Err(Error::Recipe { key: key.into(), value: legible(value.to_string()), allowed: allowed.to_string() })
+}
+
+/// A number of hundreds of digits in scientific form.
+fn legible(value: String) -> String {
+    match value.parse::<f64>() {
+        Ok(number) if value.len() > 20 => format!("{number:e}"),
+        _ => value,
+    }
 }
 
 impl Training {
     pub(super) fn check(&self, key: &str) -> Result<()> {
-        let rule = |field: &str, value: String, allowed: &str| {
-            Err(Error::Recipe { key: format!("{key}.{field}"), value, allowed: allowed.into() })
-        };
+        let rule = |field: &str, value: String, allowed: &str| refuse(&format!("{key}.{field}"), value, allowed);
         if self.steps == 0 || self.steps > 100_000_000 {
             return rule("steps", self.steps.to_string(), "1 to 100000000");
         }
@@ -177,6 +183,13 @@ impl Recipe {
                 "glm or tagger: an encoder-decoder is not one chain of blocks",
             );
         }
+        // Statistics of inputs are taken by walking one chain of blocks.
+        let walked = self.sparsify.as_ref().is_some_and(Sparsify::walks_blocks)
+            || self.quantize.as_ref().is_some_and(Quantize::walks_blocks);
+        if family == Family::T5 && walked {
+            let allowed = "methods without calibration on inputs for model.family t5, whose blocks are no chain";
+            return refuse("sparsify.method, quantize.method", "with calibration", allowed);
+        }
         if self.experts.is_some() && self.model.activation() != Activation::Relu {
             let allowed = "relu for experts: they are chosen by which neurons are positive";
             return refuse("model.activation", "gelu", allowed);
@@ -192,7 +205,7 @@ impl Recipe {
             s.check(self.smallest(), self.pipeline.is_some())?;
         }
         if let Some(q) = &self.quantize {
-            q.check()?;
+            q.check(self)?;
         }
         if let Some(e) = &self.experts {
             e.check(self.smallest())?;
@@ -238,6 +251,8 @@ mod tests {
                 other => panic!("{set}: {other:?}"),
             }
         }
+        let error = Recipe::load(None, &["teacher.learning_rate=1e300".into()]).unwrap_err().to_string();
+        assert!(error.contains(" 1e300"), "{error}");
         assert!(Recipe::load(None, &["sparsify.linears=[\"ffn\", \"blocks.2.attention\"]".into()]).is_ok());
         // The last block of the teacher is gone by then.
         assert!(Recipe::load(None, &["sparsify.linears=[\"blocks.3\"]".into()]).is_err());

@@ -145,9 +145,22 @@ impl Corpus {
                 allowed: allowed.into(),
             });
         }
+        let pairs = match part {
+            "validation" => &parts.validation,
+            "test" => &parts.test,
+            _ => &parts.train,
+        };
+        let shortest = self.shortest(pairs, (&recipe.data.source, &recipe.data.target))?;
         let allowed =
-            format!("long enough for some of the {all} {part} pairs; none fits, both sides and tags together");
+            format!("at least {shortest}: the shortest of the {all} {part} pairs, both sides and tags together");
         Err(Error::Recipe { key: "data.max_length".into(), value: recipe.data.max_length.to_string(), allowed })
+    }
+
+    /// Tokens of the shortest of `pairs`.
+    fn shortest(&self, pairs: &[Pair], languages: (&str, &str)) -> Result<usize> {
+        let options = BatchOptions { max_length: usize::MAX, ..BatchOptions::default() };
+        let all = Stream::translation("all", &self.tokenizer, pairs, languages, Direction::Forward, &options)?;
+        Ok(all.examples.iter().map(|e| e.context.len() + e.labels.len()).min().unwrap_or(0))
     }
 
     /// Held-out text for a model that is already trained; without `pairs`, the test part of the embedded terms.

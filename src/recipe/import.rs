@@ -65,7 +65,7 @@ impl Draft {
             let own = match name {
                 "structure" => self.base.structure.as_ref().map(|s| s.training),
                 "sparsify" => self.base.sparsify.as_ref().map(|s| s.training),
-                _ => self.base.quantize.as_ref().map(|s| s.training),
+                _ => self.base.quantize.as_ref().and_then(|s| s.training),
             };
             section.insert("training".into(), value(&own.unwrap_or(self.base.teacher))?);
         }

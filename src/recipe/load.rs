@@ -31,14 +31,17 @@ impl Recipe {
     }
 
     pub fn parse(path: &Path, text: &str, overrides: &[String]) -> Result<Self> {
-        let recipe: Recipe = if overrides.is_empty() {
-            toml::from_str(text).map_err(|e| refused(path, text, &e))?
-        } else {
-            // Parsed once as it stands, so that its own mistakes are reported with their lines.
-            toml::from_str::<Recipe>(text).map_err(|e| refused(path, text, &e))?;
-            let table: toml::Table = toml::from_str(text).map_err(|e| refused(path, text, &e))?;
-            overridden(table, overrides)?
-        };
+        // Parsed as it stands first, so that its own mistakes are reported with their lines.
+        let mut recipe: Recipe = toml::from_str(text).map_err(|e| refused(path, text, &e))?;
+        let mut table: toml::Table = toml::from_str(text).map_err(|e| refused(path, text, &e))?;
+        if !overrides.is_empty() {
+            recipe = overridden(&mut table, overrides)?;
+        }
+        refuse_rows(
+            "",
+            &table,
+            &toml::Table::try_from(&recipe).map_err(|e| Error::file("recipe", "serialisation", e))?,
+        )?;
         recipe.check()?;
         Ok(recipe)
     }
@@ -50,19 +53,35 @@ impl Recipe {
 }
 
 /// Applies all overrides, then reads the whole: one may bring what another needs.
-fn overridden(mut table: toml::Table, overrides: &[String]) -> Result<Recipe> {
+fn overridden(table: &mut toml::Table, overrides: &[String]) -> Result<Recipe> {
     let mut states = Vec::with_capacity(overrides.len());
     for set in overrides {
-        apply(&mut table, set)?;
+        apply(table, set)?;
         states.push(table.clone());
     }
-    table.try_into().map_err(|error: toml::de::Error| {
+    table.clone().try_into().map_err(|error: toml::de::Error| {
         // To blame is the first one behind the last state that reads.
         let sound = states.iter().rposition(|state| state.clone().try_into::<Recipe>().is_ok()).map_or(0, |i| i + 1);
         let blamed = states.get(sound).and_then(|state| state.clone().try_into::<Recipe>().err()).unwrap_or(error);
         let value = overrides.get(sound).cloned().unwrap_or_default();
         Error::Usage { argument: "--set", value, rule: blamed.message().trim().to_string() }
     })
+}
+
+/// Refuses arrays where a section stands: its fields could be read from them by position, which says nothing to a reader.
+fn refuse_rows(path: &str, written: &toml::Table, read: &toml::Table) -> Result<()> {
+    for (key, value) in written {
+        let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        match (value, read.get(key)) {
+            (toml::Value::Table(written), Some(toml::Value::Table(read))) => refuse_rows(&path, written, read)?,
+            (toml::Value::Array(_), Some(toml::Value::Table(_))) => {
+                let allowed = "a table, such as { key = value }".into();
+                return Err(Error::Recipe { key: path, value: value.to_string(), allowed });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// A TOML error with key, line and, for an unknown key, the allowed ones.
@@ -135,5 +154,13 @@ mod tests {
         let error = Recipe::load(None, &["seed=1".into(), "teacher.steps=many".into()]).unwrap_err();
         assert!(error.to_string().contains("--set: teacher.steps=many"), "{error}");
         assert!(Recipe::load(None, &["nonsense".into()]).is_err());
+        for (set, key) in [
+            ("pipeline=[]", "pipeline"),
+            ("pipeline=[3, \"gpipe\", 4]", "pipeline"),
+            ("model=[2, 2, 8, 32, 64]", "model"),
+        ] {
+            let error = Recipe::load(None, &[set.to_string()]).unwrap_err().to_string();
+            assert!(error.contains(key) && error.contains("a table"), "{set}: {error}");
+        }
     }
 }

@@ -6,6 +6,7 @@ pub mod corpus;
 pub mod evaluate;
 pub mod flow;
 pub mod hooks;
+mod identity;
 pub mod import;
 mod load;
 mod lock;

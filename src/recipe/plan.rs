@@ -1,5 +1,7 @@
 //! What a run will do (`--dry-run`) and what a report says of the machine.
 
+mod spread;
+
 use std::sync::Arc;
 
 use super::corpus::{Corpus, tagging};
@@ -9,6 +11,7 @@ use crate::device::{Device, Kind};
 use crate::error::{Error, Result};
 use crate::nn::config::Size;
 use crate::report::model::{Machine, RunReport};
+pub use spread::{PlannedSpread, check_devices, plan_spread};
 
 /// One line of a plan.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -21,6 +24,11 @@ pub struct PlannedStage {
     pub bytes: usize,
     /// Weights, gradients, two moments, and activations of one micro-batch.
     pub estimated_memory: usize,
+    /// How it is spread; see [`plan_spread`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pipeline: Option<PlannedSpread>,
+    #[serde(skip)]
+    training: Option<(Size, Training)>,
 }
 
 /// The stages of a recipe with their shapes; nothing is read or written.
@@ -42,7 +50,7 @@ pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
                 stages.push(planned("sparsify", size, recipe, training));
             }
             Step::Quantize => {
-                let training = recipe.quantize.as_ref().map(|q| &q.training);
+                let training = recipe.quantize.as_ref().and_then(|q| q.training.as_ref());
                 stages.push(planned("quantize", size, recipe, training));
             }
             Step::Experts => {
@@ -93,9 +101,8 @@ fn planned(name: &str, size: Size, recipe: &Recipe, training: Option<&Training>)
     let config = recipe.model.config(size, recipe.data.vocabulary, &labels);
     let parameters: usize = config.parameters().iter().map(|(_, dims)| dims.iter().product::<usize>()).sum();
     let tokens = training.map_or(0, |t| t.batch * recipe.data.max_length);
-    // Per block and token: norms, residuals, q, k, v, context and projections (about 10 d) and the FFN's hidden layer;
-    // backward holds as much again at its peak.
-    let per_token = config.blocks.len() * (10 * config.width + 2 * size.ffn_width) + 4 * config.width;
+    // Backward holds as much again at its peak.
+    let per_token = per_token(size, config.width, config.blocks.len()) + 4 * config.width;
     let training_state = if training.is_some() { 3 * parameters } else { 0 };
     PlannedStage {
         stage: name.into(),
@@ -104,7 +111,15 @@ fn planned(name: &str, size: Size, recipe: &Recipe, training: Option<&Training>)
         parameters,
         bytes: 4 * parameters,
         estimated_memory: 4 * (parameters + training_state + 2 * tokens * per_token),
+        pipeline: None,
+        training: training.map(|training| (size, *training)),
     }
+}
+
+/// Values that so many blocks hold of a token: norms, residuals, q, k, v, context and projections (about 10 widths) and the
+/// FFN's hidden layer.
+fn per_token(size: Size, width: usize, blocks: usize) -> usize {
+    blocks * (10 * width + 2 * size.ffn_width)
 }
 
 /// The machine block of a report.

@@ -6,13 +6,17 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::contents::{self, is_blank};
+use super::identity::{self, Difference};
 use super::lock::FolderLock;
 use crate::atomic::write_atomic;
 use crate::compress::freeze::Form;
 use crate::compress::pruning::Pattern;
+use crate::compress::quantization::{Format, Phase};
+use crate::console;
 use crate::data::persist::read_capped;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::json;
 use crate::nn::Model;
 use crate::report::model::{LossCurve, StageRow};
 use crate::train::store;
@@ -49,20 +53,25 @@ pub struct State {
     pub sparse: BTreeMap<String, usize>,
     /// What the zeros look like.
     pub pattern: Pattern,
-    /// Linears trained under int8 fake quantization.
-    pub int8: Vec<String>,
+    /// Linears that are quantized, and how.
+    pub quantized: Vec<String>,
+    pub format: Format,
+    /// While the stage that quantizes trains.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
 }
 
 impl State {
     pub fn form(&self) -> Form {
-        Form { sparse: !self.sparse.is_empty() && self.pattern.is_24(), int8: !self.int8.is_empty() }
+        let sparse = !self.sparse.is_empty() && self.pattern.is_24();
+        Form { sparse, quantized: (!self.quantized.is_empty()).then_some(self.format) }
     }
 
     /// The promises on a model whose tensors have other names; `None` for what is gone with its promise.
     pub fn renamed(&self, rename: impl Fn(&str) -> Option<String>) -> Self {
         let all = |names: &[String]| names.iter().filter_map(|name| rename(name)).collect();
         let sparse = self.sparse.iter().filter_map(|(name, zeros)| Some((rename(name)?, *zeros))).collect();
-        Self { sparse, int8: all(&self.int8), ..self.clone() }
+        Self { sparse, quantized: all(&self.quantized), ..self.clone() }
     }
 }
 
@@ -125,12 +134,22 @@ impl RunFolder {
         std::fs::create_dir_all(path).map_err(|e| Error::io(path, e))?;
         let lock = FolderLock::take(path)?;
         if resolved.exists() {
-            let same = read_capped(&resolved, MAX_JSON)? == recipe.as_bytes();
+            let before = read_capped(&resolved, MAX_JSON)?;
             if overwrite {
                 contents::remove(path)?;
-            } else if !same && contents::has_results(path) {
+            } else if contents::has_results(path) {
                 // A run that ended before any result, on a mistake in its recipe perhaps, holds nothing worth a refusal.
-                return refused("holds a run of another recipe; --overwrite starts anew, --out names another folder");
+                let way_out = "--overwrite starts anew, --out names another folder";
+                match identity::difference(&String::from_utf8_lossy(&before), recipe) {
+                    Ok(Difference::None) => {}
+                    Ok(Difference::Rounding(key)) => console::warn(format_args!(
+                        "{key}: what is trained from here on is rounded otherwise than it would have been before"
+                    )),
+                    Ok(Difference::Result(key)) => {
+                        return refused(&format!("holds a run of another recipe, where {key}; {way_out}"));
+                    }
+                    Err(_) => return refused(&format!("holds a run of a recipe that cannot be read; {way_out}")),
+                }
             }
         }
         write_atomic(&resolved, recipe.as_bytes())?;
@@ -200,9 +219,7 @@ impl RunFolder {
             return Ok(None);
         }
         let bytes = read_capped(&path, MAX_JSON)?;
-        let mut reader = serde_json::Deserializer::from_slice(&bytes);
-        let sealed: Sealed =
-            serde_path_to_error::deserialize(&mut reader).map_err(|e| Error::file(&path, e.path(), e.inner()))?;
+        let sealed: Sealed = json::read(&path, &bytes)?;
         if sealed.hash()? != sealed.blake3 {
             return Err(Error::file(&path, "content", "its hash is not the recorded one: the file was changed"));
         }

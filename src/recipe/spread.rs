@@ -63,9 +63,14 @@ impl Search<'_> {
     /// Of the model on one of so many devices.
     fn profile(&self, workers: usize, micro: &Micro) -> Result<Profile> {
         let path = self.context.folder.join(format!("pipeline-profile-{workers}.json"));
-        match Profile::read(&path) {
-            Ok(profile) if profile.pieces.len() == cut::pieces(&self.model.config) => return Ok(profile),
-            _ => {}
+        if path.exists() {
+            let pieces = cut::pieces(&self.model.config);
+            let reason = match Profile::read(&path) {
+                Ok(profile) if profile.pieces.len() == pieces => return Ok(profile),
+                Ok(other) => format!("{}: {} pieces where this model has {pieces}", path.display(), other.pieces.len()),
+                Err(e) => e.to_string(),
+            };
+            console::warn(format_args!("{reason}; the model is measured anew and may be cut elsewhere"));
         }
         let home = self.model.device();
         // One stage keeps the whole device, which is faster than a share of it.
@@ -151,7 +156,7 @@ pub fn sizes(profile: &Profile, micros: &[Micro]) -> Vec<f64> {
 impl Pipeline {
     /// Workers of each of so many stages.
     pub(super) fn workers(&self, stages: usize) -> Vec<usize> {
-        if self.replicas.is_empty() { vec![1; stages] } else { self.replicas.clone() }
+        self.replicas.of(stages)
     }
 
     /// Names of a device for each of so many workers.

@@ -189,5 +189,14 @@ fn compare(folder: &Path, name: &str, measured: &Timeline, predicted: &Timeline)
         100.0 * predicted.idle_share(),
         folder.display()
     ));
+    if measured.seconds > UNLIKE * predicted.seconds {
+        console::tell(format_args!(
+            "{name}: a prediction knows the pieces one at a time, on the first device alone: it is too short where devices \
+             differ or share cores (cuda-host, more stages than cores), and where a piece takes less than about a millisecond"
+        ));
+    }
     Ok(())
 }
+
+/// Times its prediction from which a step is explained.
+const UNLIKE: f64 = 1.5;

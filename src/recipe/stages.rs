@@ -10,6 +10,7 @@ pub mod teacher;
 
 use super::corpus::{Corpus, upload};
 use super::evaluate::validation_loss;
+use super::identity::text;
 use super::run_folder::State;
 use super::schema::{Distil, HiddenProjection, Recipe, Training};
 use super::source::{CorpusSource, Draw, Factors};
@@ -19,7 +20,7 @@ use crate::compress::pruning::Held;
 use crate::compress::quantization::QuantizationAware;
 use crate::compress::teacher::TeacherCache;
 use crate::data::batch::Example;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::nn::{self, Config, Model};
 use crate::ops::distill::Reduction;
 use crate::pipeline::post::Post;
@@ -83,8 +84,8 @@ pub fn held(model: &Model, state: &State) -> Result<Vec<Box<dyn Method>>> {
     if !sparse.is_empty() {
         methods.push(Box::new(Held::new(model, sparse, state.pattern)?));
     }
-    if !state.int8.is_empty() {
-        methods.push(Box::new(QuantizationAware { bits: 8, linears: state.int8.clone() }));
+    if !state.quantized.is_empty() {
+        methods.push(Box::new(QuantizationAware::new(state.quantized.clone(), state.format, state.phase)));
     }
     Ok(methods)
 }
@@ -213,11 +214,6 @@ pub fn trained(name: &str, model: Model, state: State, summary: Summary) -> Outc
     let curve = LossCurve { stage: name.into(), unit: "nats/token".into(), points: summary.curve };
     let earlier_seconds = summary.earlier_seconds;
     Outcome { model, state, curves: vec![curve], notes: Vec::new(), invariants: Vec::new(), earlier_seconds }
-}
-
-/// A part of the recipe as text, for fingerprints.
-pub fn text(part: &impl serde::Serialize) -> Result<String> {
-    toml::to_string(part).map_err(|e| Error::file("recipe", "serialisation", e))
 }
 
 fn add_projection(model: &mut Model, distillation: &Distillation, seed: u64) -> Result<()> {

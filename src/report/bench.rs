@@ -158,10 +158,11 @@ pub fn read(path: impl AsRef<Path>) -> Result<Vec<BenchRecord>> {
             continue;
         }
         let mut reader = serde_json::Deserializer::from_slice(line);
-        records.push(
-            serde_path_to_error::deserialize(&mut reader)
-                .map_err(|e| Error::file(path, format!("line {}: {}", index + 1, e.path()), e.inner()))?,
-        );
+        records.push(serde_path_to_error::deserialize(&mut reader).map_err(|e| {
+            let (line, key) = (index + 1, e.path().to_string());
+            let place = if key == "." { format!("line {line}") } else { format!("line {line}: {key}") };
+            Error::file(path, place, e.inner())
+        })?);
     }
     Ok(records)
 }

@@ -177,9 +177,7 @@ impl RunReport {
     /// `Error::File` with the key and position, for JSON that is no report or of another version.
     pub fn from_json(path: impl AsRef<std::path::Path>, text: &[u8]) -> crate::Result<Self> {
         let path = path.as_ref();
-        let mut reader = serde_json::Deserializer::from_slice(text);
-        let report: Self = serde_path_to_error::deserialize(&mut reader)
-            .map_err(|error| crate::Error::file(path, error.path(), error.inner()))?;
+        let report: Self = crate::json::read(path, text)?;
         if report.version != VERSION {
             return Err(crate::Error::file(path, "version", format!("{} is not {VERSION}", report.version)));
         }

@@ -29,6 +29,7 @@ pub fn count(value: u64) -> String {
 pub fn milliseconds(value: f64) -> String {
     match value {
         value if !value.is_finite() => "not finite".into(),
+        value if value >= 1e9 => format!("{:.2e} s", value / 1e3),
         value if value >= 999.95 => format!("{} s", significant(value / 1e3)),
         value if value >= 0.99995 || value == 0.0 => format!("{} ms", significant(value)),
         value => format!("{} µs", significant(value * 1e3)),
@@ -99,8 +100,8 @@ mod tests {
             ["0", "999", "12,345", "999,999", "1.23 M", "2.50 G"]
         );
         assert_eq!(
-            [0.0, 0.0005, 0.85, 3.4159, 99.96, 1200.0].map(milliseconds),
-            ["0.00 ms", "0.50 µs", "850 µs", "3.42 ms", "100 ms", "1.20 s"]
+            [0.0, 0.0005, 0.85, 3.4159, 99.96, 1200.0, 3.3e14].map(milliseconds),
+            ["0.00 ms", "0.50 µs", "850 µs", "3.42 ms", "100 ms", "1.20 s", "3.30e11 s"]
         );
         assert_eq!([0.04, 59.4, 245.0, 3725.0].map(duration), ["0.0 s", "59.4 s", "4 min 05 s", "1 h 02 min"]);
     }

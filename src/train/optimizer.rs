@@ -1,5 +1,7 @@
 //! Optimizer groups: the parameters of a group live in one flat buffer, so a step is one launch per group.
 
+mod norm;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -13,9 +15,10 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::nn::model::GATE;
-use crate::ops::binary::{ADD, AccumulateScaled, Binary, BinaryFunction};
+use crate::ops::binary::AccumulateScaled;
 use crate::ops::optim::{AdamW, Sgd, StepRates, UpdateFactor};
-use crate::ops::reduce::{Axis, CountNonFinite, Reduce, ReduceFunction};
+use crate::ops::reduce::CountNonFinite;
+use crate::pipeline::cut;
 use crate::shape::Meta;
 use crate::tape::{Grads, Var};
 use crate::tensor::Tensor;
@@ -61,20 +64,28 @@ const LOSS_SCALE: &str = "loss_scale";
 /// Name of the masks in a checkpoint.
 const MASK: &str = "mask";
 
-const MUL: Binary = Binary(BinaryFunction::Mul);
-
 /// Offsets of parameters are multiples of this many bytes, what a binding needs.
 const ALIGNMENT: usize = 256;
 
 struct Slot {
     name: String,
     dims: Vec<usize>,
+    /// Of the model; see [`cut::piece_of`].
+    piece: usize,
     /// Byte offset in the flat buffers.
     offset: usize,
     filled: bool,
 }
 
+impl Slot {
+    /// Byte offset behind it, the padding included.
+    fn end(&self) -> usize {
+        self.offset + (4 * self.dims.iter().product::<usize>()).next_multiple_of(ALIGNMENT)
+    }
+}
+
 struct Group {
+    part: Part,
     slots: Vec<Slot>,
     parameters: Tensor,
     gradients: Tensor,
@@ -117,6 +128,9 @@ pub struct Optimizer {
     counter: Tensor,
     /// See [`UpdateFactor`].
     state: Tensor,
+    /// Sums of squares of gradients, f32 `[matrices and vectors, pieces]`; 0 for what other devices train.
+    squares: Tensor,
+    pieces: usize,
     /// As long as the longest parameter that ever had no gradient in a step.
     zeros: Option<Tensor>,
     /// Changes with what a step queues and with the memory it uses.
@@ -156,11 +170,12 @@ impl Optimizer {
                     && !name.contains(".router.")
                     && trained(name)
             };
-            let names: Vec<String> =
+            let mut names: Vec<String> =
                 model.tensors.iter().filter(|(n, t)| wanted(n, t)).map(|(n, _)| n.clone()).collect();
+            // So that what a piece has lies together, alike on every device that trains it.
+            names.sort_by_key(|name| cut::piece_of(&model.config, name));
             if !names.is_empty() {
-                let decay = if part == Part::Matrices { settings.weight_decay } else { 0.0 };
-                let mut group = Group::new(model, names, &device, decay, settings.rule)?;
+                let mut group = Group::new(model, names, &device, part, settings)?;
                 if part == Part::Gates {
                     let rates = Tensor::zeros(&device, Meta::new(&[StepRates::WORDS], DType::F32)?)?;
                     group.gates = Some(Gates { rate: 1.0, rates });
@@ -171,8 +186,22 @@ impl Optimizer {
         let rates = Tensor::zeros(&device, Meta::new(&[StepRates::WORDS], DType::F32)?)?;
         let counter = Tensor::zeros(&device, Meta::new(&[1], DType::U32)?)?;
         let state = Tensor::zeros(&device, Meta::new(&[UpdateFactor::STATE], DType::F32)?)?;
-        let mut optimizer =
-            Self { groups, settings, step: 0, weight: 1.0, rates, counter, state, zeros: None, generation: 0, device };
+        let pieces = cut::pieces(&model.config);
+        let squares = Tensor::zeros(&device, Meta::new(&[2, pieces], DType::F32)?)?;
+        let mut optimizer = Self {
+            groups,
+            settings,
+            step: 0,
+            weight: 1.0,
+            rates,
+            counter,
+            state,
+            squares,
+            pieces,
+            zeros: None,
+            generation: 0,
+            device,
+        };
         optimizer.set_loss_scale(LossScale::of(settings.precision))?;
         Ok(optimizer)
     }
@@ -276,44 +305,11 @@ impl Optimizer {
     /// Queues one update from the accumulated gradients; `losses` is the sum of the step's losses, f32 `[1]`. Whether it
     /// happens is decided on the device: a gradient that is not finite changes nothing ([`Optimizer::outcome`] tells).
     pub fn update(&mut self, losses: &Tensor) -> Result<()> {
-        match self.squares()? {
-            Some(squares) => self.apply(&squares, losses),
-            None => Ok(()),
+        if self.groups.is_empty() {
+            return Ok(());
         }
-    }
-
-    /// Sum of squares `[1]` of the accumulated gradients but for those of gates; `None` where nothing is trained.
-    pub fn squares(&mut self) -> Result<Option<Tensor>> {
-        self.clear_unfilled()?;
-        let mut squares: Option<Tensor> = None;
-        for group in self.groups.iter().filter(|group| group.gates.is_none()) {
-            let part = group.squares()?;
-            squares = Some(match squares {
-                None => part,
-                Some(sum) => dispatch::run_one(&ADD, &[&sum, &part])?,
-            });
-        }
-        Ok(squares)
-    }
-
-    /// Queues the update from the sum of squares of all gradients, those of other devices' parameters included.
-    pub fn apply(&mut self, squares: &Tensor, losses: &Tensor) -> Result<()> {
-        let growth = if self.scaled() { LossScale::GROWTH } else { 0 };
-        let op = UpdateFactor { max_norm: self.settings.clip, growth };
-        let mut gates = Vec::new();
-        for group in &self.groups {
-            if let Some(own) = &group.gates {
-                // As the weights' factor, unclipped; before the state is that of the next step.
-                let op = UpdateFactor { max_norm: 0.0, ..op };
-                let squares = dispatch::run_one(&ADD, &[squares, &group.squares()?])?;
-                let factor = &dispatch::run(&op, &[&squares, losses, &own.rates, &self.state.duplicate()?])?[1];
-                gates.push((group, factor.clone(), &own.rates));
-            }
-        }
-        let outputs = dispatch::run(&op, &[squares, losses, &self.rates, &self.state])?;
-        let mut weights = self.groups.iter().filter(|group| group.gates.is_none());
-        weights.try_for_each(|group| group.update(self.settings.rule, &outputs[1], &self.rates))?;
-        gates.into_iter().try_for_each(|(group, factor, rates)| group.update(self.settings.rule, &factor, rates))
+        let squares = self.squares()?;
+        self.apply(&squares, losses)
     }
 
     /// Gradients that no micro-batch of the step gave are 0, not what an earlier step left.
@@ -495,16 +491,16 @@ impl Group {
         model: &mut Model,
         names: Vec<String>,
         device: &Arc<dyn Device>,
-        weight_decay: f32,
-        rule: Rule,
+        part: Part,
+        settings: Settings,
     ) -> Result<Self> {
-        let mut slots = Vec::new();
-        let mut end = 0;
+        let mut slots: Vec<Slot> = Vec::new();
         for name in names {
-            let tensor = model.get(&name)?;
-            slots.push(Slot { name, dims: tensor.dims().to_vec(), offset: end, filled: false });
-            end += tensor.meta().bytes().div_ceil(ALIGNMENT) * ALIGNMENT;
+            let (dims, piece) = (model.get(&name)?.dims().to_vec(), cut::piece_of(&model.config, &name));
+            let offset = slots.last().map_or(0, Slot::end);
+            slots.push(Slot { name, dims, piece, offset, filled: false });
         }
+        let end = slots.last().map_or(0, Slot::end);
         // Zeros: the padding between parameters must stay harmless in norms and updates.
         let flat = || Tensor::zeros(device, Meta::new(&[end / 4], DType::F32)?);
         let parameters = flat()?;
@@ -513,28 +509,18 @@ impl Group {
             device.copy(tensor.buffer(), tensor.offset(), parameters.buffer(), slot.offset, tensor.meta().bytes())?;
             model.tensors.insert(slot.name.clone(), view(&parameters, slot)?);
         }
-        let second_moment = if matches!(rule, Rule::Adamw { .. }) { Some(flat()?) } else { None };
+        let second_moment = if matches!(settings.rule, Rule::Adamw { .. }) { Some(flat()?) } else { None };
         Ok(Self {
+            part,
             slots,
             parameters,
             gradients: flat()?,
             first_moment: flat()?,
             second_moment,
             mask: None,
-            weight_decay,
+            weight_decay: if part == Part::Matrices { settings.weight_decay } else { 0.0 },
             gates: None,
         })
-    }
-
-    /// Sum of squares `[1]` of the gradients. Those of pruned weights must not count in the norm that the kept ones are
-    /// clipped by.
-    fn squares(&self) -> Result<Tensor> {
-        let sum = Reduce { function: ReduceFunction::SumSquares, axis: Axis::All };
-        let squares = match &self.mask {
-            Some(mask) => dispatch::run_one(&sum, &[&dispatch::run_one(&MUL, &[&self.gradients, mask])?])?,
-            None => dispatch::run_one(&sum, &[&self.gradients])?,
-        };
-        squares.reshape(&[1])
     }
 
     /// What a checkpoint keeps, by kind.

@@ -12,6 +12,7 @@ use crate::data::persist::{put_files, read_capped, write_directory};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::json;
 use crate::nn::{Config, Model};
 use crate::shape::Meta;
 use crate::tensor::Tensor;
@@ -80,15 +81,10 @@ fn name_of(path: &Path) -> String {
     path.file_name().map_or_else(|| "unnamed".into(), |n| n.to_string_lossy().into_owned())
 }
 
-fn parse_json<T: for<'de> Deserialize<'de>>(path: &Path, bytes: &[u8]) -> Result<T> {
-    let mut reader = serde_json::Deserializer::from_slice(bytes);
-    serde_path_to_error::deserialize(&mut reader).map_err(|e| Error::file(path, e.path(), e.inner()))
-}
-
 /// The manifest of a directory.
 pub fn manifest(path: &Path) -> Result<Manifest> {
     let file = path.join(MANIFEST);
-    let manifest: Manifest = parse_json(&file, &read_capped(&file, MAX_JSON)?)?;
+    let manifest: Manifest = json::read(&file, &read_capped(&file, MAX_JSON)?)?;
     if manifest.version != VERSION {
         return Err(Error::file(&file, "version", format!("{} is not {VERSION}", manifest.version)));
     }
@@ -191,7 +187,7 @@ pub fn load_model(path: &Path, device: &Arc<dyn Device>) -> Result<Model> {
 /// A model from the verified files of a directory.
 pub fn model_from(path: &Path, files: &BTreeMap<String, Vec<u8>>, device: &Arc<dyn Device>) -> Result<Model> {
     let file = |name: &str| files.get(name).ok_or_else(|| Error::file(path, name, "missing from the manifest"));
-    let config: Config = parse_json(&path.join(CONFIG), file(CONFIG)?)?;
+    let config: Config = json::read(&path.join(CONFIG), file(CONFIG)?)?;
     config.check(&path.join(CONFIG))?;
     let weights = path.join(WEIGHTS);
     let tensors = decode(&weights, file(WEIGHTS)?, device)?;

@@ -95,6 +95,41 @@ fn numbers_without_sense_are_usage_errors() {
 }
 
 #[test]
+fn what_a_command_does_not_use_is_refused() {
+    for command in [&["kernels", "list"][..], &["pipeline", "simulate"], &["pipeline", "schedule", "1f1b"], &["doctor"]]
+    {
+        refused(&[command, &["--device", "nope"]].concat(), 2, &["--device", "no device"]);
+    }
+    let help = text(&call(&["pipeline", "simulate", "--help"]).stdout);
+    assert!(help.contains("cuda:ORDINAL") && help.contains("cuda-host:90") && !help.contains("markdown"), "{help}");
+    assert!(text(&call(&["kernels", "list", "--help"]).stdout).contains("--format markdown"));
+    assert!(text(&call(&["kernels", "list", "--format", "markdown", "--op", "relu"]).stdout).contains("| relu"));
+}
+
+#[test]
+fn a_dry_run_plans_the_stages_and_refuses_what_the_run_would() {
+    let recipe = RUN.0.path().join("tiny.toml");
+    let recipe = recipe.to_str().unwrap();
+    let dry = |set: &str| call(&["run", recipe, "--dry-run", "--device", "cpu", "--set", set]);
+    let plain = text(&dry("seed=3").stdout);
+    assert!(plain.contains("teacher") && !plain.contains("pipeline"), "{plain}");
+    let spread =
+        text(&dry("pipeline={ stages = 2, micro_batches = 4, schedule = \"gpipe\", replicas = [1, 2] }").stdout);
+    assert!(spread.contains("2 stages on [1, 2] devices, gpipe") && spread.contains("iB, "), "{spread}");
+    let auto = text(&dry("pipeline={}").stdout);
+    assert!(auto.contains("as many stages as pay, 1f1b"), "{auto}");
+    for (devices, word) in [("[\"cpu:1\"]", "1 devices for 2 workers"), ("[\"cpu:1\", \"wgpu:nosuch\"]", "nosuch")] {
+        let output = dry(&format!("pipeline={{ stages = 2, devices = {devices} }}"));
+        assert!(!output.status.success() && text(&output.stderr).contains(word), "{}", text(&output.stderr));
+    }
+    let json: serde_json::Value = serde_json::from_slice(
+        &call(&["run", recipe, "--dry-run", "--format", "json", "--set", "pipeline={ stages = 2 }"]).stdout,
+    )
+    .unwrap();
+    assert_eq!(json[0]["pipeline"]["memory"].as_array().unwrap().len(), 2, "{json}");
+}
+
+#[test]
 fn a_recipe_that_cannot_be_read_is_a_usage_error() {
     let folder = RUN.0.path();
     refused(&["run", "no such recipe.toml"], 2, &["E-USAGE", "no such recipe.toml"]);

@@ -36,7 +36,7 @@ fn a_grid_made_first_is_carried_through_pruning_masks_and_experts() {
     // One block is left: promises go by its new number, and on the FFN by its experts.
     let mut want = ["query", "key", "value", "output"].map(|part| format!("blocks.0.attention.{part}")).to_vec();
     want.extend(["in", "out"].map(|part| format!("blocks.0.ffn.experts.{part}")));
-    assert_eq!(state.int8, want);
+    assert_eq!(state.quantized, want);
     want.sort();
     assert_eq!(
         Vec::from_iter(state.sparse.keys().cloned()),
@@ -46,7 +46,7 @@ fn a_grid_made_first_is_carried_through_pruning_masks_and_experts() {
     assert!(state.kept.is_sorted() && state.kept.iter().all(|&c| c < 32));
     let last = report.stages.last().unwrap();
     let rule = |part: &str| last.invariants.iter().any(|i| i.name.contains(part));
-    for part in ["stays zero", "config describes", "deployed form gives", "channels", "in one expert"] {
+    for part in ["stays zero", "config describes", "deployed", "channels", "in one expert"] {
         assert!(rule(part), "{part}: {:?}", last.invariants);
     }
     assert!(rule("2:4") && rule("integer 0") && rule("k = all") && rule("reloads"), "{:?}", last.invariants);
@@ -60,4 +60,91 @@ fn stages_after_hybrid_tuning_follow_from_the_tuned_teacher() {
     assert_eq!(report.stages.iter().map(|s| s.name.as_str()).collect::<Vec<_>>()[2..], ["hybrid", "sparsify"]);
     let zeros = |stage: usize| report.stages[stage].sparsity.iter().map(|(_, share)| share).sum::<f64>();
     assert!(zeros(2) < 0.01 && zeros(3) >= 0.5 * report.stages[3].sparsity.len() as f64);
+}
+
+/// `[quantize]` of a method that does not train, in a recipe with nothing else but the teacher unless told so.
+fn quantized(section: &str, more: &[&str]) -> (RunReport, Model, State) {
+    let section = format!("quantize={section}");
+    let alone = ["structure=false", "sparsify=false", "experts=false", "hybrid=false", &section];
+    composed(&tiny(&[&alone[..], more].concat()))
+}
+
+#[test]
+fn every_method_of_quantization_runs_from_a_recipe_and_keeps_its_promises() {
+    let training = "training = { steps = 8, batch = 8, learning_rate = 1e-3 }";
+    for section in [
+        "{ method = \"dynamic\", levels = \"ternary\" }".to_string(),
+        "{ method = \"static\", observer = \"entropy\", smooth = 0.5, calibration_batches = 2 }".into(),
+        "{ method = \"data_free\", calibration_batches = 1 }".into(),
+        "{ method = \"data_free\", inputs = \"self_generated\", observer = \"percentile\", calibration_batches = 1 }"
+            .into(),
+        "{ method = \"gptq\", bits = 4, calibration_batches = 2 }".into(),
+        "{ method = \"awq\", bits = 3, groups = 16, calibration_batches = 2 }".into(),
+        "{ method = \"weight_only\", bits = 8 }".into(),
+        format!("{{ bits = 4, learned_steps = true, observer = \"mse\", calibration_batches = 1, {training} }}"),
+        format!("{{ bits = 6, observer = \"moving_average\", schedule = {{ start = 8, period = 2 }}, {training} }}"),
+        format!("{{ levels = \"binary\", observer = \"none\", groups = 8, {training} }}"),
+    ] {
+        let (report, model, state) = quantized(&section, &[]);
+        let stage = report.stages.last().unwrap();
+        assert!(stage.invariants.iter().all(|i| i.ok), "{section}: {:?}", stage.invariants);
+        let rule = |part: &str| stage.invariants.iter().any(|i| i.name.contains(part));
+        assert!(
+            rule("integer 0") && rule("times their steps") && rule("deployed logits") && rule("reloads"),
+            "{section}"
+        );
+        assert!(stage.activated_bytes * 2 < report.stages[0].activated_bytes, "{section}: {}", stage.activated_bytes);
+        assert_eq!(state.quantized.len(), 6 * model.config.blocks.len());
+        assert_eq!(state.phase, None, "{section}");
+    }
+}
+
+#[test]
+fn learned_steps_survive_experts_and_later_training() {
+    let training = "training = { steps = 6, batch = 8, learning_rate = 1e-3 }";
+    let section = format!("quantize={{ bits = 4, learned_steps = true, observer = \"min_max\", {training} }}");
+    let (report, model, state) = composed(&tiny(&[&section]));
+    for stage in &report.stages {
+        assert!(stage.invariants.iter().all(|i| i.ok), "{}: {:?}", stage.name, stage.invariants);
+    }
+    assert_eq!(state.format.bits, 4);
+    for name in ["experts.in.step", "experts.out.step", "experts.in.input_step", "experts.out.input_step"] {
+        assert!(model.tensors.contains_key(&format!("blocks.0.ffn.{name}")), "{name}");
+    }
+    assert!(!model.tensors.keys().any(|n| n.contains("ffn.in.step") || n.contains("ffn.out.step")));
+}
+
+#[test]
+fn quantize_sections_that_cannot_hold_are_refused_with_their_key() {
+    let training = "training = { steps = 10, batch = 8, learning_rate = 1e-3 }";
+    for (section, key) in [
+        (
+            "{ method = \"static\", training = { steps = 1, batch = 1, learning_rate = 1e-3 } }".to_string(),
+            "quantize.training",
+        ),
+        ("{ method = \"qat\" }".into(), "quantize.training"),
+        ("{ method = \"dynamic\", bits = 1 }".into(), "quantize.bits"),
+        ("{ method = \"dynamic\", groups = 8 }".into(), "quantize.groups"),
+        ("{ method = \"weight_only\", groups = 40 }".into(), "quantize.groups"),
+        ("{ method = \"weight_only\", observer = \"token\" }".into(), "quantize.observer"),
+        ("{ method = \"static\", observer = \"token\" }".into(), "quantize.observer"),
+        ("{ method = \"static\", smooth = 2.0 }".into(), "quantize.smooth"),
+        ("{ method = \"static\", calibration_batches = 0 }".into(), "quantize.calibration_batches"),
+        ("{ method = \"gptq\", levels = \"binary\" }".into(), "quantize.levels"),
+        ("{ method = \"data_free\", inputs = \"data\" }".into(), "quantize.inputs"),
+        ("{ method = \"dynamic\", learned_steps = true }".into(), "quantize.learned_steps"),
+        (format!("{{ bits = 4, schedule = {{ start = 8, period = 5 }}, {training} }}"), "quantize.schedule"),
+    ] {
+        let sets = ["experts=false".to_string(), format!("quantize={section}")];
+        match Recipe::load(None, &sets) {
+            Err(espalier::Error::Recipe { key: found, .. }) => assert_eq!(found, key, "{section}"),
+            other => panic!("{section}: {other:?}"),
+        }
+    }
+    let awq = "quantize={ method = \"awq\", bits = 4 }".to_string();
+    let error = Recipe::load(None, std::slice::from_ref(&awq)).unwrap_err().to_string();
+    assert!(error.contains("experts") && error.contains("reorder"), "{error}");
+    let order = "order=[\"quantize\", \"structure\", \"sparsify\", \"hybrid\"]".to_string();
+    let error = Recipe::load(None, &[awq, "experts=false".into(), order]).unwrap_err().to_string();
+    assert!(error.contains("structure before quantize"), "{error}");
 }

@@ -168,6 +168,8 @@ fn an_encoder_decoder_is_pruned_quantized_split_and_tuned() {
     for set in [
         "structure={ layers = 1, head_size = 12, training = { steps = 1, batch = 2, learning_rate = 1e-3 } }",
         "pipeline={}",
+        "sparsify.method=wanda",
+        "quantize.smooth=0.5",
     ] {
         let toml = tiny(&["model.family=t5", "structure=false"]).to_toml().unwrap();
         let error = Recipe::parse(std::path::Path::new("r.toml"), &toml, &[set.to_string()]).unwrap_err();

@@ -4,6 +4,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use espalier::compress::pruning::{Held, Pattern};
+use espalier::compress::quantization::{
+    Activations, BitSchedule, Format, INPUT_STEP, Phase, QuantizationAware, learned_step,
+};
 use espalier::data::batch::Example;
 use espalier::device::{self, Class, Device, Kind, Limits, NullDevice, Stats};
 use espalier::error::Uncapturable;
@@ -48,6 +51,8 @@ struct Plan {
     saves_every: u64,
     fails_at: Option<u64>,
     pruned: bool,
+    /// Learned steps under falling bits, and input steps that are tracked until the last quarter.
+    quantized: bool,
 }
 
 const PLAN: Plan = Plan {
@@ -59,6 +64,7 @@ const PLAN: Plan = Plan {
     saves_every: 19,
     fails_at: None,
     pruned: false,
+    quantized: false,
 };
 
 struct Steps<'a> {
@@ -100,6 +106,9 @@ fn run(
     if plan.pruned {
         let weights = ["blocks.0.ffn.in.weight", "blocks.1.attention.query.weight"].map(|name| (name.to_string(), 0));
         methods.push(Box::new(Held::new(&model, weights.into(), Pattern::TwoFour).unwrap()));
+    }
+    if plan.quantized {
+        methods.extend(quantization(&mut model, plan.steps));
     }
     let source = Steps { device, plan, seen: Mutex::default() };
     let schedule = Schedule { peak: 1e-2, warmup: 4, shape: Shape::Cosine { floor: 0.1 } };
@@ -169,6 +178,38 @@ fn check(device: &Arc<dyn Device>, plan: Plan, graphs: usize) -> u64 {
     assert!(want.0 == have.0, "parameters or the optimizer's state differ");
     assert_eq!(want.1.replayed, 0);
     have.1.replayed
+}
+
+fn quantization(model: &mut Model, steps: u64) -> [Box<dyn Method>; 2] {
+    let (learning, tracking) = (vec!["blocks.0.attention.query".to_string()], vec!["blocks.1.ffn.in".to_string()]);
+    let format = Format { bits: 6, ..Format::default() };
+    learned_step::begin(model, &learning, &Format { bits: 8, ..format }, &[]).unwrap();
+    let unseen = Tensor::from_slice(model.device(), &[1], &[0.0f32]).unwrap();
+    model.tensors.insert(format!("{}.{INPUT_STEP}", tracking[0]), unseen);
+    let bits = Some(BitSchedule { start: 8, period: 5, doubling: false });
+    let learned = Phase { steps, learned: true, tracking: 0.0, bits };
+    let tracked = Phase { learned: false, tracking: 0.1, bits: None, ..learned };
+    let inputs = Format { activations: Activations::Static, ..format };
+    [
+        Box::new(QuantizationAware::new(learning, format, Some(learned))),
+        Box::new(QuantizationAware::new(tracking, inputs, Some(tracked))),
+    ]
+}
+
+/// Steps are captured anew where the bits fall and where observers come to rest.
+#[test]
+fn learned_and_tracked_steps_are_replayed_to_the_bit() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let plan = Plan { quantized: true, lengths: &[3], precision, ..PLAN };
+        let replayed = check(&cpu(), plan, 4);
+        assert!(replayed >= 16, "{replayed}");
+        let (whole, parted) = (folder(), folder());
+        let plan = Plan { saves_every: 9, ..plan };
+        let want = result(&cpu(), plan, 0, whole.path()).0;
+        run(&cpu(), Plan { fails_at: Some(12), ..plan }, 4, parted.path(), None).0.unwrap_err();
+        run(&cpu(), plan, 4, parted.path(), None).0.unwrap();
+        assert!(want == files(parted.path(), plan), "a resumed training differs");
+    }
 }
 
 #[test]

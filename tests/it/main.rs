@@ -19,6 +19,7 @@ mod pipeline;
 mod properties;
 mod pruning;
 mod pruning_recipes;
+mod quantization;
 mod report;
 mod run_folder;
 mod second_order;

@@ -75,6 +75,7 @@ fn plans_without_sense_are_refused() {
     refused(&plan(&["--machines", "9x9"]), 2, &["64 devices"]);
     refused(&plan(&["--devices", "0"]), 2, &["machines"]);
     refused(&plan(&["--bandwidth", "nan"]), 2, &["--bandwidth"]);
+    refused(&plan(&["--bandwidth", "1e308"]), 2, &["--bandwidth: 1e308 is not usable", "1e-6 to 1000000000.0"]);
     refused(&plan(&["--micro-batches", "0"]), 2, &["micro_batches"]);
     refused(&plan(&["--memory", "0.001"]), 4, &["E-MEMORY"]);
     refused(&["plan", "--profile", "no such file"], 3, &["E-IO"]);
@@ -124,10 +125,10 @@ fn a_profile_is_cut_for_the_simulation() {
     let file = profile(folder.path());
     let found = json(&["simulate", "--profile", &file, "--stages", "3", "--compare"]);
     assert_eq!(found["stages"].as_array().unwrap().len(), 3);
-    assert_eq!(found["compared"].as_array().unwrap().len(), 9);
+    assert_eq!(found["compared"].as_array().unwrap().len(), 11);
     // Two chunks for each of five stages are more than there are pieces.
     let found = json(&["simulate", "--profile", &file, "--stages", "5", "--compare"]);
-    assert_eq!((found["compared"].as_array().unwrap().len(), found["left_out"].as_array().unwrap().len()), (7, 2));
+    assert_eq!((found["compared"].as_array().unwrap().len(), found["left_out"].as_array().unwrap().len()), (7, 4));
     refused(&["simulate", "--profile", &file, "--stages", "10"], 2, &["chunks"]);
 }
 
@@ -144,6 +145,21 @@ fn simulations_without_sense_are_refused() {
     ] {
         refused(arguments, 2, &[]);
     }
+}
+
+#[test]
+fn outputs_overwrite_neither_inputs_nor_each_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = profile(folder.path());
+    let before = fs::read(&file).unwrap();
+    let other = folder.path().join(".").join("profile.json");
+    refused(&["simulate", "--profile", &file, "--svg", other.to_str().unwrap()], 2, &["--svg", "--profile"]);
+    refused(&["profile", &file, "--out", &file], 2, &["--out", "RECIPE"]);
+    let new = folder.path().join("new");
+    let new = new.to_str().unwrap();
+    refused(&["simulate", "--svg", new, "--trace", new], 2, &["--trace", "--svg"]);
+    assert!(fs::read(&file).unwrap() == before && !Path::new(new).exists());
+    good(&["simulate", "--svg", "/dev/null", "--trace", "/dev/null"]);
 }
 
 #[test]

@@ -71,6 +71,50 @@ fn a_run_goes_on_with_another_number_of_threads() {
     assert_eq!(first.curves, second.curves);
 }
 
+#[test]
+fn how_a_run_is_carried_out_may_change_between_sessions() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = run(&teacher(&[]), &cpu(), folder.path()).unwrap();
+    let spread = teacher(&["pipeline={ stages = 2, heartbeat = 7.0 }", "teacher.checkpoint_every=3"]);
+    let second = run(&spread, &cpu(), folder.path()).unwrap();
+    assert_eq!(first.stages, second.stages, "the stage was trained again");
+    assert!(second.recipe.contains("heartbeat = 7.0"));
+    let error = run(&teacher(&["teacher.steps=31"]), &cpu(), folder.path()).unwrap_err().to_string();
+    assert!(error.contains("teacher.steps was ") && error.contains(" and is 31"), "{error}");
+}
+
+/// Stages are cut by a measurement, so each of these runs has cuts of its own, and gradients are clipped.
+#[test]
+fn a_killed_run_goes_on_in_other_stages_to_the_same_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let call = |out: &str, stages: usize, checkpoint_every: u64| {
+        let steps = ["teacher.steps=80".to_string(), "teacher.clip=0.1".into(), "teacher.validate_every=0".into()];
+        let pipeline = format!("pipeline={{ stages = {stages}, micro_batches = 4 }}");
+        let sets = steps.into_iter().chain([pipeline, format!("teacher.checkpoint_every={checkpoint_every}")]);
+        let sets: Vec<String> = sets.collect();
+        let path = folder.path().join(format!("{out}-{stages}.toml"));
+        fs::write(&path, teacher(&sets.iter().map(String::as_str).collect::<Vec<_>>()).to_toml().unwrap()).unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_espalier"));
+        let out = folder.path().join(out);
+        command.args(["run".as_ref(), path.as_os_str(), "--quiet".as_ref(), "--out".as_ref(), out.as_os_str()]);
+        command.args(["--device", "cpu"]).stdout(std::process::Stdio::null());
+        command
+    };
+    assert!(call("whole", 2, 0).status().unwrap().success());
+    let mut child = call("parted", 2, 10).spawn().unwrap();
+    let checkpoints = folder.path().join("parted/stages/teacher/checkpoints");
+    while !fs::read_dir(&checkpoints).is_ok_and(|mut found| found.next().is_some()) {
+        assert!(child.try_wait().unwrap().is_none(), "it ended without a checkpoint");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!folder.path().join("parted/model").exists());
+    assert!(call("parted", 3, 7).status().unwrap().success());
+    let weights = |out: &str| fs::read(folder.path().join(out).join("model/model.safetensors")).unwrap();
+    assert!(weights("whole") == weights("parted"), "other weights");
+}
+
 /// A folder of pairs as `data collect` writes it, but with no card.
 fn write_corpus(folder: &Path, test: &str) {
     let rows = |n: usize, word: &str| {
@@ -107,6 +151,9 @@ fn text_that_is_too_long_names_the_key() {
     let out = folder.path().join("run");
     let error = run(&teacher(&[&set]), &cpu(), &out).unwrap_err();
     assert!(error.to_string().contains("data.max_length") && error.to_string().contains("8 test pairs"), "{error}");
+    let shortest =
+        error.to_string().split("at least ").nth(1).and_then(|rest| rest.split(':').next()?.parse::<usize>().ok());
+    assert!(shortest.is_some_and(|tokens| tokens > 64), "{error}");
     // A run that ended before any result is no obstacle to the corrected recipe.
     write_corpus(&data, "window");
     run(&teacher(&[&set, "seed=2"]), &cpu(), &out).unwrap();

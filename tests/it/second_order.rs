@@ -32,7 +32,7 @@ fn inverse(b: usize, gradients: &[Vec<f64>], damping: f64) -> (Inverse, Mat<f64>
     let m = gradients.len() as f64;
     let moment = |i: usize, j: usize| gradients.iter().map(|g| g[i] * g[j]).sum::<f64>() / m;
     let dense = Mat::from_fn(b, b, |i, j| moment(i, j) + if i == j { damping } else { 0.0 });
-    (Inverse { block: b, values: f.to_f64().unwrap() }, dense)
+    (Inverse::new(b, f.to_f64().unwrap()).unwrap(), dense)
 }
 
 fn close(got: f64, want: f64, what: &str) {
@@ -46,7 +46,7 @@ fn rank_one_updates_give_the_inverse() {
         let gradients: Vec<Vec<f64>> = (0..2 * b + 1).map(|_| normals(b, &mut stream)).collect();
         let (inverse, dense) = inverse(b, &gradients, 0.25);
         let want = dense.llt(Side::Lower).unwrap().inverse();
-        (0..b * b).for_each(|i| close(inverse.values[i], want[(i / b, i % b)], &format!("B = {b}, entry {i}")));
+        (0..b * b).for_each(|i| close(inverse.values()[i], want[(i / b, i % b)], &format!("B = {b}, entry {i}")));
     }
     // One gradient: Sherman and Morrison's closed form.
     let g = vec![0.5, -2.0, 1.0];
@@ -54,7 +54,7 @@ fn rank_one_updates_give_the_inverse() {
     let divisor = 1.0 + g.iter().map(|x| x * x).sum::<f64>() / 0.1;
     for i in 0..9 {
         let identity = if i / 3 == i % 3 { 10.0 } else { 0.0 };
-        close(inverse.values[i], identity - 100.0 * g[i / 3] * g[i % 3] / divisor, "Sherman and Morrison");
+        close(inverse.values()[i], identity - 100.0 * g[i / 3] * g[i % 3] / divisor, "Sherman and Morrison");
     }
 }
 
@@ -97,7 +97,10 @@ fn group_updates_are_optimal() {
 
 #[test]
 fn hopeless_curvature_is_a_typed_error() {
-    let flat = Inverse { block: 2, values: vec![1.0, 2.0, 2.0, 1.0] };
+    let flat = Inverse::new(2, vec![1.0, 2.0, 2.0, 1.0]).unwrap();
+    for lost in [-1.0, 0.0, f64::NAN] {
+        assert_eq!(Inverse::new(1, vec![1.0, lost]).err().unwrap().code(), "E-PARAMETER");
+    }
     assert_eq!(flat.saliency(&[0, 1], &[1.0, 1.0]).unwrap_err().code(), "E-PARAMETER");
     let settings = |block, damping, recomputations| fisher::Settings {
         block,

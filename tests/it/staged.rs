@@ -153,6 +153,17 @@ fn a_killed_run_in_stages_goes_on_to_the_bit() {
     fs::write(&recipe, unclipped(&sets).to_toml().unwrap()).unwrap();
     let [whole, broken] = ["whole", "broken"].map(|name| folder.path().join(name));
     assert!(command(&recipe, &whole).status().unwrap().success());
+    // With replicas a block's gradients are summed in the order of its stage's, so both runs must be cut in the same places.
+    fs::create_dir_all(&broken).unwrap();
+    fs::copy(whole.join("recipe.resolved.toml"), broken.join("recipe.resolved.toml")).unwrap();
+    for stage in ["teacher", "structure", "quantize"] {
+        let [from, to] = [&whole, &broken].map(|out| out.join("stages").join(stage));
+        fs::create_dir_all(&to).unwrap();
+        let profiles = fs::read_dir(&from).unwrap().flatten().map(|entry| entry.file_name());
+        for profile in profiles.filter(|name| name.to_string_lossy().starts_with("pipeline-profile-")) {
+            fs::copy(from.join(&profile), to.join(&profile)).unwrap();
+        }
+    }
     killed_in("structure", &recipe, &broken);
     let first = |out: &Path| {
         let log = fs::read_to_string(out.join("stages/structure/metrics.jsonl")).unwrap();

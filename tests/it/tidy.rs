@@ -87,8 +87,8 @@ fn no_module_is_a_drawer() {
 /// Height in the house, by top-level module. Arrows point down only; equals may know each other.
 fn height(module: &str) -> Option<u32> {
     Some(match module {
-        "error" | "dtype" | "shape" | "rng" | "tensor" | "kernel" | "op" | "atomic" | "console" | "cpu" | "device"
-        | "dispatch" => 0,
+        "error" | "json" | "dtype" | "shape" | "rng" | "tensor" | "kernel" | "op" | "atomic" | "console" | "cpu"
+        | "device" | "dispatch" => 0,
         "ops" => 1,
         "tape" | "verify" => 2,
         "nn" => 3,

@@ -56,6 +56,8 @@ struct Compiled {
 struct Summary {
     nvrtc: String,
     modules: usize,
+    /// Modules that were compiled before: what is said of them is from the disk cache.
+    cached: usize,
     kernels: usize,
     failed: usize,
     seconds: f64,
@@ -146,14 +148,17 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
             let declared = declared.iter().find(|((f, e), _)| f == file && *e == u.entry).map(|(_, d)| d).filter(fits);
             judge(file, *element, arch, u, &compiled.ptx, declared)
         });
-        Ok::<_, String>(judged.collect::<Vec<_>>())
+        Ok::<_, String>((compiled.cached, judged.collect::<Vec<_>>()))
     };
     let outcomes: Vec<_> = jobs.par_iter().map(one).collect();
     progress.finish_and_clear();
-    let (mut entries, mut errors) = (Vec::new(), Vec::new());
+    let (mut entries, mut errors, mut cached) = (Vec::new(), Vec::new(), 0);
     for outcome in outcomes {
         match outcome {
-            Ok(judged) => entries.extend(judged),
+            Ok((known, judged)) => {
+                cached += usize::from(known);
+                entries.extend(judged);
+            }
             Err(error) => errors.push(error),
         }
     }
@@ -165,8 +170,8 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
     let failed = errors.len() + entries.iter().filter(|c| !c.failures.is_empty()).count();
     let (kernels, total) = (entries.len(), entries.len() + errors.len());
     let seconds = start.elapsed().as_secs_f64();
-    let summary =
-        Summary { nvrtc: format!("{major}.{minor}"), modules: jobs.len(), kernels, failed, seconds, entries, errors };
+    let (nvrtc, modules) = (format!("{major}.{minor}"), jobs.len());
+    let summary = Summary { nvrtc, modules, cached, kernels, failed, seconds, entries, errors };
     if global.json() {
         say_json(&summary);
     } else {
@@ -202,6 +207,10 @@ fn print(summary: &Summary, archs: &[u32]) {
     for error in &summary.errors {
         say(format!("FAILED {error}"));
     }
-    let Summary { nvrtc, modules, kernels, failed, seconds, .. } = summary;
-    say(format!("NVRTC {nvrtc}: {kernels} kernels of {modules} modules compiled, {failed} failed, in {seconds:.1} s"));
+    let Summary { nvrtc, modules, cached, kernels, failed, seconds, .. } = summary;
+    say(format!(
+        "NVRTC {nvrtc}: {kernels} kernels of {modules} modules, {} compiled, {cached} from the cache; {failed} failed, in \
+         {seconds:.1} s",
+        modules - cached
+    ));
 }

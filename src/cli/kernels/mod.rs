@@ -15,19 +15,24 @@ use crate::error::Result;
 
 #[derive(Subcommand)]
 pub enum Kernels {
-    /// Which op runs on which device for which storage types, from the kernel records
+    /// Which op runs on which device for which storage types, from the kernel records; also as --format markdown
     List(list::Args),
     /// Every kernel record against the op's f64 reference, on poisoned and guarded memory
     Verify(verify::Args),
     /// Times the table's real-model sizes: checked results, cold inputs, share of this run's measured ceiling
     Bench(bench::Args),
-    /// Two benchmark files case by case, decided by interval
+    /// Two benchmark files case by case, decided by interval; also as --format markdown
     Compare(compare::Args),
     /// Compiles every CUDA kernel for GPUs this machine need not have: registers, shared memory, spills, instructions
     CudaCheck(cuda_check::Args),
 }
 
 impl Kernels {
+    /// Whether `--device` has a meaning for it.
+    pub fn runs_on_a_device(&self) -> bool {
+        matches!(self, Self::Verify(_) | Self::Bench(_))
+    }
+
     /// Whether the command can print Markdown.
     pub fn speaks_markdown(&self) -> bool {
         matches!(self, Self::List(_) | Self::Compare(_))

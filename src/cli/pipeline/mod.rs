@@ -8,6 +8,7 @@ use clap::Subcommand;
 
 use super::{Global, say};
 use crate::error::{Error, Result};
+use crate::pipeline::profile::MAX_SECONDS;
 use crate::pipeline::{Costs, Event, Kind, Schedule, simulate as price};
 use crate::report::Alignment;
 use crate::report::Table;
@@ -43,8 +44,10 @@ pub struct Grid {
     /// sequential, gpipe, 1f1b, dapple-a[:CAP], dapple-b[:CAP], interleaved[:CHUNKS], zb-h1, zb-h2, zb-v, v-half or v-min
     #[arg(value_parser = kind)]
     kind: Kind,
-    #[arg(long, default_value_t = 4)]
+    /// Stages, each on a device of its own
+    #[arg(long, default_value_t = 4, value_name = "N")]
     stages: usize,
+    /// Parts that the batch of a step is cut into
     #[arg(long, default_value_t = 8, value_name = "N")]
     micro_batches: usize,
 }
@@ -90,12 +93,12 @@ fn grid(global: &Global, args: &Grid) -> Result<()> {
     Ok(())
 }
 
-/// Values with commas between them, all finite and at least 0.
+/// Values with commas between them, of what a profile may hold.
 fn numbers<const N: usize>(text: &str) -> std::result::Result<[f64; N], String> {
-    let rule = || format!("{N} numbers of at least 0, with commas between them");
+    let rule = || format!("{N} numbers from 0 to 1e9, with commas between them");
     let values: Vec<f64> = text.split(',').map(|v| v.trim().parse().map_err(|_| rule())).collect::<Result<_, _>>()?;
     let values: [f64; N] = values.try_into().map_err(|_| rule())?;
-    if values.iter().all(|v| v.is_finite() && *v >= 0.0) { Ok(values) } else { Err(rule()) }
+    if values.iter().all(|v| (0.0..=MAX_SECONDS).contains(v)) { Ok(values) } else { Err(rule()) }
 }
 
 #[cfg(test)]
@@ -113,7 +116,7 @@ mod tests {
     #[test]
     fn numbers_are_read_strictly() {
         assert_eq!(numbers::<3>("1, 2.5,0"), Ok([1.0, 2.5, 0.0]));
-        for wrong in ["", "1,2", "1,2,3,4", "1,2,x", "1,2,-3", "1,2,nan", "1,2,inf"] {
+        for wrong in ["", "1,2", "1,2,3,4", "1,2,x", "1,2,-3", "1,2,nan", "1,2,inf", "1,2,1e308"] {
             assert!(numbers::<3>(wrong).is_err(), "{wrong}");
         }
     }

@@ -6,7 +6,7 @@ use crate::cli::{Global, say, say_json};
 use crate::error::{Error, Result};
 use crate::pipeline::Link;
 use crate::pipeline::plan::{Cluster, Parallelism, StagePlan, determine_parallelism};
-use crate::pipeline::profile::Profile;
+use crate::pipeline::profile::{MAX_SECONDS, Profile};
 use crate::report::{self, Alignment, Table, milliseconds};
 
 #[derive(clap::Args)]
@@ -56,14 +56,16 @@ fn machines(text: &str) -> Result<Vec<usize>> {
 
 fn cluster(args: &Args, profile: &Profile) -> Result<Cluster> {
     let machines = args.machines.as_deref().map_or_else(|| Ok(vec![args.devices]), machines)?;
-    let positive = |argument, value: f64, low: f64| {
-        if value.is_finite() && value >= low {
+    let within = |argument, value: f64, low: f64, high: f64| {
+        if (low..=high).contains(&value) {
             return Ok(value);
         }
-        Err(Error::Usage { argument, value: value.to_string(), rule: format!("a finite number of at least {low}") })
+        // Debug: a large number in few digits.
+        let rule = format!("a number from {low:?} to {high:?}");
+        Err(Error::Usage { argument, value: format!("{value:?}"), rule })
     };
-    let bandwidth = |argument, value| Ok(positive(argument, value, 1e-6)? * 1e9);
-    let latency = |argument, value| Ok(positive(argument, value, 0.0)? * 1e-6);
+    let bandwidth = |argument, value| Ok(within(argument, value, 1e-6, 1e9)? * 1e9);
+    let latency = |argument, value| Ok(within(argument, value, 0.0, 1e6 * MAX_SECONDS)? * 1e-6);
     let own = profile.link;
     let inside = Link {
         bytes_per_second: args.bandwidth.map_or(Ok(own.bytes_per_second), |v| bandwidth("--bandwidth", v))?,
@@ -76,7 +78,7 @@ fn cluster(args: &Args, profile: &Profile) -> Result<Cluster> {
         ..own
     };
     let memory =
-        args.memory.map(|gib| Ok::<_, Error>(positive("--memory", gib, 1e-6)? * (1u64 << 30) as f64)).transpose()?;
+        args.memory.map(|gib| Ok::<_, Error>(within("--memory", gib, 1e-6, 1e9)? * (1u64 << 30) as f64)).transpose()?;
     Ok(Cluster { machines, inside, between, memory })
 }
 

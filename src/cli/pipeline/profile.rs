@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::super::{Global, say, say_json};
+use super::super::{Global, refuse_collisions, say, say_json};
 use crate::data::batch::{Batch, Example, GmaskPosition};
 use crate::data::tokenizer::SpecialIds;
 use crate::error::{Error, Result};
@@ -34,6 +34,7 @@ pub struct Args {
 }
 
 pub fn run(global: &Global, args: &Args) -> Result<()> {
+    refuse_collisions(&[("RECIPE", args.recipe.as_deref())], &[("--out", Some(&args.out))])?;
     let recipe = Recipe::load(args.recipe.as_deref(), &[])?;
     let longest = recipe.data.max_length;
     let columns = args.columns.unwrap_or(longest);

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::plan::time;
 use super::{kind, numbers};
 use crate::atomic::write_atomic;
-use crate::cli::{Global, say, say_json};
+use crate::cli::{Global, refuse_collisions, say, say_json};
 use crate::error::{Error, Result};
 use crate::pipeline::profile::Profile;
 use crate::pipeline::simulate::{StageUse, simulate_as};
@@ -22,8 +22,10 @@ pub struct Args {
     /// A schedule in PyTorch's form instead: a row per stage, cells such as 0F0, 1I2 or 2SEND_F0
     #[arg(long, value_name = "FILE", conflicts_with_all = ["schedule", "stages", "micro_batches", "compare"])]
     csv: Option<PathBuf>,
+    /// Stages, each on a device of its own
     #[arg(long, default_value_t = 4, value_name = "N")]
     stages: usize,
+    /// Parts that the batch of a step is cut into
     #[arg(long, default_value_t = 8, value_name = "N")]
     micro_batches: usize,
     /// What the model's pieces cost: a file of `pipeline profile`; the pieces are cut so that the slowest chunk is fastest
@@ -94,6 +96,14 @@ struct Compared {
 }
 
 pub fn run(global: &Global, args: &Args) -> Result<()> {
+    refuse_collisions(
+        &[("--profile", args.profile.as_deref()), ("--csv", args.csv.as_deref())],
+        &[
+            ("--svg", args.svg.as_deref()),
+            ("--trace", args.trace.as_deref()),
+            ("--write-csv", args.write_csv.as_deref()),
+        ],
+    )?;
     let profile = args.profile.as_deref().map(Profile::read).transpose()?;
     let source = match &profile {
         Some(profile) => Source::Profile(profile),

@@ -52,12 +52,29 @@ pub struct SecondOrder {
 
 /// The inverse Fisher matrix of one weight's blocks, on the host.
 pub struct Inverse {
-    pub block: usize,
+    block: usize,
     /// `[blocks, B, B]`; the last block is padded with weights that have no gradient.
-    pub values: Vec<f64>,
+    values: Vec<f64>,
 }
 
 impl Inverse {
+    /// # Errors
+    /// `Error::Parameter` where a diagonal entry is not above 0: f32 updates of large gradients have lost it.
+    pub fn new(block: usize, values: Vec<f64>) -> Result<Self> {
+        let inverse = Self { block, values };
+        let lost = |i: &usize| inverse.diagonal(*i).is_nan() || inverse.diagonal(*i) <= 0.0;
+        if let Some(index) = (0..inverse.values.len() / block.max(1)).find(lost) {
+            let value = format!("too small: weight {index} has {} on the inverse's diagonal", inverse.diagonal(index));
+            return Err(Error::Parameter { op: "OBS", parameter: "damping", value, allowed: "larger, such as 1e-5" });
+        }
+        Ok(inverse)
+    }
+
+    /// `[blocks, B, B]`.
+    pub fn values(&self) -> &[f64] {
+        &self.values
+    }
+
     /// The matrix of the block that holds weight `index`.
     fn block_of(&self, index: usize) -> &[f64] {
         let size = self.block * self.block;
@@ -155,7 +172,7 @@ pub fn inverses(model: &Model, weights: &[String], micros: &[Micro], settings: &
             dispatch::run(&op, &[inverse, &flat.reshape(&[count.div_ceil(b), b])?])?;
         }
     }
-    all.iter().map(|inverse| Ok(Inverse { block: b, values: inverse.to_f64()? })).collect()
+    all.iter().map(|inverse| Inverse::new(b, inverse.to_f64()?)).collect()
 }
 
 fn check(settings: &Settings) -> Result<()> {
@@ -178,7 +195,8 @@ impl SecondOrder {
         let (w, dims) = (matrix.to_f64()?, matrix_dims(matrix));
         let [rows, columns] = if work.pattern == Pattern::TwoFour { [1, 4] } else { work.pattern.unit(dims) };
         // A group can be judged as one where it lies within one block.
-        let whole = rows == 1 && columns > 1 && inverse.block % columns == 0 && dims[1].is_multiple_of(columns);
+        let whole =
+            rows == 1 && columns > 1 && inverse.block.is_multiple_of(columns) && dims[1].is_multiple_of(columns);
         let grouped = |scores: Vec<f64>, dims: [usize; 2]| {
             let scores: Vec<f32> = scores.into_iter().map(|s| s as f32).collect();
             Tensor::from_slice(matrix.device(), &dims, &scores)

@@ -29,6 +29,8 @@ pub struct Compiled {
     pub cubin: Vec<u8>,
     pub ptx: String,
     pub log: String,
+    /// Taken from the disk cache.
+    pub cached: bool,
 }
 
 fn unavailable(reason: String) -> Error {
@@ -114,7 +116,9 @@ pub fn compile(file: &str, source: &str, arch: u32) -> Result<Compiled> {
     let (major, minor) = nvrtc()?;
     let folder = cache::folder("cuda")?;
     let version = format!("NVRTC {major}.{minor} {}", OPTIONS.join(" "));
+    let mut cached = true;
     let path = cache::get(&folder, "cubin", &[source, &target(arch), &version], |path| {
+        cached = false;
         let compiled = run(file, source, arch)?;
         let mut bytes = Vec::with_capacity(compiled.cubin.len() + compiled.ptx.len() + compiled.log.len() + 16);
         for part in [compiled.ptx.as_bytes(), compiled.log.as_bytes()] {
@@ -125,7 +129,8 @@ pub fn compile(file: &str, source: &str, arch: u32) -> Result<Compiled> {
         std::fs::write(path, bytes).map_err(|e| Error::io(path, e))
     })?;
     let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
-    unpack(&bytes).ok_or_else(|| Error::file(&path, "byte 0", "two lengths, PTX, log and cubin"))
+    let compiled = unpack(&bytes).map(|compiled| Compiled { cached, ..compiled });
+    compiled.ok_or_else(|| Error::file(&path, "byte 0", "two lengths, PTX, log and cubin"))
 }
 
 fn unpack(bytes: &[u8]) -> Option<Compiled> {
@@ -137,7 +142,7 @@ fn unpack(bytes: &[u8]) -> Option<Compiled> {
         String::from_utf8(text.to_vec()).ok()
     };
     let (ptx, log) = (part()?, part()?);
-    Some(Compiled { cubin: rest.to_vec(), ptx, log })
+    Some(Compiled { cubin: rest.to_vec(), ptx, log, cached: true })
 }
 
 fn run(file: &str, source: &str, arch: u32) -> Result<Compiled> {
@@ -161,7 +166,7 @@ fn run(file: &str, source: &str, arch: u32) -> Result<Compiled> {
             }
             Err(_) => Err(compile_error(file, log)),
             Ok(()) => result::get_ptx(program)
-                .and_then(|ptx| Ok(Compiled { cubin: cubin(program)?, ptx: text_of(ptx), log }))
+                .and_then(|ptx| Ok(Compiled { cubin: cubin(program)?, ptx: text_of(ptx), log, cached: false }))
                 .map_err(|e| refused("read the code", e)),
         }
     };

@@ -6,7 +6,7 @@ use crate::op::{Case, Fill, Tolerance};
 use crate::ops::moe::{
     GroupedBackwardInput, GroupedBackwardWeight, GroupedMatmul, MoeCombine, MoeDispatch, MoeGate, routing,
 };
-use crate::ops::quant::{FakeQuant, Granularity, MatmulInt4, MatmulInt8, Scheme};
+use crate::ops::quant::{FakeQuant, Granularity, GridFrom, MatmulInt4, MatmulInt8, Scheme};
 use crate::ops::sparse24::{Compress24, Form24, Mask24, MatmulSparse24, MatmulSparse24Int8, random_mask};
 use crate::ops::sparse24_pack::{meta_words, random_meta};
 
@@ -83,7 +83,7 @@ fn ranges(seed: u64, shape: &crate::shape::Shape) -> Vec<f64> {
 }
 
 fn fake_quant(granularity: Granularity, dims: [usize; 2], name: &str) -> Large {
-    let op = FakeQuant { bits: 8, scheme: Scheme::SymmetricFull, granularity, dynamic: false };
+    let op = FakeQuant { bits: 8, scheme: Scheme::SymmetricFull, granularity, from: GridFrom::Range };
     let groups = if granularity == Granularity::Tensor { 1 } else { dims[0] };
     let case = Case::new(op, Tolerance::Exact).normal(&dims, F32);
     let case = case.input(&[groups, 2], F32, Fill::Custom(ranges));

@@ -66,7 +66,11 @@ fn ranks_are_told_when_another_one_cannot_start() {
     drop(ends.remove(2));
     let carriers = [carry(0, ends.remove(1), seconds_inbox), carry(1, answers, inbox)];
     let served = std::thread::spawn(move || {
-        let served = rank::serve(&Arc::new(second), &(Arc::new(|_: &_, _: &_| Ok(Vec::new())) as Arc<rank::Make>));
+        let served = rank::serve(
+            &Arc::new(second),
+            &(Arc::new(|_: &_, _: &_| Ok(Vec::new())) as Arc<rank::Make>),
+            Duration::from_secs(20),
+        );
         served.map_err(|e| e.to_string())
     });
     let first = Arc::new(first);

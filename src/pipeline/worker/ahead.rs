@@ -106,7 +106,7 @@ impl Worker {
             }
             if began.elapsed() > self.deadline {
                 let seconds = self.deadline.as_secs_f64();
-                return Err(Stop::Fault(format!("{tag} did not come within {seconds:.0} s from worker {worker}")));
+                return Err(Stop::Late(format!("{tag} did not come within {seconds:.1} s from worker {worker}")));
             }
         }
         Ok(())

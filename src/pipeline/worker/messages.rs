@@ -71,8 +71,8 @@ impl Worker {
             if began.elapsed() > self.deadline {
                 let from = sender
                     .map_or("?".into(), |(w, _)| format!("worker {w}, which is at {}", self.watch.glance(w).event));
-                return Err(Stop::Fault(format!(
-                    "{tag} did not come within {:.0} s from {from}",
+                return Err(Stop::Late(format!(
+                    "{tag} did not come within {:.1} s from {from}",
                     self.deadline.as_secs_f64()
                 )));
             }

@@ -36,6 +36,8 @@ pub enum Stop {
     Error(Error),
     /// Somebody else's fault.
     Cancelled,
+    /// A message stays away though none is lost: whoever is slow is at fault.
+    Late(String),
     /// Another worker takes no messages any more.
     Gone(usize),
     /// As if the process had gone: planted.

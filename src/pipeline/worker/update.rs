@@ -19,7 +19,7 @@ impl Worker {
         }
         let device = self.part.model.device().clone();
         let zero = Tensor::from_slice(&device, &[1], &[0.0f32])?;
-        let own = [self.optimizer.squares()?.unwrap_or(zero.clone()), losses.unwrap_or(zero)];
+        let own = [self.optimizer.squares()?, losses.unwrap_or(zero)];
         let tag = |from: usize, to: usize, part: u32| Tag {
             step: self.step,
             purpose: Purpose::Totals,

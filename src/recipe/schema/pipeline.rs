@@ -1,7 +1,10 @@
 //! `[pipeline]`: trainings in stages.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
+use super::Recipe;
 use crate::error::{Error, Result};
 use crate::pipeline::Kind;
 
@@ -20,6 +23,32 @@ pub enum Auto {
     Auto,
 }
 
+/// Workers of each stage.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "a number of workers for every stage, or a list with one for each")]
+pub enum Replicas {
+    All(usize),
+    /// Empty: one each.
+    Each(Vec<usize>),
+}
+
+impl Default for Replicas {
+    fn default() -> Self {
+        Self::All(1)
+    }
+}
+
+impl Replicas {
+    /// Those of so many stages.
+    pub fn of(&self, stages: usize) -> Vec<usize> {
+        match self {
+            Self::All(count) => vec![*count; stages],
+            Self::Each(counts) if counts.is_empty() => vec![1; stages],
+            Self::Each(counts) => counts.clone(),
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pipeline {
@@ -30,9 +59,9 @@ pub struct Pipeline {
     /// Parts that each micro-batch of the recipe (`batch` sentences) is cut into.
     #[serde(default = "default_micro_batches")]
     pub micro_batches: usize,
-    /// Workers of each stage; empty: one each.
+    /// Workers of the stages, for a fixed number of stages.
     #[serde(default)]
-    pub replicas: Vec<usize>,
+    pub replicas: Replicas,
     /// Devices of the workers, by their command-line names; empty: shares of the run's own device.
     #[serde(default)]
     pub devices: Vec<String>,
@@ -68,6 +97,13 @@ fn default_heartbeat() -> f64 {
 const MAX_STAGES: usize = 256;
 const MAX_MICRO_BATCHES: usize = 1024;
 
+impl Recipe {
+    /// How long any process of this run may show no sign of progress.
+    pub fn heartbeat(&self) -> Duration {
+        Duration::from_secs_f64(self.pipeline.as_ref().map_or_else(default_heartbeat, |p| p.heartbeat))
+    }
+}
+
 impl Pipeline {
     /// `layers`: blocks of the smallest model that is trained.
     pub(in crate::recipe) fn check(&self, layers: usize) -> Result<()> {
@@ -99,14 +135,42 @@ impl Pipeline {
         if self.teacher && !matches!(self.stages, Stages::Count(2..)) {
             return refuse("teacher", "true".into(), "true only with a fixed number of at least 2 stages");
         }
-        let fixed = matches!(self.stages, Stages::Count(n) if n == self.replicas.len());
-        if !self.replicas.is_empty() && (!fixed || self.replicas.iter().any(|r| !(1..=MAX_STAGES).contains(r))) {
-            return refuse(
-                "replicas",
-                format!("{:?}", self.replicas),
-                "one count of 1 to 256 for each of a fixed number of stages",
-            );
+        let (stages, fixed) = match self.stages {
+            Stages::Count(n) => (n, true),
+            Stages::Auto(_) => (1, self.replicas.of(1) == [1]),
+        };
+        let counts = self.replicas.of(stages);
+        if !fixed || counts.len() != stages || counts.iter().any(|r| !(1..=MAX_STAGES).contains(r)) {
+            let value = match &self.replicas {
+                Replicas::All(count) => count.to_string(),
+                Replicas::Each(counts) => format!("{counts:?}"),
+            };
+            let allowed = "for a fixed number of stages 1 to 256, or a list of such counts with one for each stage";
+            return refuse("replicas", value, allowed);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(pipeline: &str) -> Result<Recipe> {
+        Recipe::load(None, &[format!("pipeline={pipeline}")])
+    }
+
+    #[test]
+    fn replicas_are_one_number_or_one_for_each_stage() {
+        for (written, want) in [("2", vec![2, 2, 2]), ("[1, 2, 1]", vec![1, 2, 1]), ("[]", vec![1, 1, 1])] {
+            let recipe = read(&format!("{{ stages = 3, replicas = {written} }}")).unwrap();
+            assert_eq!(recipe.pipeline.as_ref().unwrap().replicas.of(3), want);
+            let text = recipe.to_toml().unwrap();
+            assert_eq!(Recipe::parse(std::path::Path::new("again"), &text, &[]).unwrap(), recipe);
+        }
+        for wrong in ["{ stages = 3, replicas = [1, 2] }", "{ stages = 3, replicas = 0 }", "{ replicas = 2 }"] {
+            let error = read(wrong).unwrap_err().to_string();
+            assert!(error.contains("pipeline.replicas") && error.contains("for each stage"), "{wrong}: {error}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Integer grids: fake and real quantization, in f32 and in integers.
 
 use espalier::ops::matmul::Matmul;
-use espalier::ops::quant::{Dequantize, FakeQuant, Granularity, MatmulInt8, Quantize, Scheme};
+use espalier::ops::quant::{Dequantize, FakeQuant, Granularity, GridFrom, MatmulInt8, Quantize, Scheme};
 use espalier::ops::quant_int4::{MatmulInt4, PackInt4, UnpackInt4};
 use espalier::ops::sparse24::{Compress24, Form24, Mask24};
 use espalier::tensor::Tensor;
@@ -28,11 +28,11 @@ impl Grid {
 
     /// Levels and the scale of each group.
     fn quantized(&self, draw: &Draw, scheme: Scheme) -> Vec<Tensor> {
-        draw.run(&Quantize { bits: self.bits, scheme, granularity: self.granularity }, &[&self.x])
+        draw.run(&Quantize { bits: self.bits, scheme, granularity: self.granularity, from: GridFrom::Own }, &[&self.x])
     }
 
     fn fake(&self, draw: &Draw, scheme: Scheme, x: &Tensor) -> Vec<f32> {
-        let op = FakeQuant { bits: self.bits, scheme, granularity: self.granularity, dynamic: true };
+        let op = FakeQuant { bits: self.bits, scheme, granularity: self.granularity, from: GridFrom::Own };
         draw.run(&op, &[x]).remove(0).to_vec().unwrap()
     }
 
@@ -105,7 +105,7 @@ fn the_order_of_values_is_kept() {
 }
 
 fn int8(draw: &Draw, x: &Tensor, granularity: Granularity) -> Vec<Tensor> {
-    draw.run(&Quantize { bits: 8, scheme: SYMMETRIC, granularity }, &[x])
+    draw.run(&Quantize { bits: 8, scheme: SYMMETRIC, granularity, from: GridFrom::Own }, &[x])
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn training_on_the_grid_is_what_is_deployed() {
     holds("fake product is the integer one", |draw| {
         let [m, n, k] = [draw.size(5), draw.size(7), draw.size(60)];
         let ((x, _), (w, _)) = (draw.matrix([m, k]), draw.matrix([n, k]));
-        let fake = |granularity| FakeQuant { bits: 8, scheme: SYMMETRIC, granularity, dynamic: true };
+        let fake = |granularity| FakeQuant { bits: 8, scheme: SYMMETRIC, granularity, from: GridFrom::Own };
         let (fx, fw) = (
             draw.run(&fake(Granularity::Token), &[&x]).remove(0),
             draw.run(&fake(Granularity::Channel), &[&w]).remove(0),

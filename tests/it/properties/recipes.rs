@@ -32,7 +32,7 @@ fn promises_go_with_names_and_end_with_them() {
         let weight = |i: usize| format!("blocks.{i}.ffn.in.weight");
         let state = State {
             sparse: (0..blocks).map(|i| (weight(i), i)).collect(),
-            int8: (0..blocks).map(|i| format!("blocks.{i}.ffn.in")).collect(),
+            quantized: (0..blocks).map(|i| format!("blocks.{i}.ffn.in")).collect(),
             ..State::default()
         };
         let kept: Vec<usize> = (0..blocks).filter(|_| draw.below(2) == 1).collect();
@@ -41,7 +41,7 @@ fn promises_go_with_names_and_end_with_them() {
             let place = kept.iter().position(|k| k.to_string() == block)?;
             Some(format!("blocks.{place}.{part}"))
         });
-        assert_eq!((renamed.sparse.len(), renamed.int8.len()), (kept.len(), kept.len()));
+        assert_eq!((renamed.sparse.len(), renamed.quantized.len()), (kept.len(), kept.len()));
         assert!(kept.iter().enumerate().all(|(place, old)| renamed.sparse[&weight(place)] == *old));
         assert_eq!(state.renamed(|name| Some(name.to_string())), state);
     });

@@ -166,7 +166,7 @@ fn deployed_forms_are_smaller_by_their_formula() {
         };
         let dense: usize = linears.iter().map(dims).map(|[n, k]| 4 * n * k).sum();
         let int8: usize = linears.iter().map(dims).map(|[n, k]| n * k + 4 * n).sum();
-        let frozen = freeze(&teacher, Form { sparse: false, int8: true }).unwrap();
+        let frozen = freeze(&teacher, Form { sparse: false, quantized: Some(Default::default()) }).unwrap();
         assert_eq!(teacher.total_bytes() - frozen.total_bytes(), dense - int8);
         assert_eq!(freeze(&teacher, Form::default()).unwrap().total_bytes(), teacher.total_bytes());
         frozen.config.check_tensors(std::path::Path::new("frozen"), &frozen.tensors).unwrap();

@@ -1,0 +1,96 @@
+//! What linears see on calibration data: one pass over the model, or block by block, where a block may be changed and the
+//! next one then sees what the changed one gives. No activations are kept but the states between two blocks.
+
+use std::cell::RefCell;
+
+use crate::dispatch;
+use crate::error::{Error, Result};
+use crate::nn::{Batch, Model, OutputHook, Pass, States};
+use crate::ops::layout::GatherRows;
+use crate::tape::Var;
+use crate::tensor::Tensor;
+
+/// Called with a linear's name and its input rows `[tokens, k]`, padding left out.
+pub type Visit<'v> = dyn FnMut(&str, &Tensor) -> Result<()> + 'v;
+
+struct Recorder<'v, 'f> {
+    /// Rows of the flattened batch that hold tokens; `None`: all.
+    valid: Option<Tensor>,
+    visit: RefCell<&'v mut Visit<'f>>,
+}
+
+impl OutputHook for Recorder<'_, '_> {
+    fn on_output(&self, _: &mut Pass, linear: &str, x: Var, weight: Var) -> Result<(Var, Var)> {
+        if !linear.contains(".router.") && linear.starts_with("blocks.") {
+            let mut rows = x.tensor.reshape(&[x.tensor.shape().rows(), x.tensor.shape().last()])?;
+            // Experts see rows of their own, whose padding is not known any more.
+            if let Some(valid) = self.valid.as_ref().filter(|_| x.dims().len() > 2) {
+                rows = dispatch::run_one(&GatherRows, &[&rows, valid])?;
+            }
+            if rows.count() > 0 {
+                (self.visit.borrow_mut())(linear, &rows)?;
+            }
+        }
+        Ok((x, weight))
+    }
+}
+
+/// Where the tokens of a batch `[B, T]` lie among its rows when some are padding.
+fn valid_rows(batch: &Batch) -> Result<Option<Tensor>> {
+    let (b, t) = (batch.tokens.dims()[0], batch.tokens.dims()[1]);
+    let Some(lengths) = &batch.lengths else {
+        return Ok(None);
+    };
+    let lengths = lengths.to_vec::<u32>()?;
+    let rows = (0..b).flat_map(|i| (0..(lengths[i] as usize).min(t)).map(move |j| (i * t + j) as u32));
+    let rows: Vec<u32> = rows.collect();
+    if rows.len() == b * t {
+        return Ok(None);
+    }
+    Tensor::from_slice(batch.tokens.device(), &[rows.len()], &rows).map(Some)
+}
+
+fn needs_data(batches: &[Batch]) -> Result<()> {
+    if batches.is_empty() {
+        let (parameter, value) = ("calibration", "no batches".into());
+        return Err(Error::Parameter { op: "quantize", parameter, value, allowed: "at least one batch" });
+    }
+    Ok(())
+}
+
+/// Shows `visit` the inputs of every linear of the blocks.
+pub fn pass(model: &Model, batches: &[Batch], visit: &mut Visit) -> Result<()> {
+    needs_data(batches)?;
+    for batch in batches {
+        let recorder = Recorder { valid: valid_rows(batch)?, visit: RefCell::new(&mut *visit) };
+        Pass::inference(model).hooks([&recorder as &dyn OutputHook]).hidden(batch)?;
+    }
+    Ok(())
+}
+
+/// As [`pass`], block by block: `each(i)` follows when `visit` has seen all inputs of block i, and may change the block's
+/// tensors in place.
+pub fn walk(
+    model: &Model,
+    batches: &[Batch],
+    visit: &mut Visit,
+    each: &mut dyn FnMut(usize) -> Result<()>,
+) -> Result<()> {
+    needs_data(batches)?;
+    let mut entered = Vec::with_capacity(batches.len());
+    for batch in batches {
+        entered.push(Pass::inference(model).enter(batch)?);
+    }
+    let copy = |s: &States| States { normed: s.normed.clone(), residual: s.residual.clone() };
+    for block in 0..model.config.blocks.len() {
+        for (batch, states) in batches.iter().zip(&entered) {
+            let recorder = Recorder { valid: valid_rows(batch)?, visit: RefCell::new(&mut *visit) };
+            Pass::inference(model).hooks([&recorder as &dyn OutputHook]).pass_block(block, copy(states), batch)?;
+        }
+        each(block)?;
+        for (batch, states) in batches.iter().zip(&mut entered) {
+            *states = Pass::inference(model).pass_block(block, copy(states), batch)?;
+        }
+    }
+    Ok(())
+}
