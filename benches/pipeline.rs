@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use espalier::Result;
-use espalier::compress::distil::{Distillation, Projection, Weights};
+use espalier::compress::distillation::{Distillation, Projection, Weights};
 use espalier::data::batch::{Batch, Example, GmaskPosition, IGNORE};
 use espalier::data::tokenizer::SpecialIds;
 use espalier::device::{self, Device};
@@ -203,6 +203,7 @@ fn taught(device: &Arc<dyn Device>, micro: Micro) -> Result<Micro> {
         soft_weights: micro.weights.clone(),
         hard_targets: Tensor::from_slice(device, &[n], &vec![IGNORE; n])?,
         hard_weights: micro.weights.clone(),
+        top: None,
     };
     Ok(Micro { teacher: Some(teacher), ..micro })
 }

@@ -1,4 +1,4 @@
-// op:       relu, gelu_tanh, gelu_erf, silu, tanh, sigmoid, exp, scale, their backward, cast
+// op:       relu, gelu_tanh, gelu_erf, silu, tanh, sigmoid, exp, scale, reciprocal, their backward, cast
 // math:     y = f(x); dx = dy f'(x); cast: y = x in another storage type
 // grad:     unary_bwd; a cast's gradient is the cast back
 // shapes:   fwd: x[N], y[N]; bwd: x[N], dy[N], dx[N]; cast: x[N], y[N]
@@ -21,6 +21,7 @@ __device__ float apply(float x, const UnaryParams& p) {
         case 4u: return tanhf(x);
         case 5u: return sigmoid(x);
         case 6u: return expf(x);
+        case 8u: return 1.0f / x;
         default: return x * p.factor;
     }
 }
@@ -43,6 +44,7 @@ __device__ float derivative(float x, const UnaryParams& p) {
             return s * (1.0f - s);
         }
         case 6u: return expf(x);
+        case 8u: return -1.0f / (x * x);
         default: return p.factor;
     }
 }
@@ -124,6 +126,7 @@ extern "C" __global__ void __launch_bounds__(256) unary_fwd_v2(const E* x, E* y,
         case 4u: apply_all<4u>(values, p); break;
         case 5u: apply_all<5u>(values, p); break;
         case 6u: apply_all<6u>(values, p); break;
+        case 8u: apply_all<8u>(values, p); break;
         default: apply_all<7u>(values, p);
     }
     store_each(y, values, first, p.count);
@@ -143,6 +146,7 @@ extern "C" __global__ void __launch_bounds__(256) unary_bwd_v2(const E* x, const
         case 4u: slope_all<4u>(values, slopes, p); break;
         case 5u: slope_all<5u>(values, slopes, p); break;
         case 6u: slope_all<6u>(values, slopes, p); break;
+        case 8u: slope_all<8u>(values, slopes, p); break;
         default: slope_all<7u>(values, slopes, p);
     }
     store_each(dx, values, first, p.count);

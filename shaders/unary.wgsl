@@ -1,4 +1,4 @@
-// op:       relu, gelu_tanh, gelu_erf, silu, tanh, sigmoid, exp, scale, their backward, cast
+// op:       relu, gelu_tanh, gelu_erf, silu, tanh, sigmoid, exp, scale, reciprocal, their backward, cast
 // math:     y = f(x); dx = dy f'(x); cast: y = x in another storage type
 // grad:     unary_bwd; a cast's gradient is the cast back
 // shapes:   fwd: x[N], y[N]; bwd: x[N], dy[N], dx[N]; cast: x[N], y[N]
@@ -34,6 +34,7 @@ fn apply(x: f32) -> f32 {
         case 4u: { return tanh_safe(x); }
         case 5u: { return sigmoid(x); }
         case 6u: { return exp(x); }
+        case 8u: { return 1.0 / x; }
         default: { return x * unary.factor; }
     }
 }
@@ -50,6 +51,7 @@ fn derivative(x: f32) -> f32 {
         case 4u: { let t = tanh_safe(x); return 1.0 - t * t; }
         case 5u: { let s = sigmoid(x); return s * (1.0 - s); }
         case 6u: { return exp(x); }
+        case 8u: { return -1.0 / (x * x); }
         default: { return unary.factor; }
     }
 }

@@ -1,6 +1,6 @@
 //! Compression methods: hooks on the training life-cycle, and functions model -> model with what they promise.
 
-pub mod distil;
+pub mod distillation;
 pub mod experts;
 pub mod freeze;
 pub mod hybrid;
@@ -8,4 +8,4 @@ pub mod importance;
 pub mod pruning;
 pub mod quantization;
 pub mod structure;
-pub mod teacher;
+pub mod tuning;

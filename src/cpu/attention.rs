@@ -116,7 +116,7 @@ impl<T: Float> Problem<'_, T> {
 
 /// An output that tasks write in disjoint parts.
 #[derive(Clone, Copy)]
-struct Shared<T> {
+pub(crate) struct Shared<T> {
     base: *mut T,
     len: usize,
 }
@@ -127,14 +127,14 @@ unsafe impl<T: Send> Sync for Shared<T> {}
 unsafe impl<T: Send> Send for Shared<T> {}
 
 impl<T> Shared<T> {
-    fn of(data: &mut [T]) -> Self {
+    pub(crate) fn of(data: &mut [T]) -> Self {
         Self { base: data.as_mut_ptr(), len: data.len() }
     }
 
     /// # Safety
     /// No two live slices overlap.
     #[allow(clippy::mut_from_ref)]
-    unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
+    pub(crate) unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
         assert!(start + len <= self.len);
         // SAFETY: in range by the assertion, unaliased by the caller's promise; the memory outlives the kernel call.
         unsafe { std::slice::from_raw_parts_mut(self.base.add(start), len) }
@@ -142,7 +142,7 @@ impl<T> Shared<T> {
 }
 
 /// Hands out a thread's own scratch memory, kept between calls: contents are whatever was left there.
-fn with_workspace(len: usize, work: impl FnOnce(&mut [f32])) {
+pub(crate) fn with_workspace(len: usize, work: impl FnOnce(&mut [f32])) {
     thread_local!(static MEMORY: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) });
     MEMORY.with(|memory| {
         let mut memory = memory.borrow_mut();
@@ -154,22 +154,22 @@ fn with_workspace(len: usize, work: impl FnOnce(&mut [f32])) {
 }
 
 /// Takes `len` elements off the front of a workspace.
-fn take<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
+pub(crate) fn take<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     let (front, back) = std::mem::take(rest).split_at_mut(len);
     *rest = back;
     front
 }
 
 /// Packed rows are padded to a multiple of this: whole vectors on every instruction set.
-const PAD: usize = 16;
+pub(crate) const PAD: usize = 16;
 /// Queries that are worked on side by side, in the lanes of vectors.
-const PANEL: usize = 2 * PAD;
+pub(crate) const PANEL: usize = 2 * PAD;
 /// Keys of a block: its keys, values and scores stay in the caches next to the core.
 const KEYS: usize = 128;
 
 /// `rows` rows of a `[.., H, D]` tensor as f32 `[rows, padded]`, zero beyond D.
 #[inline(always)]
-fn pack<T: Float>(
+pub(crate) fn pack<T: Float>(
     source: &[T],
     (stride, dim): (usize, usize),
     rows: usize,
@@ -201,7 +201,7 @@ fn load<T: Float>(row: &[T], factor: f32, out: &mut [f32]) {
 
 /// Up to [`PANEL`] packed rows `[rows, padded]` transposed to `[D, PANEL]`, zero beyond the rows.
 #[inline(always)]
-fn transpose(source: &[f32], (padded, dim): (usize, usize), out: &mut [f32]) {
+pub(crate) fn transpose(source: &[f32], (padded, dim): (usize, usize), out: &mut [f32]) {
     let rows = source.len() / padded;
     for (d, out) in out.as_chunks_mut::<PANEL>().0.iter_mut().take(dim).enumerate() {
         for (i, out) in out.iter_mut().enumerate() {
@@ -255,6 +255,6 @@ fn scores<V: Vector>(visible: &Visible, keys: &[f32], (padded, dim): (usize, usi
 }
 
 /// Tasks per chunk so that a chunk is worth a thread: about a million multiply-adds.
-fn tasks_per_chunk(flops: usize) -> usize {
+pub(crate) fn tasks_per_chunk(flops: usize) -> usize {
     (2_000_000 / flops.max(1)).max(1)
 }

@@ -29,6 +29,7 @@ mod quant_int4;
 mod quant_int8;
 mod quant_matmul;
 mod random;
+mod relation;
 mod rope;
 mod select;
 pub mod simd;
@@ -52,6 +53,7 @@ pub use moe_matmul::{grouped_backward_input, grouped_backward_weight, grouped_ma
 pub use norm::{CHUNK as NORM_CHUNK, add_layernorm, add_norm_backward, add_rmsnorm, layernorm, norm_backward, rmsnorm};
 pub use quant::{dequantize, fake_quant, fake_quant_backward, observe, quantize, step_slope, track_step};
 pub use random::{dropout, normal, uniform};
+pub use relation::{relation, relation_backward};
 pub use rope::rope;
 mod binary;
 mod cache;

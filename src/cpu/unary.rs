@@ -64,6 +64,7 @@ fn forward<T: Float>(args: &Args) -> Result<()> {
         4 => map::<T>(args, f32::tanh),
         5 => map::<T>(args, sigmoid),
         6 => map::<T>(args, f32::exp),
+        8 => map::<T>(args, |x| 1.0 / x),
         _ => map::<T>(args, |x| x * factor),
     }
 }
@@ -93,6 +94,7 @@ fn backward<T: Float>(args: &Args) -> Result<()> {
             dy * s * (1.0 - s)
         }),
         6 => zip::<T>(args, |x, dy| dy * x.exp()),
+        8 => zip::<T>(args, |x, dy| -dy / (x * x)),
         _ => zip::<T>(args, |_, dy| dy * factor),
     }
 }

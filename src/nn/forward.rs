@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::config::{Activation, AttentionKind, Head, NormKind, Positions, Residual};
 use super::encoder::Memory;
 use super::model::{GATE, Model, missing};
+use super::taps::Taps;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::attention::{Attention, Mask};
@@ -94,12 +95,16 @@ pub struct Pass<'m> {
     /// Parameters as they enter products: the leaves, or their casts.
     entered: BTreeMap<String, Var>,
     compute: Option<DType>,
-    hooks: Vec<&'m dyn OutputHook>,
+    pub(super) hooks: Vec<&'m dyn OutputHook>,
     dropout: Option<(Dropout, Var)>,
     split_ffn: bool,
     /// Bias by distance of a stack's table over a span.
     pub(super) biases: Vec<(usize, Span, Var)>,
     pub(super) memory: Option<Memory<'m>>,
+    /// Whether the model has parameters beside its own (see `tuning`).
+    pub(super) tuned: bool,
+    prefix: usize,
+    pub(super) taps: Option<Box<Taps>>,
     /// When set, the FFN inputs `[rows, d]` of every block are kept here.
     pub ffn_inputs: Option<Vec<Tensor>>,
 }
@@ -115,7 +120,7 @@ impl<'m> Pass<'m> {
     }
 
     fn on(model: &'m Model, tape: Tape) -> Self {
-        let (leaves, entered) = (BTreeMap::new(), BTreeMap::new());
+        let (leaves, entered, tuned) = (BTreeMap::new(), BTreeMap::new(), model.tuned());
         Self {
             tape,
             model,
@@ -127,6 +132,9 @@ impl<'m> Pass<'m> {
             split_ffn: false,
             biases: Vec::new(),
             memory: None,
+            tuned,
+            prefix: if tuned { model.prefix_length() } else { 0 },
+            taps: None,
             ffn_inputs: None,
         }
     }
@@ -142,6 +150,11 @@ impl<'m> Pass<'m> {
     pub fn computing(mut self, dtype: Option<DType>) -> Self {
         self.compute = dtype;
         self
+    }
+
+    /// The type that it computes in, where that is not the parameters'.
+    pub fn computes(&self) -> Option<DType> {
+        self.compute
     }
 
     /// FFNs as two linears: the fused one computes input and weight gradients at once, which backward in two parts cannot use.
@@ -182,9 +195,8 @@ impl<'m> Pass<'m> {
         let Some(tensor) = self.model.tensors.get(name) else {
             return Ok(None);
         };
-        // Routers are trained on their own, by regression on expert scores.
-        let trained = tensor.dtype().is_float() && !name.contains(".router.");
-        let leaf = if trained { self.tape.leaf(tensor) } else { Var::constant(tensor.clone()) };
+        let learns = tensor.dtype().is_float() && self.model.learns(name);
+        let leaf = if learns { self.tape.leaf(tensor) } else { Var::constant(tensor.clone()) };
         self.leaves.insert(name.to_string(), leaf.clone());
         // Scales of integer weights belong to integer products, which are f32 outside, and steps to rounding; gates decide,
         // they are no factors.
@@ -250,7 +262,12 @@ impl<'m> Pass<'m> {
             x = self.tape.first(Binary(BinaryFunction::Add), &[&x, &positions])?;
         }
         x = self.dropped(x, sublayer)?;
-        self.first_norm(&format!("blocks.{first}.norm_attention"), &x)
+        let states = self.first_norm(&format!("blocks.{first}.norm_attention"), &x)?;
+        // Layers are counted along the decoder where there are two stacks.
+        if first == self.model.config.encoder {
+            self.keep_hidden(0, &states);
+        }
+        Ok(states)
     }
 
     /// Block `i` and the norm after it: that of the next block's attention, or the final one.
@@ -261,6 +278,7 @@ impl<'m> Pass<'m> {
     pub(super) fn block(&mut self, i: usize, states: States, batch: &Batch, cache: &mut Cache) -> Result<States> {
         let States { normed, residual } = states;
         let attended = self.attention(i, &normed, batch, cache)?;
+        let attended = self.adapted(i, "attention", attended)?;
         let mut attended = self.dropped(attended, 2 * i as u32 + 1)?;
         let mut residual = residual;
         if self.model.config.cross(i).is_some() {
@@ -271,6 +289,7 @@ impl<'m> Pass<'m> {
         }
         let States { normed, residual } = self.add_norm(&format!("blocks.{i}.norm_ffn"), &attended, &residual)?;
         let fed = self.ffn(i, &normed)?;
+        let fed = self.adapted(i, "ffn", fed)?;
         let fed = self.dropped(fed, 2 * i as u32 + 2)?;
         let config = &self.model.config;
         let next = match i + 1 {
@@ -278,7 +297,12 @@ impl<'m> Pass<'m> {
             end if end == config.encoder => "norm_encoder".into(),
             next => format!("blocks.{next}.norm_attention"),
         };
-        self.add_norm(&next, &fed, &residual)
+        let first = config.encoder;
+        let states = self.add_norm(&next, &fed, &residual)?;
+        if i >= first {
+            self.keep_hidden(i + 1 - first, &states);
+        }
+        Ok(states)
     }
 
     fn first_norm(&mut self, name: &str, x: &Var) -> Result<States> {
@@ -319,6 +343,18 @@ impl<'m> Pass<'m> {
         let mut project = |part: &str| self.linear(&format!("blocks.{i}.attention.{part}"), x)?.reshape(&heads);
         let (query, key, value) = (project("query")?, project("key")?, project("value")?);
         let (query, key) = (self.rotated(i, &query, batch)?, self.rotated(i, &key, batch)?);
+        self.keep_heads(i, [&query, &key, &value]);
+        let before = self.prefix;
+        let longer;
+        let (key, value, batch) = match cache {
+            // A cache begins with the prefix already.
+            Cache::None | Cache::Collect(_) if before > 0 => {
+                let (key, value, batch) = self.prefixed(i, key, value, batch)?;
+                longer = batch;
+                (key, value, &longer)
+            }
+            _ => (key, value, batch),
+        };
         let mut op = Attention {
             mask: match model.config.attention {
                 _ if i < model.config.encoder => Mask::None,
@@ -329,7 +365,7 @@ impl<'m> Pass<'m> {
             lengths: batch.lengths.is_some(),
             bias: false,
             scale: block.attention_scale,
-            query_offset: 0,
+            query_offset: before,
         };
         let constant = |t: &Option<Tensor>| t.iter().cloned().map(Var::constant).collect::<Vec<_>>();
         let (key, value, mut extra) = match cache {
@@ -396,7 +432,7 @@ impl<'m> Pass<'m> {
             && self.model.tensors.contains_key(&format!("{outer}.weight"))
             && ![&inner, &outer].iter().any(|l| self.model.tensors.contains_key(&format!("{l}.smooth")))
             && self.hooks.is_empty()
-            && !self.split_ffn
+            && !(self.split_ffn || self.tuned)
         {
             let activation = match block.activation {
                 Activation::Relu => FfnActivation::Relu,

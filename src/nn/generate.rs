@@ -42,7 +42,7 @@ fn position(model: &Model, context: usize, i: usize) -> (u32, u32) {
     }
 }
 
-/// Caches of all blocks as rows: row `b * capacity + s` holds key s of sequence b.
+/// Caches of all blocks as rows: row `b * capacity + s` holds key s of sequence b, a prefix first.
 struct Rows {
     /// Of the decoding blocks.
     blocks: Vec<KeyValue>,
@@ -127,7 +127,7 @@ fn prefill(model: &Model, prompts: &[&[u32]], capacity: usize) -> Result<Rows> {
     };
     let mut caches = Vec::new();
     Pass::inference(model).run(&batch, Cache::Collect(&mut caches))?;
-    Rows::new(model, &caches, capacity)
+    Rows::new(model, &caches, model.prefix_length() + capacity)
 }
 
 /// Feeds one token per sequence; `contexts` are the prompt lengths, `i` how many tokens were fed before.
@@ -144,8 +144,10 @@ fn advance(model: &Model, rows: &mut Rows, contexts: &[usize], fed: &[u32], i: u
         lengths: None,
         source: None,
     };
-    let lengths: Vec<u32> = contexts.iter().map(|c| (c + i + 1) as u32).collect();
-    let targets: Vec<u32> = contexts.iter().enumerate().map(|(r, c)| (r * rows.capacity + c + i) as u32).collect();
+    let before = model.prefix_length();
+    let lengths: Vec<u32> = contexts.iter().map(|c| (before + c + i + 1) as u32).collect();
+    let place = |(r, c): (usize, &usize)| (r * rows.capacity + before + c + i) as u32;
+    let targets: Vec<u32> = contexts.iter().enumerate().map(place).collect();
     let targets = Tensor::from_slice(device, &[b], &targets)?;
     let lengths = Tensor::from_slice(device, &[b], &lengths)?;
     let mut extend = |block: usize, key: &Tensor, value: &Tensor| -> Result<KeyValue> {

@@ -4,7 +4,7 @@ use super::forward::Pass;
 use super::model::missing;
 use crate::error::Result;
 use crate::ops::binary::{Binary, BinaryFunction};
-use crate::ops::matmul::{Epilogue, Matmul};
+use crate::ops::matmul::Matmul;
 use crate::ops::quant::{Dequantize, Granularity, GridFrom, MatmulInt8, MatmulInt8Groups, Quantize, Scheme};
 use crate::ops::quant_int4::{MatmulInt4, UnpackInt4};
 use crate::ops::sparse24::{MatmulSparse24, MatmulSparse24Int8};
@@ -21,13 +21,24 @@ impl Pass<'_> {
         let x = &self.smoothed(name, x)?;
         let bias = self.optional(&format!("{name}.bias"))?;
         if let Some(weight) = self.optional(&format!("{name}.weight"))? {
-            let (x, weight) = self.hooked(name, x.clone(), weight)?;
-            return match &bias {
-                Some(bias) => {
-                    self.tape.first(Matmul { epilogue: Epilogue::Bias, ..Matmul::linear() }, &[&x, &weight, bias])
-                }
-                None => self.tape.first(Matmul::linear(), &[&x, &weight]),
+            let updated = if self.tuned { self.updated(name, &weight)? } else { None };
+            let beside = self.tuned && updated.is_none();
+            let (input, weight) = self.hooked(name, x.clone(), updated.unwrap_or(weight))?;
+            let y = match &bias {
+                Some(bias) => self.tape.first(Matmul::linear_bias(), &[&input, &weight, bias])?,
+                None => self.tape.first(Matmul::linear(), &[&input, &weight])?,
             };
+            return if beside { self.low_rank(name, x, y) } else { Ok(y) };
+        }
+        if self.tuned
+            && self.tape.recording()
+            && let Some((input, weight)) = self.learnable(name, x)?
+        {
+            let y = match &bias {
+                Some(bias) => self.tape.first(Matmul::linear_bias(), &[&input, &weight, bias])?,
+                None => self.tape.first(Matmul::linear(), &[&input, &weight])?,
+            };
+            return self.low_rank(name, x, y);
         }
         let rows = self.rows(x)?;
         let scale = self.optional(&format!("{name}.scale"))?;
@@ -50,6 +61,7 @@ impl Pass<'_> {
                 let inputs = [&rows, &weight, scale].into_iter().chain(&bias);
                 let op = MatmulInt8Groups { group, bias: bias.is_some() };
                 let y = self.tape.first(op, &inputs.collect::<Vec<_>>())?;
+                let y = if self.tuned { self.low_rank(name, &rows, y)? } else { y };
                 return with_last(x, &y);
             }
             let q = self.quantized(name, &rows)?;
@@ -62,6 +74,7 @@ impl Pass<'_> {
         } else {
             return Err(missing(&format!("{name}.weight")));
         };
+        let y = if self.tuned { self.low_rank(name, &rows, y)? } else { y };
         with_last(x, &y)
     }
 

@@ -7,7 +7,10 @@ pub mod generate;
 mod linear;
 pub mod model;
 mod shapes;
+mod taps;
+pub mod tuning;
 
 pub use config::{Activation, AttentionKind, Block, Config, Experts, Head, NormKind, Positions, Residual};
 pub use forward::{Batch, OutputHook, Pass, Source, States};
 pub use model::Model;
+pub use taps::{Heads, Tap};

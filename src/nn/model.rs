@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::config::{Config, Head, NormKind, Positions};
+use super::tuning::TUNING;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -139,10 +140,14 @@ impl Model {
     pub fn activated_bytes(&self) -> usize {
         let mut bytes = 0;
         for (i, block) in self.config.blocks.iter().enumerate() {
-            let prefix = format!("blocks.{i}.");
-            for (name, tensor) in self.tensors.range(prefix.clone()..).take_while(|(n, _)| n.starts_with(&prefix)) {
-                let part = &name[prefix.len()..];
-                if !["attention.", "cross.", "ffn."].iter().any(|kind| part.starts_with(kind)) {
+            // With what tuning added beside them.
+            let prefixes = [format!("blocks.{i}."), format!("{TUNING}blocks.{i}.")];
+            let all = prefixes.iter().flat_map(|p| {
+                let from = self.tensors.range(p.clone()..).take_while(move |(n, _)| n.starts_with(p));
+                from.map(move |(name, tensor)| (&name[p.len()..], tensor))
+            });
+            for (part, tensor) in all {
+                if !["attention.", "cross.", "ffn.", "prefix."].iter().any(|sublayer| part.starts_with(sublayer)) {
                     continue;
                 }
                 let all = tensor.meta().bytes();

@@ -26,6 +26,7 @@ pub mod quant_matmul;
 mod quantize;
 pub mod random;
 pub mod reduce;
+pub mod relation;
 pub mod relative;
 pub mod rope;
 mod rows;
@@ -59,6 +60,7 @@ pub static FAMILIES: &[&Family] = &[
     &random::FAMILY,
     &reduce::FAMILY,
     &relative::FAMILY,
+    &relation::FAMILY,
     &rope::FAMILY,
     &select::FAMILY,
     &softmax::FAMILY,

@@ -32,6 +32,8 @@ pub enum Function {
     Sigmoid,
     Exp,
     Scale(f32),
+    /// 1 / x; infinity at 0.
+    Reciprocal,
 }
 
 impl Function {
@@ -45,6 +47,7 @@ impl Function {
             Function::Sigmoid => 5,
             Function::Exp => 6,
             Function::Scale(_) => 7,
+            Function::Reciprocal => 8,
         }
     }
 
@@ -62,6 +65,7 @@ impl Function {
             Function::Sigmoid => ("sigmoid", "sigmoid_bwd"),
             Function::Exp => ("exp", "exp_bwd"),
             Function::Scale(_) => ("scale", "scale_bwd"),
+            Function::Reciprocal => ("reciprocal", "reciprocal_bwd"),
         }
     }
 
@@ -76,6 +80,7 @@ impl Function {
             Function::Sigmoid => 1.0 / (1.0 + (-x).exp()),
             Function::Exp => x.exp(),
             Function::Scale(factor) => x * f64::from(factor),
+            Function::Reciprocal => 1.0 / x,
         }
     }
 
@@ -102,6 +107,7 @@ impl Function {
             }
             Function::Exp => x.exp(),
             Function::Scale(factor) => f64::from(factor),
+            Function::Reciprocal => -1.0 / (x * x),
         }
     }
 }
@@ -315,7 +321,7 @@ fn fours(p: &Problem) -> Plan {
     Plan::of(Launch::linear(p.outputs[0].count().div_ceil(4), vector::BLOCK, p.params()))
 }
 
-const FUNCTIONS: [Function; 8] = [
+const FUNCTIONS: [Function; 9] = [
     Function::Relu,
     Function::GeluTanh,
     Function::GeluErf,
@@ -324,6 +330,7 @@ const FUNCTIONS: [Function; 8] = [
     Function::Sigmoid,
     Function::Exp,
     Function::Scale(-0.37),
+    Function::Reciprocal,
 ];
 
 fn cases() -> Vec<Case> {
@@ -331,6 +338,7 @@ fn cases() -> Vec<Case> {
     // relu's kink lies at 0: draws keep clear of it so that differences see one branch.
     let fill = |f: Function| match f {
         Function::Relu => Fill::Away { kinks: &[0.0], gap: 0.01 },
+        Function::Reciprocal => Fill::Away { kinks: &[0.0], gap: 0.3 },
         _ => Fill::Normal { mean: 0.0, deviation: 2.0 },
     };
     for f in FUNCTIONS {

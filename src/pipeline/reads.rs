@@ -12,10 +12,10 @@ use crate::train::lifecycle::Micro;
 
 /// Which of [`Micro::tensors`], by their places.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Reads([bool; 12]);
+pub struct Reads([bool; Micro::PLACES]);
 
 impl Reads {
-    pub const ALL: Self = Self([true; 12]);
+    pub const ALL: Self = Self([true; Micro::PLACES]);
 
     /// Of these pieces of a model: what `Pass::enter`, `Pass::pass_block` and the losses ask of a batch.
     pub fn of<'a>(config: &Config, chunks: impl IntoIterator<Item = &'a Range<usize>>) -> Self {
@@ -57,7 +57,7 @@ mod tests {
 
     fn read(config: &Config, pieces: Range<usize>) -> Vec<usize> {
         let reads = Reads::of(config, [&pieces]);
-        (0..12).filter(|place| reads.contains(*place)).collect()
+        (0..Micro::PLACES).filter(|place| reads.contains(*place)).collect()
     }
 
     #[test]
@@ -65,8 +65,8 @@ mod tests {
         let glm = Config::glm(SIZE, 37);
         assert_eq!(read(&glm, 0..1), [0]);
         assert_eq!(read(&glm, 1..4), [1, 2, 3, 4]);
-        assert_eq!(read(&glm, 4..5), [5, 6, 7, 8, 9, 10, 11]);
-        assert_eq!(read(&glm, 0..5), (0..12).collect::<Vec<_>>());
+        assert_eq!(read(&glm, 4..5), [5, 6, 7, 8, 9, 10, 11, 12, 13]);
+        assert_eq!(read(&glm, 0..5), (0..Micro::PLACES).collect::<Vec<_>>());
         let tagger = Config::bert_tagger(SIZE, 37, vec!["O".into(), "B".into()]);
         assert_eq!(read(&tagger, 0..1), [0, 1]);
         assert_eq!(read(&tagger, 2..4), [4]);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::part::Part;
 use super::reads::Reads;
-use crate::compress::teacher::predictions;
+use crate::compress::distillation::predictions;
 use crate::device::Device;
 use crate::dispatch;
 use crate::dtype::DType;

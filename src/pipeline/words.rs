@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::nn::{Batch, Config};
 use crate::shape::Meta;
 use crate::tensor::Tensor;
-use crate::train::lifecycle::{Micro, Teacher};
+use crate::train::lifecycle::{Micro, Teacher, Top};
 use crate::train::optimizer::Settings;
 
 /// What a stage's hooks are made from, in a form that reaches another process.
@@ -204,13 +204,25 @@ pub(super) fn micros_of(heads: &[MicroHead], tensors: &[Loose], device: &Arc<dyn
         };
         let needed = |tensor: &Option<Tensor>| tensor.clone().unwrap_or_else(|| unread.clone());
         let teacher = match teacher {
-            [Some(hidden), Some(hidden_weights), Some(soft_weights), Some(hard_targets), Some(hard_weights)] => {
+            [
+                Some(hidden),
+                Some(hidden_weights),
+                Some(soft_weights),
+                Some(hard_targets),
+                Some(hard_weights),
+                top @ ..,
+            ] => {
+                let top = match top {
+                    [Some(slots), Some(values)] => Some(Top { slots: slots.clone(), values: values.clone() }),
+                    _ => None,
+                };
                 Some(Teacher {
                     hidden: hidden.clone(),
                     hidden_weights: hidden_weights.clone(),
                     soft_weights: soft_weights.clone(),
                     hard_targets: hard_targets.clone(),
                     hard_weights: hard_weights.clone(),
+                    top,
                 })
             }
             _ => None,

@@ -1,6 +1,8 @@
 //! Ranges of a recipe's values: everything that could fail late is refused before the first stage runs.
 
-use super::schema::{Corpus, Evaluate, Family, MAX_BEAMS, MAX_SEED, Quantize, Recipe, Sparsify, Training};
+use super::order::Step;
+use super::schema::{Corpus, Distil, Evaluate, Family, MAX_BEAMS, MAX_SEED, Quantize, Recipe, Sparsify, Training};
+use crate::compress::tuning::Tuning;
 use crate::data::tokenizer::is_language;
 use crate::error::{Error, Result};
 use crate::nn::Activation;
@@ -96,6 +98,7 @@ impl Recipe {
         self.check_family()?;
         self.teacher.check("teacher")?;
         self.check_compression()?;
+        self.check_listening()?;
         if let Some(pipeline) = &self.pipeline {
             pipeline.check(self.smallest().layers)?;
         }
@@ -183,6 +186,20 @@ impl Recipe {
                 "glm or tagger: an encoder-decoder is not one chain of blocks",
             );
         }
+        let layerwise = [
+            self.structure.as_ref().map(|s| &s.distil),
+            self.sparsify.as_ref().map(|s| &s.distil),
+            self.quantize.as_ref().map(|q| &q.distil),
+            self.tune.as_ref().and_then(|t| t.distil.as_ref()),
+        ];
+        if family == Family::T5 && layerwise.into_iter().flatten().any(Distil::layerwise) {
+            let allowed = "the last layer alone for model.family t5, whose blocks are no chain";
+            return refuse("distil.matches", "layers", allowed);
+        }
+        if family == Family::T5 && self.tune.as_ref().is_some_and(|t| matches!(t.method, Tuning::Prefix(_))) {
+            let allowed = "adapters or lora for model.family t5: a prefix has no distance to the tokens";
+            return refuse("tune.method", "prefix", allowed);
+        }
         // Statistics of inputs are taken by walking one chain of blocks.
         let walked = self.sparsify.as_ref().is_some_and(Sparsify::walks_blocks)
             || self.quantize.as_ref().is_some_and(Quantize::walks_blocks);
@@ -216,6 +233,36 @@ impl Recipe {
         Ok(())
     }
 
+    /// Layers that students listen to, by the student's sizes when its stage comes; and what is tuned of it.
+    fn check_listening(&self) -> Result<()> {
+        let (mut size, mut experts, pipeline) = (self.model.size(), false, self.pipeline.is_some());
+        for step in self.steps() {
+            let distil = match step {
+                Step::Structure => {
+                    size = self.structure.as_ref().map_or(size, |s| s.pruned(size));
+                    self.structure.as_ref().map(|s| &s.distil)
+                }
+                Step::Sparsify => self.sparsify.as_ref().map(|s| &s.distil),
+                Step::Quantize => self.quantize.as_ref().map(|q| &q.distil),
+                Step::Experts => {
+                    experts = true;
+                    None
+                }
+                Step::Hybrid => None,
+                Step::Tune => {
+                    if let Some(tune) = &self.tune {
+                        tune.check(size, experts, pipeline)?;
+                    }
+                    self.tune.as_ref().and_then(|t| t.distil.as_ref())
+                }
+            };
+            if let Some(distil) = distil {
+                distil.check_layers(&format!("{}.distil", step.name()), size, self.model.size(), pipeline)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Sizes of the model once its structures are pruned.
     pub fn smallest(&self) -> Size {
         self.structure.as_ref().map_or(self.model.size(), |s| s.pruned(self.model.size()))
@@ -245,6 +292,30 @@ mod tests {
             ("data.corpus={ terms = { pairs = 100000000000 } }", "data.corpus.terms.pairs"),
             ("hybrid.alpha=2.0", "hybrid.alpha"),
             ("experts.router_rate=1e30", "experts.router_rate"),
+            ("structure.distil={ preset = \"tiny_bert\", temperature = 4.0 }", "structure.distil"),
+            ("structure.distil={ matches = [{ teacher = 9, student = 1 }] }", "structure.distil.matches[0].layer"),
+            (
+                "structure.distil={ matches = [{ teacher = 1, student = 1, tutor = 1 }] }",
+                "structure.distil.matches.tutor",
+            ),
+            ("structure.distil={ logits = { temperature = 0.0 } }", "structure.distil.logits.temperature"),
+            ("sparsify.distil={ top_k = 8, preset = \"mini_lm\" }", "sparsify.distil.top_k"),
+            (
+                "tune={ method = { kind = \"lora\", rank = 0 }, training = { steps = 1, batch = 1, learning_rate = 1.0 } }",
+                "tune.method.rank",
+            ),
+            (
+                "tune={ method = { kind = \"lora\", linears = [\"ffn\"] }, training = { steps = 1, batch = 1, learning_rate = 1.0 } }",
+                "tune.method.linears",
+            ),
+            (
+                "tune={ method = { kind = \"adapter\", width = 100000 }, training = { steps = 1, batch = 1, learning_rate = 1.0 } }",
+                "tune.method.width",
+            ),
+            (
+                "tune={ method = { kind = \"prefix\", length = 0 }, training = { steps = 1, batch = 1, learning_rate = 1.0 } }",
+                "tune.method.length",
+            ),
         ] {
             match Recipe::load(None, &[set.to_string()]) {
                 Err(Error::Recipe { key: found, .. }) => assert_eq!(found, key, "{set}"),

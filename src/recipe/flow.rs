@@ -119,6 +119,7 @@ impl Flow<'_> {
                 Step::Sparsify => stages::sparsify::run(self, section(step, &recipe.sparsify)?, &student, &cache)?,
                 Step::Quantize => stages::quantize::run(self, section(step, &recipe.quantize)?, &student, &cache)?,
                 Step::Experts => stages::experts::run(self, section(step, &recipe.experts)?, &student)?,
+                Step::Tune => stages::tune::run(self, section(step, &recipe.tune)?, &student, &cache)?,
                 Step::Hybrid => {
                     let settings = section(step, &recipe.hybrid)?;
                     let (tuned, student) = stages::hybrid::run(self, settings, teacher, &student)?;

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::run_folder::State;
 use super::stages;
-use crate::compress::distil::{Distillation, Projection, Weights};
+use crate::compress::distillation::{Distillation, Projection, Weights};
 use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::ops::distill::Reduction;

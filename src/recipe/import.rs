@@ -49,7 +49,7 @@ impl Draft {
     fn new(base: &Recipe) -> Result<Self> {
         let mut table: toml::Table =
             toml::from_str(&base.to_toml()?).map_err(|e| Error::file("recipe", "base", e.message()))?;
-        for section in ["structure", "sparsify", "quantize", "experts", "hybrid", "order"] {
+        for section in ["structure", "sparsify", "quantize", "experts", "hybrid", "tune", "order"] {
             table.remove(section);
         }
         Ok(Self { table, base: base.clone(), ignored: Vec::new() })

@@ -14,11 +14,12 @@ pub enum Step {
     Quantize,
     Experts,
     Hybrid,
+    Tune,
 }
 
 /// Shapes first, then masks on the new shapes, the grid on the masked weights, experts of the final weights, and tuning
 /// under all of these promises.
-const USUAL: [Step; 5] = [Step::Structure, Step::Sparsify, Step::Quantize, Step::Experts, Step::Hybrid];
+const USUAL: [Step; 6] = [Step::Structure, Step::Sparsify, Step::Quantize, Step::Experts, Step::Hybrid, Step::Tune];
 
 /// Pairs whose first may not run before its second. All other orders hold: masks and int8 grids are kept by hooks in
 /// whatever comes later, structured pruning carries a grid's promise over to the smaller tensors, and the stages after
@@ -42,6 +43,7 @@ impl Step {
             Step::Quantize => "quantize",
             Step::Experts => "experts",
             Step::Hybrid => "hybrid",
+            Step::Tune => "tune",
         }
     }
 
@@ -53,6 +55,7 @@ impl Step {
             Step::Quantize => recipe.quantize.is_some(),
             Step::Experts => recipe.experts.is_some(),
             Step::Hybrid => recipe.hybrid.is_some(),
+            Step::Tune => recipe.tune.is_some(),
         }
     }
 }
@@ -78,6 +81,10 @@ impl Recipe {
                 let name = step.name();
                 return refuse(format!("each stage that has a section once: {name} stands there {times} times"));
             }
+        }
+        let stays = self.tune.as_ref().is_some_and(|tune| !tune.merges());
+        if stays && order.last() != Some(&Step::Tune) {
+            return refuse("tune last: what it adds stays beside the weights, and only it would go on learning".into());
         }
         let place = |step: Step| order.iter().position(|s| *s == step);
         for (first, second, reason) in IMPOSSIBLE {

@@ -65,6 +65,10 @@ pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
                 stages.push(planned("hybrid teacher", recipe.model.size(), recipe, Some(&h.teacher)));
                 stages.push(planned("hybrid", size, recipe, Some(&h.student)));
             }
+            Step::Tune => {
+                let training = recipe.tune.as_ref().map(|t| &t.training);
+                stages.push(planned("tune", size, recipe, training));
+            }
         }
     }
     stages

@@ -8,6 +8,7 @@ mod pipeline;
 mod quantize;
 mod sparsify;
 mod structure;
+mod tune;
 
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +25,7 @@ pub use pipeline::{Auto, Pipeline, Replicas, Stages};
 pub use quantize::{Inputs, Method, Observer, Quantize};
 pub use sparsify::{PruningMethod, Sparsify};
 pub use structure::{Selection, Structure};
+pub use tune::Tune;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -33,7 +35,7 @@ pub struct Recipe {
     #[serde(default = "default_seed")]
     pub seed: u64,
     /// The stages after the teacher, each that has a section once; without it structure, sparsify, quantize, experts,
-    /// hybrid.
+    /// hybrid, tune.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<Vec<Step>>,
     pub data: Data,
@@ -49,6 +51,8 @@ pub struct Recipe {
     pub experts: Option<Experts>,
     #[serde(default)]
     pub hybrid: Option<Hybrid>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tune: Option<Tune>,
     /// How every training is spread over devices; without it each runs on one.
     #[serde(default)]
     pub pipeline: Option<Pipeline>,

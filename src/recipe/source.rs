@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::corpus::{Corpus, upload};
 use super::schema::Training;
+use crate::compress::distillation::{Kept, TeacherCache};
 use crate::compress::hybrid;
-use crate::compress::teacher::TeacherCache;
 use crate::data::batch::{Batch, BatchOptions, Batches, Example, IGNORE, Stream};
 use crate::device::Device;
 use crate::error::Result;
 use crate::nn::Model;
 use crate::tensor::Tensor;
-use crate::train::lifecycle::{Micro, Teacher};
+use crate::train::lifecycle::{Micro, Teacher, Top};
 use crate::train::trainer::Source;
 
 /// Which examples a step takes.
@@ -146,9 +146,19 @@ impl CorpusSource<'_> {
         weights: &[f32],
     ) -> Result<Teacher> {
         let n = batch.targets.len();
-        let (hidden, predicted) = match self.teacher_waits {
+        let largest = matches!(cache.kept(), Kept::Largest { .. });
+        let absent = self.teacher_waits || largest;
+        let (hidden, predicted) = match absent {
             true => (vec![0.0], vec![IGNORE; n]),
             false => cache.batch(indices, batch.columns)?,
+        };
+        let top = match largest {
+            true => {
+                let (slots, values, k) = cache.largest(indices, batch.columns)?;
+                let slots = Tensor::from_slice(&self.device, &[n, k], &slots)?;
+                Some(Top { slots, values: Tensor::from_slice(&self.device, &[n, k], &values)? })
+            }
+            false => None,
         };
         let mut rows = (vec![0.0f32; n], vec![0.0f32; n], vec![IGNORE; n], vec![0.0f32; n]);
         for i in (0..n).filter(|&i| batch.targets[i] != IGNORE) {
@@ -164,7 +174,7 @@ impl CorpusSource<'_> {
         }
         let floats = |values: &[f32]| Tensor::from_slice(&self.device, &[values.len()], values);
         Ok(Teacher {
-            hidden: match self.teacher_waits {
+            hidden: match absent {
                 true => floats(&[0.0]),
                 false => Tensor::from_slice(&self.device, &[n, cache.width()], &hidden),
             }?,
@@ -172,6 +182,7 @@ impl CorpusSource<'_> {
             soft_weights: floats(&rows.1)?,
             hard_targets: Tensor::from_slice(&self.device, &[n], &rows.2)?,
             hard_weights: floats(&rows.3)?,
+            top,
         })
     }
 }

@@ -10,7 +10,7 @@ use super::schema::{Pipeline, Stages};
 use super::spread::{Probe, Spread, sizes, spread};
 use super::stages::Context;
 use crate::atomic::write_atomic;
-use crate::compress::distil::Distillation;
+use crate::compress::distillation::Distillation;
 use crate::console;
 use crate::device::Device;
 use crate::dtype::DType;

@@ -7,18 +7,20 @@ pub mod quantize;
 pub mod sparsify;
 pub mod structure;
 pub mod teacher;
+pub mod tune;
 
 use super::corpus::{Corpus, upload};
 use super::evaluate::validation_loss;
 use super::identity::text;
 use super::run_folder::State;
 use super::schema::{Distil, HiddenProjection, Recipe, Training};
-use super::source::{CorpusSource, Draw, Factors};
+use super::source::{CorpusSource, Draw, Factors, teacher_cache};
 use super::staged;
-use crate::compress::distil::{Distillation, PROJECTION, Projection, selection};
+use crate::compress::distillation::{
+    Distillation, Kept, LayerwiseDistillation, Lessons, PROJECTION, Projection, TeacherCache, Tutor, selection,
+};
 use crate::compress::pruning::Held;
 use crate::compress::quantization::QuantizationAware;
-use crate::compress::teacher::TeacherCache;
 use crate::data::batch::Example;
 use crate::error::Result;
 use crate::nn::{self, Config, Model};
@@ -29,6 +31,7 @@ use crate::rng::Stream;
 use crate::tensor::Tensor;
 use crate::train::graphs;
 use crate::train::lifecycle::{Invariant, Method, Micro};
+use crate::train::store;
 use crate::train::trainer::{Job, Source, Summary, train};
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -73,7 +76,15 @@ pub struct Objective<'a> {
     pub draw: Draw,
     pub gold: f32,
     pub soft_on_target: bool,
-    pub teacher: Option<(&'a TeacherCache<'a>, Distillation)>,
+    pub teacher: Option<(&'a TeacherCache<'a>, Listening<'a>)>,
+}
+
+/// What of the teacher a student hears.
+pub enum Listening<'a> {
+    /// Its last hidden states and its words, from the cache.
+    LastLayer(Distillation),
+    /// Layer by layer, or its largest logits; and the teacher's channels that the student kept.
+    Layerwise(&'a Distil, Vec<usize>),
 }
 
 /// Hooks that keep what earlier stages promised, for the weights that are in `model`: all of them or a pipeline stage's.
@@ -121,10 +132,21 @@ pub fn fit_with(
 ) -> Result<(Summary, Vec<Invariant>)> {
     let own = methods.len();
     methods.extend(held(model, state)?);
+    let largest;
     let (cache, distillation) = match objective.teacher {
-        Some((cache, distillation)) => (Some(cache), Some(distillation)),
+        Some((cache, Listening::LastLayer(distillation))) => (Some(cache), Some(distillation)),
+        Some((cache, Listening::Layerwise(distil, kept))) => {
+            methods.push(Box::new(layerwise(context, model, cache.teacher(), (distil, &kept), training.steps)?));
+            largest = distil.lesson(0, 0).logits.filter(|_| distil.top_k > 0).map(|logits| {
+                let kept = Kept::Largest { k: distil.top_k, temperature: logits.temperature };
+                teacher_cache(cache.teacher(), context.corpus).keeping(kept)
+            });
+            (Some(largest.as_ref().unwrap_or(cache)), None)
+        }
         None => (None, None),
     };
+    // Teachers that run in the step need no states beforehand.
+    let live = distillation.is_none() && cache.is_some_and(|cache| cache.kept() == Kept::Hidden);
     if let Some(distillation) = &distillation {
         if matches!(distillation.projection, Projection::Learned) {
             add_projection(model, distillation, context.recipe.seed)?;
@@ -140,9 +162,9 @@ pub fn fit_with(
         parts: Cell::new(1),
         factors,
         teacher: cache,
-        teacher_waits: context.recipe.pipeline.as_ref().is_some_and(|p| p.teacher),
+        teacher_waits: live || context.recipe.pipeline.as_ref().is_some_and(|p| p.teacher),
     };
-    let beside = cache.filter(|_| source.teacher_waits).map(TeacherCache::teacher);
+    let beside = cache.filter(|_| source.teacher_waits && !live).map(TeacherCache::teacher);
     let spread = |model: &mut Model| {
         let probe = |parts: usize| {
             source.parts.set(parts);
@@ -203,10 +225,47 @@ pub fn recover_with(
 ) -> Result<Outcome> {
     let recipe = context.recipe;
     let draw = Draw::mixed(context.corpus, training, recipe.seed ^ salt, recipe.data.max_length)?;
-    let distillation = distillation(&model, cache.teacher(), &state.kept, distil)?;
-    let objective = Objective { draw, gold: distil.gold, soft_on_target: false, teacher: Some((cache, distillation)) };
+    let objective = listening(&model, &state, (draw, distil), cache)?;
     let (summary, invariants) = fit_with(context, &mut model, &state, training, objective, methods)?;
     Ok(Outcome { invariants, ..trained(context.name, model, state, summary) })
+}
+
+/// The objective of a student that hears its teacher beside the labels.
+pub fn listening<'a>(
+    model: &Model,
+    state: &State,
+    (draw, distil): (Draw, &'a Distil),
+    cache: &'a TeacherCache<'a>,
+) -> Result<Objective<'a>> {
+    let teacher = cache.teacher();
+    let gold = distil.gold(model.config.blocks.len(), teacher.config.blocks.len());
+    let layerwise = distil.layerwise();
+    let hears = match layerwise {
+        true => Listening::Layerwise(distil, state.kept.clone()),
+        false => Listening::LastLayer(distillation(model, teacher, &state.kept, distil)?),
+    };
+    // Layer by layer there are no streams: soft labels are heard on every labelled row.
+    Ok(Objective { draw, gold, soft_on_target: layerwise, teacher: Some((cache, hears)) })
+}
+
+fn layerwise(
+    context: &Context,
+    student: &mut Model,
+    teacher: &Model,
+    (distil, kept): (&Distil, &[usize]),
+    steps: u64,
+) -> Result<LayerwiseDistillation> {
+    let lesson = distil.lesson(student.config.blocks.len(), teacher.config.blocks.len());
+    let mut tutors = Vec::new();
+    if distil.top_k == 0 {
+        tutors.push(Tutor { model: Arc::new(teacher.clone()), weight: 1.0 });
+        for path in &distil.teachers {
+            let model = store::load_model(Path::new(path), student.device())?;
+            tutors.push(Tutor { model: Arc::new(model), weight: 1.0 });
+        }
+    }
+    let (matches, logits, seed) = (lesson.matches.as_slice(), lesson.logits, context.recipe.seed);
+    LayerwiseDistillation::new(student, Lessons { tutors, matches, logits, kept: Some(kept), steps, seed })
 }
 
 /// What a training gives.

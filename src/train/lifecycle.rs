@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use super::optimizer::Optimizer;
 use crate::error::Result;
-use crate::nn::{Batch, Model, OutputHook, Pass, Source};
+use crate::nn::{Batch, Model, OutputHook, Pass, Source, Tap};
 use crate::shape::Meta;
 use crate::tape::Var;
 use crate::tensor::Tensor;
@@ -41,14 +41,29 @@ pub struct Teacher {
     pub hard_targets: Tensor,
     /// f32 `[N]`: rows of the hard-label loss.
     pub hard_weights: Tensor,
+    /// Its largest logits, where those are what is kept of it.
+    pub top: Option<Top>,
+}
+
+/// The k largest logits of each row, softened, and what is known of the others: that they share the rest of the
+/// probability, as the cached log-sum-exp says.
+#[derive(Clone)]
+pub struct Top {
+    /// u32 `[N, k]`: (row modulo [`super::trainer::LOSS_CHUNK`]) V + token.
+    pub slots: Tensor,
+    /// f32 `[N, k]`: z / T less the logit that an even share of the rest amounts to.
+    pub values: Tensor,
 }
 
 /// Whether gold labels count, and the type and extents of every tensor: micro-batches alike in it make the same launches.
-pub type MicroShape = (bool, [Option<Meta>; 14]);
+pub type MicroShape = (bool, [Option<Meta>; Micro::PLACES]);
 
 impl Micro {
+    /// Tensors that it may have.
+    pub const PLACES: usize = 16;
+
     /// Its tensors, each in its place.
-    pub fn tensors(&self) -> [Option<&Tensor>; 14] {
+    pub fn tensors(&self) -> [Option<&Tensor>; Self::PLACES] {
         let (batch, teacher) = (&self.batch, self.teacher.as_ref());
         [
             Some(&batch.tokens),
@@ -63,6 +78,8 @@ impl Micro {
             teacher.map(|t| &t.soft_weights),
             teacher.map(|t| &t.hard_targets),
             teacher.map(|t| &t.hard_weights),
+            teacher.and_then(|t| t.top.as_ref()).map(|t| &t.slots),
+            teacher.and_then(|t| t.top.as_ref()).map(|t| &t.values),
             batch.source.as_ref().map(|s| &s.tokens),
             batch.source.as_ref().map(|s| &s.lengths),
         ]
@@ -80,8 +97,9 @@ impl Micro {
     /// The same with every tensor put through `change`, which is also told its place in [`Micro::tensors`].
     pub fn map(&self, change: impl Fn(usize, &Tensor) -> Result<Tensor>) -> Result<Self> {
         let maybe = |at: usize, tensor: &Option<Tensor>| tensor.as_ref().map(|t| change(at, t)).transpose();
+        let top = |t: &Top| -> Result<Top> { Ok(Top { slots: change(12, &t.slots)?, values: change(13, &t.values)? }) };
         let source = |s: &Source| -> Result<Source> {
-            Ok(Source { tokens: change(12, &s.tokens)?, lengths: change(13, &s.lengths)? })
+            Ok(Source { tokens: change(14, &s.tokens)?, lengths: change(15, &s.lengths)? })
         };
         let teacher = |t: &Teacher| -> Result<Teacher> {
             Ok(Teacher {
@@ -90,6 +108,7 @@ impl Micro {
                 soft_weights: change(9, &t.soft_weights)?,
                 hard_targets: change(10, &t.hard_targets)?,
                 hard_weights: change(11, &t.hard_weights)?,
+                top: t.top.as_ref().map(top).transpose()?,
             })
         };
         Ok(Self {
@@ -135,6 +154,11 @@ pub trait Method {
     /// Computing outputs: how a weight enters its product.
     fn on_output(&self) -> Option<&dyn OutputHook> {
         None
+    }
+
+    /// Intermediate states that [`Method::on_loss`] reads of the pass.
+    fn taps(&self) -> Vec<Tap> {
+        Vec::new()
     }
 
     /// Computing the loss: a scalar added to it, in the unit of `Micro::weights` (a sum over rows).

@@ -15,6 +15,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::nn::model::GATE;
+use crate::nn::tuning::TUNING;
 use crate::ops::binary::AccumulateScaled;
 use crate::ops::optim::{AdamW, Sgd, StepRates, UpdateFactor};
 use crate::ops::reduce::CountNonFinite;
@@ -133,6 +134,8 @@ pub struct Optimizer {
     pieces: usize,
     /// As long as the longest parameter that ever had no gradient in a step.
     zeros: Option<Tensor>,
+    /// Only what was added to the model learns.
+    tuned: bool,
     /// Changes with what a step queues and with the memory it uses.
     generation: u64,
     device: Arc<dyn Device>,
@@ -157,6 +160,7 @@ impl Optimizer {
             let reason = "it stores f64, flat parameter buffers are f32: train on cpu, wgpu or cuda".into();
             return Err(Error::NotAvailable { device: "reference".into(), reason });
         }
+        let tuned = model.tuned();
         let mut groups = Vec::new();
         let part_of = |name: &str, tensor: &Tensor| match tensor.dims().len() {
             _ if name.ends_with(GATE) => Part::Gates,
@@ -165,10 +169,7 @@ impl Optimizer {
         };
         for part in [Part::Matrices, Part::Vectors, Part::Gates] {
             let wanted = |name: &str, tensor: &Tensor| {
-                tensor.dtype() == DType::F32
-                    && part_of(name, tensor) == part
-                    && !name.contains(".router.")
-                    && trained(name)
+                tensor.dtype() == DType::F32 && part_of(name, tensor) == part && model.learns(name) && trained(name)
             };
             let mut names: Vec<String> =
                 model.tensors.iter().filter(|(n, t)| wanted(n, t)).map(|(n, _)| n.clone()).collect();
@@ -199,6 +200,7 @@ impl Optimizer {
             squares,
             pieces,
             zeros: None,
+            tuned,
             generation: 0,
             device,
         };
@@ -401,6 +403,10 @@ impl Optimizer {
             if let Some(flat) = &group.mask {
                 self.device.copy(mask.buffer(), mask.offset(), flat.buffer(), slot.offset, mask.meta().bytes())?;
             }
+            return Ok(());
+        }
+        // What does not learn keeps its zeros.
+        if self.tuned && !name.starts_with(TUNING) {
             return Ok(());
         }
         Err(Error::file("optimizer", name, "no trained parameter of this name to mask"))

@@ -18,7 +18,8 @@ use crate::shape::Meta;
 use crate::tensor::Tensor;
 
 const VERSION: u32 = 1;
-const MANIFEST: &str = "manifest.json";
+/// What a saved model or checkpoint is known by.
+pub const MANIFEST: &str = "manifest.json";
 pub const CONFIG: &str = "config.json";
 pub const WEIGHTS: &str = "model.safetensors";
 

@@ -171,7 +171,9 @@ pub(super) fn gradients(
         let dropout = dropout(probability, seed, index as u32);
         let hooks = methods.iter().filter_map(|m| m.on_output());
         let compute = optimizer.precision().compute();
-        let mut pass = Pass::training(model).computing(compute).hooks(hooks).dropout(dropout, optimizer.counter());
+        let taps = methods.iter().flat_map(|m| m.taps());
+        let pass = Pass::training(model).computing(compute).hooks(hooks).tapping(taps);
+        let mut pass = pass.dropout(dropout, optimizer.counter());
         let total = loss(&mut pass, micro, methods)?;
         let one = total.tensor.reshape(&[1])?;
         losses = Some(match losses {

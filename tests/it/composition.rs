@@ -148,3 +148,53 @@ fn quantize_sections_that_cannot_hold_are_refused_with_their_key() {
     let error = Recipe::load(None, &[awq, "experts=false".into(), order]).unwrap_err().to_string();
     assert!(error.contains("structure before quantize"), "{error}");
 }
+
+/// Every way of listening and of tuning, on what pruning, masks and grids have made.
+#[test]
+fn layers_are_listened_to_and_tuning_keeps_what_was_promised() {
+    let training = "training = { steps = 4, batch = 8, learning_rate = 1e-3 }";
+    let lora = format!("tune={{ method = {{ kind = \"lora\", rank = 2, linears = [\"attention\"] }}, {training} }}");
+    let sets = [
+        "structure.layers=1",
+        "structure.compare_random=false",
+        "structure.distil={ preset = \"tiny_bert\" }",
+        "sparsify.distil={ top_k = 8, logits = { loss = \"reverse\", schedule = \"linear_decay\" } }",
+        "quantize.distil={ preset = \"mini_lm\", gold = 0.5, logits = { probability_shift = true } }",
+        "hybrid=false",
+        lora.as_str(),
+    ];
+    let (report, model, state) = composed(&tiny(&sets));
+    let names: Vec<&str> = report.stages.iter().map(|s| s.name.as_str()).collect();
+    assert_eq!(names, ["teacher", "structure", "sparsify", "quantize", "experts", "tune"]);
+    for stage in &report.stages {
+        assert!(stage.invariants.iter().all(|i| i.ok), "{}: {:?}", stage.name, stage.invariants);
+    }
+    let (before, after) = (&report.stages[4], &report.stages[5]);
+    assert!(after.invariants.iter().any(|i| i.name.contains("merging 4 low-rank")), "{:?}", after.invariants);
+    // To the weight: what was zero is zero, nothing else is.
+    assert_eq!(before.sparsity, after.sparsity);
+    assert!(!model.tuned() && !state.sparse.is_empty() && !state.quantized.is_empty());
+    assert!(!model.tensors.keys().any(|name| name.starts_with("distil.")));
+}
+
+/// What cannot be merged stays beside the deployed weights, saved with them.
+#[test]
+fn adapters_and_prefixes_are_deployed_with_the_model() {
+    for method in ["{ kind = \"adapter\", width = 4 }", "{ kind = \"prefix\", length = 3 }"] {
+        let tune = format!(
+            "tune={{ method = {method}, distil = {{ preset = \"bmcook\" }}, training = {{ steps = 4, batch = 8, learning_rate = 1e-3 }} }}"
+        );
+        let sets = ["structure=false", "experts=false", "hybrid=false", tune.as_str()];
+        let (report, model, _) = composed(&tiny(&sets));
+        let last = report.stages.last().unwrap();
+        assert!(last.name == "tune" && last.invariants.iter().all(|i| i.ok), "{:?}", last.invariants);
+        assert!(last.invariants.iter().any(|i| i.name.contains("reloads")));
+        assert!(model.tuned(), "{method}");
+        assert!(last.activated_bytes > report.stages[2].activated_bytes, "{method} is counted");
+    }
+    let last = ["tune={ method = { kind = \"adapter\" }, training = { steps = 1, batch = 8, learning_rate = 1e-3 } }"];
+    let order = "order=[\"structure\", \"sparsify\", \"quantize\", \"experts\", \"tune\", \"hybrid\"]";
+    let sets: Vec<String> = last.iter().chain([&order]).map(|s| s.to_string()).collect();
+    let refused = Recipe::load(None, &sets).unwrap_err().to_string();
+    assert!(refused.contains("tune last"), "{refused}");
+}

@@ -414,3 +414,39 @@ fn a_graph_outlives_the_handles_of_its_memory() {
         }
     }
 }
+
+/// Weights and temperatures that follow the steps reach a replayed step through device memory.
+#[test]
+fn scheduled_distillation_replays_to_the_bit() {
+    use espalier::compress::distillation::{
+        Feature, LayerwiseDistillation, Lessons, Logits, Match, MatchLoss, TemperatureSchedule, Tutor, WeightSchedule,
+    };
+
+    let device = cpu();
+    let teacher = Arc::new(Model::init(Config::glm(SIZE, VOCABULARY), &device, 5).unwrap());
+    let plan = Plan { steps: 8, saves_every: 0, ..PLAN };
+    let method = || -> Box<dyn Method> {
+        let hidden = Match { schedule: WeightSchedule::LinearDecay, ..Match::hidden(-1, -1, MatchLoss::Mse) };
+        let relation = Match { feature: Feature::Attention, ..Match::hidden(-1, -1, MatchLoss::Kl) };
+        let temperature_schedule = TemperatureSchedule::Linear { to: 1.0 };
+        let logits = Logits { temperature_schedule, schedule: WeightSchedule::LinearGrowth, ..Logits::default() };
+        let lessons = Lessons {
+            tutors: vec![Tutor { model: teacher.clone(), weight: 1.0 }],
+            matches: &[hidden, relation],
+            logits: Some(logits),
+            kept: None,
+            steps: plan.steps,
+            seed: 1,
+        };
+        // Equal widths: nothing is added to the student.
+        let mut student = Model::init(Config::glm(SIZE, VOCABULARY), &device, 1).unwrap();
+        Box::new(LayerwiseDistillation::new(&mut student, lessons).unwrap())
+    };
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let [queued, replayed] = [0, 8].map(|graphs| {
+        let (summary, _) = run(&device, plan, graphs, folders[usize::from(graphs > 0)].path(), Some(method()));
+        summary.unwrap()
+    });
+    assert!(queued.replayed == 0 && replayed.replayed >= 4, "{}", replayed.replayed);
+    assert_eq!(queued.curve, replayed.curve);
+}

@@ -106,7 +106,7 @@ fn gpt_gradients_equal_the_f64_oracle() {
 }
 
 /// Log-probability of `tokens` and the end mark after `context`, from one full pass.
-fn full_pass(model: &Model, context: &[u32], tokens: &[u32], finished: bool) -> f64 {
+pub fn full_pass(model: &Model, context: &[u32], tokens: &[u32], finished: bool) -> f64 {
     let mut labels = tokens.to_vec();
     if finished {
         labels.push(SPECIAL.eos);

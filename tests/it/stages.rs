@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use espalier::compress::distil::{Distillation, Projection, Weights};
-use espalier::compress::teacher::predictions;
+use espalier::compress::distillation::predictions;
+use espalier::compress::distillation::{Distillation, Projection, Weights};
 use espalier::data::batch::IGNORE;
 use espalier::device::{self, Device};
 use espalier::dispatch;
@@ -267,6 +267,7 @@ fn lesson(device: &Arc<dyn Device>, rows: &[usize]) -> Lesson {
                     soft_weights: micro.weights.clone(),
                     hard_targets: Tensor::from_slice(device, &[n], &vec![IGNORE; n]).unwrap(),
                     hard_weights: micro.weights.clone(),
+                    top: None,
                 });
             }
             all

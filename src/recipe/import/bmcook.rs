@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::{Draft, Imported, parse, value};
-use crate::compress::distil::Weights;
+use crate::compress::distillation::Weights;
 use crate::compress::pruning::Pattern;
 use crate::error::{Error, Result};
 use crate::nn::Config as Model;
@@ -145,7 +145,7 @@ fn distil(config: &Distillation, draft: &mut Draft) -> Distil {
     }
     Distil {
         weights: Weights { hidden: config.mse_hidn_scale, soft: config.ce_scale, hard: 0.0 },
-        gold: 1.0,
+        gold: Some(1.0),
         temperature: config.ce_temp,
         squared: false,
         normalised: true,

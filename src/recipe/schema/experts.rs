@@ -37,7 +37,10 @@ impl Experts {
             return refuse("experts.share", self.share, "above 0 to 1");
         }
         let width = size.ffn_width;
-        if self.expert_size == 0 || self.expert_size % SIZE_MULTIPLE != 0 || !width.is_multiple_of(self.expert_size) {
+        if self.expert_size == 0
+            || !self.expert_size.is_multiple_of(SIZE_MULTIPLE)
+            || !width.is_multiple_of(self.expert_size)
+        {
             let allowed = format!("a multiple of {SIZE_MULTIPLE} that divides the FFN width {width}");
             return refuse("experts.expert_size", self.expert_size, allowed);
         }

@@ -18,7 +18,7 @@ pub enum Selection {
 }
 
 /// Structured pruning, then recovery by distillation.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Structure {
     pub layers: usize,
@@ -47,7 +47,7 @@ impl Structure {
             || self.layers > m.layers
             || self.head_size == 0
             || self.head_size > m.head_size
-            || self.head_size % 4 != 0
+            || !self.head_size.is_multiple_of(4)
         {
             let allowed = format!("layers 1 to {}, head_size a multiple of 4 up to {}", m.layers, m.head_size);
             return refuse("structure", format!("layers {}, head_size {}", self.layers, self.head_size), allowed);

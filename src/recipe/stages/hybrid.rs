@@ -1,9 +1,9 @@
 //! Hybrid-data fine-tuning: the teacher first, then the student under the tuned teacher.
 
-use super::{Context, Objective, Student, distillation, fit, text, trained};
-use crate::compress::distil::Weights;
+use super::{Context, Listening, Objective, Student, distillation, fit, text, trained};
+use crate::compress::distillation::TeacherCache;
+use crate::compress::distillation::Weights;
 use crate::compress::hybrid::{self, StudentLoss};
-use crate::compress::teacher::TeacherCache;
 use crate::data::mixture;
 use crate::error::Result;
 use crate::nn::Model;
@@ -73,6 +73,6 @@ fn student_objective<'a>(
     };
     let all: Vec<usize> = (0..teacher.width()).collect();
     let distillation = distillation(student, teacher.teacher(), &all, &distil)?;
-    let teacher = (soft > 0.0).then_some((teacher, distillation));
+    let teacher = (soft > 0.0).then_some((teacher, Listening::LastLayer(distillation)));
     Ok(Objective { draw, gold: gold as f32, soft_on_target: true, teacher })
 }

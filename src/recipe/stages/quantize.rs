@@ -1,11 +1,11 @@
 //! Quantization of every linear: steps by calibration, by a method that rounds weights, or by training.
 
 use super::{Context, Outcome, Student, calibration, linears, recover, text};
+use crate::compress::distillation::TeacherCache;
 use crate::compress::quantization::data_free::{self, Request};
 use crate::compress::quantization::{
     Activations, INPUT_STEP, QuantizationAware, awq, calibrate, gptq, learned_step, smooth,
 };
-use crate::compress::teacher::TeacherCache;
 use crate::data::batch::{Batch, Example, GmaskPosition};
 use crate::error::Result;
 use crate::nn::{self, Model, OutputHook, Pass};

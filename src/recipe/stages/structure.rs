@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::{Context, Objective, Student, calibration, fit, recover, text, trained};
+use crate::compress::distillation::TeacherCache;
 use crate::compress::importance;
 use crate::compress::structure::{self, Keep, Target};
-use crate::compress::teacher::TeacherCache;
 use crate::error::Result;
 use crate::nn::Model;
 use crate::recipe::flow::Flow;

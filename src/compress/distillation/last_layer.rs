@@ -5,13 +5,12 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::{scaled, total};
 use crate::device::Device;
 use crate::error::Result;
 use crate::nn::{Model, Pass};
-use crate::ops::binary::{Binary, BinaryFunction};
 use crate::ops::distill::{Direction, HiddenMse, LinearKl, Reduction};
 use crate::ops::matmul::Matmul;
-use crate::ops::unary::{Function, Unary};
 use crate::tape::Var;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Method, Micro};
@@ -105,10 +104,6 @@ pub fn selection(model: &Model, kept: &[usize], width: usize) -> Result<Tensor> 
     Tensor::from_slice(model.device(), &[kept.len(), width], &values)
 }
 
-fn scaled(pass: &mut Pass, x: &Var, factor: f32) -> Result<Var> {
-    pass.tape.first(Unary(Function::Scale(factor)), &[x])
-}
-
 impl Method for Distillation {
     fn name(&self) -> &'static str {
         "distillation"
@@ -143,14 +138,7 @@ impl Method for Distillation {
             let total = weighted_cross_entropy(pass, hidden, &teacher.hard_targets, &teacher.hard_weights)?;
             terms.push(scaled(pass, &total, self.weights.hard)?);
         }
-        let mut total: Option<Var> = None;
-        for term in terms {
-            total = Some(match total {
-                None => term,
-                Some(sum) => pass.tape.first(Binary(BinaryFunction::Add), &[&sum, &term])?,
-            });
-        }
-        Ok(total)
+        total(pass, terms)
     }
 
     fn on_finish(&mut self, model: &mut Model) -> Result<()> {
