@@ -157,7 +157,7 @@ mod tests {
         for (set, key) in [
             ("pipeline=[]", "pipeline"),
             ("pipeline=[3, \"gpipe\", 4]", "pipeline"),
-            ("model=[2, 2, 8, 32, 64]", "model"),
+            ("teacher=[10, 8, 1, 0.001]", "teacher"),
         ] {
             let error = Recipe::load(None, &[set.to_string()]).unwrap_err().to_string();
             assert!(error.contains(key) && error.contains("a table"), "{set}: {error}");
