@@ -82,7 +82,7 @@ pub struct Objective<'a> {
 /// What of the teacher a student hears.
 pub enum Listening<'a> {
     /// Its last hidden states and its words, from the cache.
-    LastLayer(Distillation),
+    LastLayer(Box<Distillation>),
     /// Layer by layer, or its largest logits; and the teacher's channels that the student kept.
     Layerwise(&'a Distil, Vec<usize>),
 }
@@ -134,7 +134,7 @@ pub fn fit_with(
     methods.extend(held(model, state)?);
     let largest;
     let (cache, distillation) = match objective.teacher {
-        Some((cache, Listening::LastLayer(distillation))) => (Some(cache), Some(distillation)),
+        Some((cache, Listening::LastLayer(distillation))) => (Some(cache), Some(*distillation)),
         Some((cache, Listening::Layerwise(distil, kept))) => {
             methods.push(Box::new(layerwise(context, model, cache.teacher(), (distil, &kept), training.steps)?));
             largest = distil.lesson(0, 0).logits.filter(|_| distil.top_k > 0).map(|logits| {
@@ -242,7 +242,7 @@ pub fn listening<'a>(
     let layerwise = distil.layerwise();
     let hears = match layerwise {
         true => Listening::Layerwise(distil, state.kept.clone()),
-        false => Listening::LastLayer(distillation(model, teacher, &state.kept, distil)?),
+        false => Listening::LastLayer(Box::new(distillation(model, teacher, &state.kept, distil)?)),
     };
     // Layer by layer there are no streams: soft labels are heard on every labelled row.
     Ok(Objective { draw, gold, soft_on_target: layerwise, teacher: Some((cache, hears)) })

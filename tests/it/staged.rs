@@ -156,8 +156,8 @@ fn a_killed_run_in_stages_goes_on_to_the_bit() {
     // With replicas a block's gradients are summed in the order of its stage's, so both runs must be cut in the same places.
     fs::create_dir_all(&broken).unwrap();
     fs::copy(whole.join("recipe.resolved.toml"), broken.join("recipe.resolved.toml")).unwrap();
-    for stage in ["teacher", "structure", "quantize"] {
-        let [from, to] = [&whole, &broken].map(|out| out.join("stages").join(stage));
+    for stage in fs::read_dir(whole.join("stages")).unwrap().flatten() {
+        let (from, to) = (stage.path(), broken.join("stages").join(stage.file_name()));
         fs::create_dir_all(&to).unwrap();
         let profiles = fs::read_dir(&from).unwrap().flatten().map(|entry| entry.file_name());
         for profile in profiles.filter(|name| name.to_string_lossy().starts_with("pipeline-profile-")) {

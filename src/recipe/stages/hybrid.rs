@@ -73,6 +73,6 @@ fn student_objective<'a>(
     };
     let all: Vec<usize> = (0..teacher.width()).collect();
     let distillation = distillation(student, teacher.teacher(), &all, &distil)?;
-    let teacher = (soft > 0.0).then_some((teacher, Listening::LastLayer(distillation)));
+    let teacher = (soft > 0.0).then_some((teacher, Listening::LastLayer(Box::new(distillation))));
     Ok(Objective { draw, gold: gold as f32, soft_on_target: true, teacher })
 }
