@@ -4,6 +4,7 @@
 mod data;
 mod doctor;
 mod flow;
+mod import;
 mod kernels;
 mod model;
 mod pipeline;
@@ -94,6 +95,9 @@ enum Command {
     Eval(model::Eval),
     Translate(model::Translate),
     Info(model::Info),
+    /// Make a recipe of another system's config
+    #[command(subcommand)]
+    Import(import::Import),
     Report(flow::Report),
     TrainTagger(tagger::TrainTagger),
     /// Models in stages: plan a cut, simulate a schedule
@@ -113,7 +117,12 @@ impl Command {
             Self::Run(_) | Self::Eval(_) | Self::Translate(_) | Self::TrainTagger(_) => true,
             Self::Kernels(command) => command.runs_on_a_device(),
             Self::Pipeline(command) => matches!(command, pipeline::Pipeline::Profile(_)),
-            Self::Doctor | Self::Data(_) | Self::Info(_) | Self::Report(_) | Self::Completions { .. } => false,
+            Self::Doctor
+            | Self::Data(_)
+            | Self::Info(_)
+            | Self::Report(_)
+            | Self::Import(_)
+            | Self::Completions { .. } => false,
         }
     }
 }
@@ -148,6 +157,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Run(args) => flow::run(&cli.global, args),
         Command::Eval(args) => model::eval(&cli.global, args),
         Command::Translate(args) => model::translate(&cli.global, args),
+        Command::Import(command) => import::run(&cli.global, command),
         Command::Info(args) => model::info(&cli.global, args),
         Command::Report(args) => flow::compare_runs(&cli.global, args),
         Command::TrainTagger(args) => tagger::train_tagger(&cli.global, args),

@@ -117,7 +117,7 @@ pub fn eval(global: &Global, args: Eval) -> Result<()> {
     };
     let rows = pairs.as_ref().map_or(0, Vec::len);
     let longest = model.config.max_positions;
-    let corpus = Corpus::for_evaluation(tokenizer, pairs, languages, longest)?;
+    let corpus = Corpus::for_evaluation(tokenizer, pairs, languages, (schema::layout(&model.config), longest))?;
     if corpus.held_out.iter().any(|h| h.test.is_empty()) {
         let path = args.data.clone().unwrap_or_else(|| "the embedded test set".into());
         let rule = format!("none of {rows} pairs can be measured: each needs at most {longest} tokens in all");

@@ -2,7 +2,7 @@
 
 use crate::dispatch;
 use crate::error::Result;
-use crate::nn::{Config, Model};
+use crate::nn::Model;
 use crate::ops::quant::GridFrom;
 use crate::ops::sparse24::{Compress24, Form24, Mask24};
 use crate::tensor::Tensor;
@@ -20,10 +20,10 @@ pub struct Form {
 /// Converts every linear of every block; embeddings, norms, biases, routers and the head stay f32.
 pub fn freeze(model: &Model, form: Form) -> Result<Model> {
     let mut frozen = Model::new(model.config.clone(), model.tensors.clone(), model.device())?;
+    for linear in model.config.all_linears() {
+        convert(&mut frozen, &linear, form)?;
+    }
     for i in 0..model.config.blocks.len() {
-        for linear in Config::linears(i) {
-            convert(&mut frozen, &linear, form)?;
-        }
         for experts in [format!("blocks.{i}.ffn.experts.in"), format!("blocks.{i}.ffn.experts.out")] {
             convert(&mut frozen, &experts, Form { sparse: false, ..form })?;
         }

@@ -32,7 +32,7 @@ pub struct Scores {
 /// Rotary pairs of a head as (first dimension, second dimension), in the order of the frequency table.
 pub fn rotary_pairs(positions: Positions, head_size: usize) -> Vec<(usize, usize)> {
     match positions {
-        Positions::Learned => Vec::new(),
+        Positions::Learned | Positions::Relative { .. } => Vec::new(),
         Positions::Rotary => (0..head_size / 2).map(|j| (j, j + head_size / 2)).collect(),
         Positions::Rotary2d => {
             let (half, quarter) = (head_size / 2, head_size / 4);

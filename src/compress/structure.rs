@@ -47,7 +47,8 @@ pub fn scaled_ffn(ffn_width: usize, head_size: usize, target: usize) -> usize {
 /// Indices of the `n` largest scores, ascending; among equals the lowest index wins. Exactly `n` of them.
 pub fn largest(scores: &[f64], n: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+    // Adding 0 makes the two zeros equal.
+    order.sort_by(|&a, &b| (scores[b] + 0.0).total_cmp(&(scores[a] + 0.0)).then(a.cmp(&b)));
     order.truncate(n);
     order.sort_unstable();
     order
@@ -85,6 +86,9 @@ fn check(config: &Config, target: Target) -> Result<()> {
     let rule = |key: &str, value: usize, allowed: String| {
         Err(Error::Recipe { key: format!("structure.{key}"), value: value.to_string(), allowed })
     };
+    if config.encoder > 0 {
+        return rule("layers", target.layers, "a model of one stack: an encoder-decoder keeps its structures".into());
+    }
     let Some(first) = config.blocks.first() else {
         return rule("layers", target.layers, "a model with at least one block".into());
     };
@@ -94,7 +98,7 @@ fn check(config: &Config, target: Target) -> Result<()> {
     let step = match config.positions {
         Positions::Rotary2d => 4,
         Positions::Rotary => 2,
-        Positions::Learned => 1,
+        Positions::Learned | Positions::Relative { .. } => 1,
     };
     if target.head_size == 0 || target.head_size > first.head_size || !target.head_size.is_multiple_of(step) {
         return rule("head_size", target.head_size, format!("a multiple of {step} from {step} to {}", first.head_size));

@@ -184,8 +184,20 @@ pub struct Batch {
     pub positions: Vec<u32>,
     /// [B, T], second rotary coordinate.
     pub blocks: Vec<u32>,
+    /// What an encoder reads, where there is one.
+    pub source: Option<SourceRows>,
     /// Labels that are not [`IGNORE`].
     pub token_count: usize,
+}
+
+/// The encoder's side of a batch, S = `columns`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceRows {
+    pub columns: usize,
+    /// [B, S], right-padded.
+    pub tokens: Vec<u32>,
+    /// [B], tokens that are no padding.
+    pub lengths: Vec<u32>,
 }
 
 impl Batch {
@@ -202,6 +214,11 @@ impl Batch {
             lengths: self.lengths[rows.clone()].to_vec(),
             positions: all(&self.positions),
             blocks: all(&self.blocks),
+            source: self.source.as_ref().map(|source| SourceRows {
+                columns: source.columns,
+                tokens: source.tokens[rows.start * source.columns..rows.end * source.columns].to_vec(),
+                lengths: source.lengths[rows.clone()].to_vec(),
+            }),
             token_count: targets.iter().filter(|&&t| t != IGNORE).count(),
             targets,
         }
@@ -221,6 +238,7 @@ impl Batch {
             targets: vec![IGNORE; size],
             positions: vec![0; size],
             blocks: vec![0; size],
+            source: None,
             token_count: 0,
         };
         for (row, example) in examples.iter().enumerate() {

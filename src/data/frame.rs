@@ -60,6 +60,14 @@ const ENGLISH: &[(&str, Form)] =
 const CHINESE: &[(&str, Form)] =
     &[("", Form::Bare), ("one", Form::One), ("this", Form::This), ("each", Form::Each), ("m", Form::Measure)];
 
+/// A filled frame, and where the terms stand in both sides.
+pub struct Rendered {
+    pub english: String,
+    pub chinese: String,
+    pub spans: Vec<Span>,
+    pub chinese_spans: Vec<Span>,
+}
+
 impl Frame {
     /// Parses both sides; the error is the rule that breaks.
     pub fn parse(english: &str, chinese: &str, categories: &[String]) -> Result<Self, String> {
@@ -105,8 +113,9 @@ impl Frame {
     }
 
     /// Fills the slots; `terms` are in slot order, `number` is at least 2 (English uses the plural after it).
-    pub fn render(&self, terms: &[&Term], number: usize) -> (String, String, Vec<Span>) {
-        let (mut english, mut chinese, mut spans) = (String::new(), String::new(), Vec::new());
+    pub fn render(&self, terms: &[&Term], number: usize) -> Rendered {
+        let (mut english, mut chinese) = (String::new(), String::new());
+        let (mut spans, mut chinese_spans) = (Vec::new(), Vec::new());
         for piece in &self.english {
             match piece {
                 Piece::Text(text) => english.push_str(text),
@@ -146,11 +155,14 @@ impl Frame {
                     }
                     if *form != Form::Measure {
                         push_spaced(&mut chinese, &term.chinese);
+                        let end = chinese.len();
+                        let start = end - term.chinese.len();
+                        chinese_spans.push(Span { start, end, category: term.category });
                     }
                 }
             }
         }
-        (english, chinese, spans)
+        Rendered { english, chinese, spans, chinese_spans }
     }
 }
 
@@ -241,7 +253,12 @@ mod tests {
         let frame =
             Frame::parse("{part.a} and {n} {part2.s}.", "{part.one}和{n}{part2.m}{part2}。", &categories).unwrap();
         let (array, key) = (term("array", "arrays", "数组", "个"), term("USB key", "USB keys", "USB 闪存盘", "个"));
-        let (english, chinese, spans) = frame.render(&[&key, &array], 12);
+        let Rendered { english, chinese, spans, chinese_spans } = frame.render(&[&key, &array], 12);
+        assert!(
+            chinese_spans
+                .iter()
+                .all(|s| [&key.chinese, &array.chinese].contains(&&chinese[s.start..s.end].to_string()))
+        );
         assert_eq!((english.as_str(), chinese.as_str()), ("A USB key and 12 arrays.", "一个 USB 闪存盘和 12 个数组。"));
         let words: Vec<&str> = spans.iter().map(|s| &english[s.start..s.end]).collect();
         assert_eq!(words, ["USB key", "arrays"]);

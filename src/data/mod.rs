@@ -16,6 +16,7 @@ pub mod clean;
 pub mod collect;
 pub mod frame;
 mod json_line;
+pub mod layout;
 pub mod mixture;
 pub mod order;
 pub mod package;

@@ -3,6 +3,7 @@
 
 use super::batch::{IGNORE, LENGTH_MULTIPLE};
 use super::bucket::{self, EpochCache};
+use super::frame::Span;
 use super::order;
 use super::terms::TermSentence;
 use super::tokenizer::Tokenizer;
@@ -26,20 +27,21 @@ pub fn examples<'a>(
     tokenizer: &Tokenizer,
     sentences: impl IntoIterator<Item = &'a TermSentence>,
 ) -> Result<Vec<TagExample>> {
-    sentences.into_iter().map(|sentence| example(tokenizer, sentence)).collect()
+    sentences.into_iter().map(|s| tagged(tokenizer, &s.pair.source, &s.spans)).collect()
 }
 
-fn example(tokenizer: &Tokenizer, sentence: &TermSentence) -> Result<TagExample> {
+/// Tags one text by the spans of its terms.
+pub fn tagged(tokenizer: &Tokenizer, text: &str, spans: &[Span]) -> Result<TagExample> {
     let mut example = TagExample { tokens: Vec::new(), tags: Vec::new() };
     let mut before = None;
-    for (token, range) in tokenizer.encode_with_ranges(&sentence.pair.source)? {
+    for (token, range) in tokenizer.encode_with_ranges(text)? {
         // A leading space is part of its token, so a token belongs to a span as soon as they share a byte.
-        let inside = sentence.spans.iter().position(|s| range.start < s.end && range.end > s.start);
+        let inside = spans.iter().position(|s| range.start < s.end && range.end > s.start);
         example.tokens.push(token);
         example.tags.push(match inside {
             None => 0,
             Some(span) => {
-                let category = sentence.spans[span].category as u32;
+                let category = spans[span].category as u32;
                 1 + 2 * category + u32::from(before == Some(span))
             }
         });

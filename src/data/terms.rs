@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::frame::{Frame, Span, Term};
+use super::frame::{Frame, Rendered, Span, Term};
 use super::split::{Fractions, Split};
 use super::{Pair, order};
 use crate::error::{Error, Result};
@@ -33,6 +33,8 @@ pub struct TermSentence {
     pub pair: Pair,
     /// Where the terms stand in the English side.
     pub spans: Vec<Span>,
+    /// Where they stand in the Chinese side.
+    pub target_spans: Vec<Span>,
     /// All sentences over the same set of terms are in the same part.
     pub split: Split,
 }
@@ -147,12 +149,12 @@ impl TermSet {
         }
         let terms: Vec<&Term> = chosen.iter().map(|&t| &self.terms[t]).collect();
         let number = NUMBERS.start() + order::below(draw, u64::MAX, NUMBERS.end() - NUMBERS.start() + 1);
-        let (source, target, spans) = frame.render(&terms, number);
+        let Rendered { english: source, chinese: target, spans, chinese_spans } = frame.render(&terms, number);
         let mut combination: Vec<&str> = terms.iter().map(|t| t.english.as_str()).collect();
         combination.sort_unstable();
         // The part depends on the terms alone: not on the seed, so that sets of different seeds never mix their parts.
         let split = fractions.part(order::unit(order::hash_text(0, &combination.join("\t")), 0));
-        Some(TermSentence { pair: Pair { source, target }, spans, split })
+        Some(TermSentence { pair: Pair { source, target }, spans, target_spans: chinese_spans, split })
     }
 }
 
@@ -202,7 +204,7 @@ mod tests {
         let mut counts = [0usize; 3];
         for sentence in expanded() {
             counts[sentence.split as usize] += 1;
-            let TermSentence { pair, spans, split } = sentence;
+            let TermSentence { pair, spans, split, .. } = sentence;
             // Plurals and singulars are one term.
             let mut terms: Vec<String> = spans
                 .iter()

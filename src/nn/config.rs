@@ -13,6 +13,16 @@ pub enum Positions {
     Rotary,
     /// GLM's: half of each head rotates by position, half by block position.
     Rotary2d,
+    /// T5's: a learned bias on attention scores per head and bucket of distance, shared by the blocks of a stack
+    /// (`ops::relative`). Buckets are for both sides; `farthest` is the first distance of no further bucket.
+    Relative { buckets: usize, farthest: usize },
+}
+
+impl Positions {
+    /// Whether queries and keys are rotated.
+    pub fn rotary(self) -> bool {
+        matches!(self, Positions::Rotary | Positions::Rotary2d)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,7 +103,15 @@ pub struct Config {
     pub norm: NormKind,
     pub norm_epsilon: f32,
     pub head: Head,
+    /// So many first blocks are an encoder that reads the source; the others decode and look at what it made of it. 0: there is
+    /// one stack.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub encoder: usize,
     pub blocks: Vec<Block>,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 /// Rotary base of GLM, GPT-NeoX and LLaMA.
@@ -132,6 +150,7 @@ impl Config {
             norm: NormKind::Layer,
             norm_epsilon: 1e-5,
             head: Head::Language { tied: false },
+            encoder: 0,
             blocks: vec![block(size, Activation::Relu, inverse_frequencies); size.layers],
         }
     }
@@ -148,7 +167,25 @@ impl Config {
             norm: NormKind::Layer,
             norm_epsilon: 1e-12,
             head: Head::Tagging { labels },
+            encoder: 0,
             blocks: vec![block(size, Activation::Gelu, Vec::new()); size.layers],
+        }
+    }
+
+    /// A T5-like encoder-decoder (Raffel et al. 2020): as many encoder as decoder blocks, relative bias in self-attention,
+    /// cross-attention, RMSNorm before each sublayer, ReLU FFN, attention scores without a factor. Unlike T5 it has biases and a
+    /// head of its own.
+    pub fn t5(size: Size, vocabulary: usize) -> Self {
+        let block = Block { attention_scale: 1.0, ..block(size, Activation::Relu, Vec::new()) };
+        Self {
+            positions: Positions::Relative { buckets: 32, farthest: 128 },
+            attention: AttentionKind::Causal,
+            residual: Residual::Sum,
+            norm: NormKind::Rms,
+            norm_epsilon: 1e-6,
+            encoder: size.layers,
+            blocks: vec![block; 2 * size.layers],
+            ..Self::glm(size, vocabulary)
         }
     }
 
@@ -185,12 +222,24 @@ impl Config {
         {
             return rule("residual.scale".into(), "must be finite");
         }
+        let relative = matches!(self.positions, Positions::Relative { .. });
+        if self.encoder >= self.blocks.len() || (self.encoder > 0) != relative {
+            return rule(
+                "encoder".into(),
+                "fewer than all blocks, and relative positions exactly where there is an encoder",
+            );
+        }
+        if let Positions::Relative { buckets, farthest } = self.positions
+            && (!(2..=4096).contains(&buckets) || buckets % 2 != 0 || farthest == 0 || farthest > 1_000_000)
+        {
+            return rule("positions".into(), "an even number of buckets from 2 to 4096, farthest from 1 to 1000000");
+        }
         for (i, b) in self.blocks.iter().enumerate() {
             let sizes = [b.heads, b.head_size, b.ffn_width];
             if sizes.iter().any(|&n| n == 0 || n > 1_000_000) {
                 return rule(format!("blocks[{i}]"), "heads, head_size and ffn_width must be from 1 to 1000000");
             }
-            let pairs = if self.positions == Positions::Learned { 0 } else { b.head_size / 2 };
+            let pairs = if self.positions.rotary() { b.head_size / 2 } else { 0 };
             if b.inverse_frequencies.len() != pairs {
                 let got = b.inverse_frequencies.len();
                 return rule(
@@ -222,7 +271,24 @@ impl Config {
         if block.activation == Activation::Geglu { 2 * block.ffn_width } else { block.ffn_width }
     }
 
-    /// Names of the linear layers of block `i`, in execution order.
+    /// Names of every linear layer of every block.
+    pub fn all_linears(&self) -> Vec<String> {
+        let of_block = |i: usize| Self::linears(i).into_iter().chain(self.cross(i).into_iter().flatten());
+        (0..self.blocks.len()).flat_map(of_block).collect()
+    }
+
+    /// Names of the linear layers by which block `i` looks at the source, where it is a decoder's.
+    pub fn cross(&self, i: usize) -> Option<[String; 4]> {
+        let parts = ["cross.query", "cross.key", "cross.value", "cross.output"];
+        (self.encoder > 0 && i >= self.encoder).then(|| parts.map(|part| format!("blocks.{i}.{part}")))
+    }
+
+    /// The block whose table of distances block `i` reads unless it has one of its own: the first of its stack.
+    pub fn stack(&self, i: usize) -> usize {
+        if i < self.encoder { 0 } else { self.encoder }
+    }
+
+    /// Names of the linear layers of block `i` alone, in execution order.
     pub fn linears(i: usize) -> [String; 6] {
         ["attention.query", "attention.key", "attention.value", "attention.output", "ffn.in", "ffn.out"]
             .map(|part| format!("blocks.{i}.{part}"))

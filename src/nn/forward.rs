@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::config::{Activation, AttentionKind, Head, NormKind, Positions, Residual};
+use super::encoder::Memory;
 use super::model::{GATE, Model, missing};
 use super::taps::Taps;
 use crate::dtype::DType;
@@ -15,6 +16,7 @@ use crate::ops::layout::Slice;
 use crate::ops::moe::{GroupedMatmul, GroupedMatmulInt8, MoeCombine, MoeDispatch, MoeGate};
 use crate::ops::norm::{AddNorm, LayerNorm, RmsNorm};
 use crate::ops::random::Dropout;
+use crate::ops::relative::Span;
 use crate::ops::rope::{Rope, RopeKind};
 use crate::ops::unary::{Cast, Function, Unary};
 use crate::tape::{Tape, Var};
@@ -33,6 +35,17 @@ pub struct Batch {
     pub context: Option<Tensor>,
     /// `[B]` valid tokens.
     pub lengths: Option<Tensor>,
+    /// What an encoder reads.
+    pub source: Option<Source>,
+}
+
+/// The encoder's side of a batch. All u32.
+#[derive(Clone)]
+pub struct Source {
+    /// `[B, S]`
+    pub tokens: Tensor,
+    /// `[B]` valid tokens.
+    pub lengths: Tensor,
 }
 
 /// The life-cycle's first hook: changes how a dense weight (and its input) enters an output. Quantization-aware
@@ -55,8 +68,16 @@ pub(super) enum Cache<'c> {
     None,
     /// Keep this pass's keys and values.
     Collect(&'c mut Vec<KeyValue>),
-    /// Attend to caches that the callback has just extended with this pass's keys and values; `[B]` valid lengths.
-    Extend(&'c mut dyn FnMut(usize, &Tensor, &Tensor) -> Result<KeyValue>, Tensor),
+    /// Attend to caches that the callback has just extended with this pass's keys and values.
+    Extend(&'c mut dyn FnMut(usize, &Tensor, &Tensor) -> Result<KeyValue>, Reach),
+}
+
+/// How far cached keys go.
+pub(super) struct Reach {
+    /// `[B]` valid keys.
+    pub lengths: Tensor,
+    /// Position of this pass's token, where the bias goes by it: all rows' then.
+    pub position: usize,
 }
 
 /// What goes from one block to the next, `[B, T, d]` each.
@@ -77,6 +98,9 @@ pub struct Pass<'m> {
     pub(super) hooks: Vec<&'m dyn OutputHook>,
     dropout: Option<(Dropout, Var)>,
     split_ffn: bool,
+    /// Bias by distance of a stack's table over a span.
+    pub(super) biases: Vec<(usize, Span, Var)>,
+    pub(super) memory: Option<Memory<'m>>,
     /// Whether the model has parameters beside its own (see `tuning`).
     pub(super) tuned: bool,
     prefix: usize,
@@ -106,6 +130,8 @@ impl<'m> Pass<'m> {
             hooks: Vec::new(),
             dropout: None,
             split_ffn: false,
+            biases: Vec::new(),
+            memory: None,
             tuned,
             prefix: if tuned { model.prefix_length() } else { 0 },
             taps: None,
@@ -193,7 +219,7 @@ impl<'m> Pass<'m> {
     }
 
     /// Dropout of the sublayer that comes as number `sublayer` in the whole model, wherever a pass starts.
-    fn dropped(&mut self, x: Var, sublayer: u32) -> Result<Var> {
+    pub(super) fn dropped(&mut self, x: Var, sublayer: u32) -> Result<Var> {
         let Some((dropout, step)) = &self.dropout else {
             return Ok(x);
         };
@@ -207,15 +233,26 @@ impl<'m> Pass<'m> {
     }
 
     pub(super) fn run(&mut self, batch: &Batch, mut cache: Cache) -> Result<Var> {
+        let config = &self.model.config;
+        if config.encoder > 0 && self.memory.is_none() {
+            self.encoded(batch)?;
+        }
         let mut states = self.enter(batch)?;
-        for i in 0..self.model.config.blocks.len() {
+        for i in config.encoder..config.blocks.len() {
             states = self.block(i, states, batch, &mut cache)?;
         }
         Ok(states.normed)
     }
 
-    /// Embedding and first norm.
+    /// Embedding and first norm; of the decoder where there are two stacks.
     pub fn enter(&mut self, batch: &Batch) -> Result<States> {
+        // The decoder's site comes after those of all sublayers.
+        let config = &self.model.config;
+        let sublayer = if config.encoder > 0 { 3 * config.blocks.len() + 1 } else { 0 };
+        self.enter_stack(config.encoder, batch, sublayer as u32)
+    }
+
+    pub(super) fn enter_stack(&mut self, first: usize, batch: &Batch, sublayer: u32) -> Result<States> {
         let table = self.parameter("embedding.tokens")?;
         let mut x = self.tape.first(Embed, &[&table, &Var::constant(batch.tokens.clone())])?;
         self.tape.mark_activation(&x);
@@ -224,9 +261,12 @@ impl<'m> Pass<'m> {
             let positions = self.tape.first(Embed, &[&table, &Var::constant(batch.positions.clone())])?;
             x = self.tape.first(Binary(BinaryFunction::Add), &[&x, &positions])?;
         }
-        x = self.dropped(x, 0)?;
-        let states = self.first_norm(&x)?;
-        self.keep_hidden(0, &states);
+        x = self.dropped(x, sublayer)?;
+        let states = self.first_norm(&format!("blocks.{first}.norm_attention"), &x)?;
+        // Layers are counted along the decoder where there are two stacks.
+        if first == self.model.config.encoder {
+            self.keep_hidden(0, &states);
+        }
         Ok(states)
     }
 
@@ -235,28 +275,42 @@ impl<'m> Pass<'m> {
         self.block(i, states, batch, &mut Cache::None)
     }
 
-    fn block(&mut self, i: usize, states: States, batch: &Batch, cache: &mut Cache) -> Result<States> {
+    pub(super) fn block(&mut self, i: usize, states: States, batch: &Batch, cache: &mut Cache) -> Result<States> {
         let States { normed, residual } = states;
         let attended = self.attention(i, &normed, batch, cache)?;
         let attended = self.adapted(i, "attention", attended)?;
-        let attended = self.dropped(attended, 2 * i as u32 + 1)?;
+        let mut attended = self.dropped(attended, 2 * i as u32 + 1)?;
+        let mut residual = residual;
+        if self.model.config.cross(i).is_some() {
+            let states = self.add_norm(&format!("blocks.{i}.norm_cross"), &attended, &residual)?;
+            let looked = self.look(i, &states.normed)?;
+            let site = 2 * self.model.config.blocks.len() + 1 + i;
+            (attended, residual) = (self.dropped(looked, site as u32)?, states.residual);
+        }
         let States { normed, residual } = self.add_norm(&format!("blocks.{i}.norm_ffn"), &attended, &residual)?;
         let fed = self.ffn(i, &normed)?;
         let fed = self.adapted(i, "ffn", fed)?;
         let fed = self.dropped(fed, 2 * i as u32 + 2)?;
-        let last = i + 1 == self.model.config.blocks.len();
-        let next = if last { "norm_final".into() } else { format!("blocks.{}.norm_attention", i + 1) };
+        let config = &self.model.config;
+        let next = match i + 1 {
+            end if end == config.blocks.len() => "norm_final".into(),
+            end if end == config.encoder => "norm_encoder".into(),
+            next => format!("blocks.{next}.norm_attention"),
+        };
+        let first = config.encoder;
         let states = self.add_norm(&next, &fed, &residual)?;
-        self.keep_hidden(i + 1, &states);
+        if i >= first {
+            self.keep_hidden(i + 1 - first, &states);
+        }
         Ok(states)
     }
 
-    fn first_norm(&mut self, x: &Var) -> Result<States> {
+    fn first_norm(&mut self, name: &str, x: &Var) -> Result<States> {
         let epsilon = self.model.config.norm_epsilon;
-        let weight = self.parameter("blocks.0.norm_attention.weight")?;
+        let weight = self.parameter(&format!("{name}.weight"))?;
         let y = match self.model.config.norm {
             NormKind::Layer => {
-                let bias = self.parameter("blocks.0.norm_attention.bias")?;
+                let bias = self.parameter(&format!("{name}.bias"))?;
                 self.tape.first(LayerNorm { epsilon }, &[x, &weight, &bias])?
             }
             NormKind::Rms => self.tape.first(RmsNorm { epsilon }, &[x, &weight])?,
@@ -303,6 +357,7 @@ impl<'m> Pass<'m> {
         };
         let mut op = Attention {
             mask: match model.config.attention {
+                _ if i < model.config.encoder => Mask::None,
                 AttentionKind::Bidirectional => Mask::None,
                 AttentionKind::Causal => Mask::Causal,
                 AttentionKind::Prefix => Mask::Prefix,
@@ -313,12 +368,12 @@ impl<'m> Pass<'m> {
             query_offset: before,
         };
         let constant = |t: &Option<Tensor>| t.iter().cloned().map(Var::constant).collect::<Vec<_>>();
-        let (key, value, extra) = match cache {
-            Cache::Extend(extend, lengths) => {
+        let (key, value, mut extra) = match cache {
+            Cache::Extend(extend, reach) => {
                 // The newest token sees everything cached: no mask but the valid lengths.
                 let all = extend(i, &key.tensor, &value.tensor)?;
-                op = Attention { mask: Mask::None, lengths: true, query_offset: 0, ..op };
-                (Var::constant(all.key), Var::constant(all.value), vec![Var::constant(lengths.clone())])
+                op = Attention { mask: Mask::None, lengths: true, query_offset: reach.position, ..op };
+                (Var::constant(all.key), Var::constant(all.value), vec![Var::constant(reach.lengths.clone())])
             }
             _ => {
                 if let Cache::Collect(caches) = cache {
@@ -335,6 +390,10 @@ impl<'m> Pass<'m> {
                 (key, value, [context, constant(&batch.lengths)].concat())
             }
         };
+        if let Some(bias) = self.distances(i, (t, key.dims()[1]), op.query_offset)? {
+            op.bias = true;
+            extra.push(bias);
+        }
         let inputs: Vec<&Var> = [&query, &key, &value].into_iter().chain(&extra).collect();
         let y = self.tape.first(op, &inputs)?;
         let y = y.reshape(&[b, t, block.heads * block.head_size])?;

@@ -1,13 +1,13 @@
 //! Generation with a key-value cache: greedy and beam search over a batch of prompts of different lengths.
 
 use super::config::Positions;
-use super::forward::{Batch, Cache, KeyValue, Pass};
+use super::encoder::{self, Memory, Read};
+use super::forward::{Batch, Cache, KeyValue, Pass, Reach, Source};
 use super::model::Model;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::cache::WriteRows;
-use crate::ops::layout::GatherRows;
 use crate::shape::Meta;
 use crate::tensor::Tensor;
 
@@ -44,8 +44,11 @@ fn position(model: &Model, context: usize, i: usize) -> (u32, u32) {
 
 /// Caches of all blocks as rows: row `b * capacity + s` holds key s of sequence b, a prefix first.
 struct Rows {
+    /// Of the decoding blocks.
     blocks: Vec<KeyValue>,
     capacity: usize,
+    /// What an encoder made of the prompts, one row for each sequence.
+    read: Option<Read>,
 }
 
 impl Rows {
@@ -66,22 +69,27 @@ impl Rows {
             };
             blocks.push(KeyValue { key: widen(&kv.key)?, value: widen(&kv.value)? });
         }
-        Ok(Self { blocks, capacity })
+        Ok(Self { blocks, capacity, read: None })
+    }
+
+    /// Of an encoder-decoder: nothing is decoded yet.
+    fn after_reading(model: &Model, read: Read, capacity: usize) -> Result<Self> {
+        let empty = |kv: &KeyValue| -> Result<KeyValue> {
+            let (b, hd) = (kv.key.dims()[0], &kv.key.dims()[2..]);
+            let zeros = || Tensor::zeros(model.device(), Meta::new(&[&[b, capacity], hd].concat(), kv.key.dtype())?);
+            Ok(KeyValue { key: zeros()?, value: zeros()? })
+        };
+        let blocks = read.blocks.iter().map(empty).collect::<Result<_>>()?;
+        Ok(Self { blocks, capacity, read: Some(read) })
     }
 
     /// Sequence `i` becomes a copy of sequence `from[i]`.
     fn reorder(&mut self, from: &[u32]) -> Result<()> {
-        for kv in &mut self.blocks {
-            let ids = Tensor::from_slice(kv.key.device(), &[from.len()], from)?;
-            for part in [&mut kv.key, &mut kv.value] {
-                let [b, s, h, d] = part.dims()[..] else {
-                    return Err(Error::Shape { op: "cache", rule: "[B, S, H, D]", got: part.meta().to_string() });
-                };
-                let flat = part.reshape(&[b, s * h * d])?;
-                *part = dispatch::run_one(&GatherRows, &[&flat, &ids])?.reshape(&[from.len(), s, h, d])?;
-            }
+        // Sequences take the place of others of the same prompt only, so what was read is copied once.
+        if let Some(read) = self.read.as_mut().filter(|read| read.lengths.count() != from.len()) {
+            read.reorder(from)?;
         }
-        Ok(())
+        self.blocks.iter_mut().try_for_each(|kv| encoder::reorder(kv, from))
     }
 }
 
@@ -105,12 +113,17 @@ fn prefill(model: &Model, prompts: &[&[u32]], capacity: usize) -> Result<Rows> {
     let positions: Vec<u32> = (0..b * t).map(|i| (i % t) as u32).collect();
     let lengths: Vec<u32> = prompts.iter().map(|p| p.len() as u32).collect();
     let lengths = Tensor::from_slice(device, &[b], &lengths)?;
+    let tokens = Tensor::from_slice(device, &[b, t], &tokens)?;
+    if model.config.encoder > 0 {
+        return Rows::after_reading(model, Read::new(model, Source { tokens, lengths })?, capacity);
+    }
     let batch = Batch {
-        tokens: Tensor::from_slice(device, &[b, t], &tokens)?,
+        tokens,
         positions: Tensor::from_slice(device, &[b, t], &positions)?,
         block_positions: Some(Tensor::zeros(device, Meta::new(&[b, t], DType::U32)?)?),
         context: Some(lengths.clone()),
         lengths: Some(lengths),
+        source: None,
     };
     let mut caches = Vec::new();
     Pass::inference(model).run(&batch, Cache::Collect(&mut caches))?;
@@ -129,6 +142,7 @@ fn advance(model: &Model, rows: &mut Rows, contexts: &[usize], fed: &[u32], i: u
         block_positions: Some(column(at.iter().map(|p| p.1).collect())?),
         context: None,
         lengths: None,
+        source: None,
     };
     let before = model.prefix_length();
     let lengths: Vec<u32> = contexts.iter().map(|c| (before + c + i + 1) as u32).collect();
@@ -137,7 +151,7 @@ fn advance(model: &Model, rows: &mut Rows, contexts: &[usize], fed: &[u32], i: u
     let targets = Tensor::from_slice(device, &[b], &targets)?;
     let lengths = Tensor::from_slice(device, &[b], &lengths)?;
     let mut extend = |block: usize, key: &Tensor, value: &Tensor| -> Result<KeyValue> {
-        let kv = &rows.blocks[block];
+        let kv = &rows.blocks[block - model.config.encoder];
         for (all, new) in [(&kv.key, key), (&kv.value, value)] {
             let [_, _, h, d] = new.dims()[..] else {
                 return Err(Error::Shape { op: "cache", rule: "[B, 1, H, D]", got: new.meta().to_string() });
@@ -148,7 +162,8 @@ fn advance(model: &Model, rows: &mut Rows, contexts: &[usize], fed: &[u32], i: u
         Ok(kv.clone())
     };
     let mut pass = Pass::inference(model);
-    let hidden = pass.run(&batch, Cache::Extend(&mut extend, lengths))?;
+    pass.memory = rows.read.as_ref().map(Memory::Read);
+    let hidden = pass.run(&batch, Cache::Extend(&mut extend, Reach { lengths, position: i }))?;
     let logits = pass.logits(&hidden)?.tensor.to_vec::<f32>()?;
     Ok(logits.chunks(logits.len() / b.max(1)).map(log_softmax).collect())
 }
@@ -199,7 +214,9 @@ pub fn generate(model: &Model, prompts: &[&[u32]], decoding: &Decoding) -> Resul
         let from: Vec<u32> = (0..prompts.len() * k).map(|r| (r / k) as u32).collect();
         rows.reorder(&from)?;
     }
-    let contexts: Vec<usize> = (0..prompts.len() * k).map(|r| prompts[r / k].len()).collect();
+    // An encoder-decoder has its prompts elsewhere.
+    let fed_before = |prompt: &[u32]| if model.config.encoder > 0 { 0 } else { prompt.len() };
+    let contexts: Vec<usize> = (0..prompts.len() * k).map(|r| fed_before(prompts[r / k])).collect();
     let empty = Hypothesis { tokens: Vec::new(), score: 0.0, finished: false };
     let mut beams = vec![vec![empty; 1]; prompts.len()];
     let mut fed = vec![decoding.begin; prompts.len() * k];

@@ -1,6 +1,7 @@
 //! The model as data: a config with per-layer shapes, and named tensors in one of several representations.
 
 pub mod config;
+mod encoder;
 mod forward;
 pub mod generate;
 mod linear;
@@ -10,6 +11,6 @@ mod taps;
 pub mod tuning;
 
 pub use config::{Activation, AttentionKind, Block, Config, Experts, Head, NormKind, Positions, Residual};
-pub use forward::{Batch, OutputHook, Pass, States};
+pub use forward::{Batch, OutputHook, Pass, Source, States};
 pub use model::Model;
 pub use taps::{Heads, Tap};

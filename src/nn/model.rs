@@ -12,7 +12,7 @@ use super::tuning::TUNING;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::rope;
+use crate::ops::{relative, rope};
 use crate::rng::Stream;
 use crate::tensor::Tensor;
 
@@ -33,6 +33,8 @@ pub struct Model {
     pub tensors: BTreeMap<String, Tensor>,
     device: Arc<dyn Device>,
     rotary: Vec<RotaryTables>,
+    /// Buckets of distances, of both sides and of one, where positions are relative.
+    distances: Option<[Tensor; 2]>,
 }
 
 /// What to draw a parameter from.
@@ -46,7 +48,7 @@ impl Model {
     /// Puts a config and its tensors together.
     pub fn new(config: Config, tensors: BTreeMap<String, Tensor>, device: &Arc<dyn Device>) -> Result<Self> {
         let mut rotary = Vec::new();
-        if config.positions != Positions::Learned {
+        if config.positions.rotary() {
             for block in &config.blocks {
                 let (cos, sin) = rope::tables(&block.inverse_frequencies, config.max_positions);
                 let dims = [config.max_positions, block.inverse_frequencies.len()];
@@ -56,7 +58,17 @@ impl Model {
                 });
             }
         }
-        Ok(Self { config, tensors, device: device.clone(), rotary })
+        let distances = match config.positions {
+            Positions::Relative { buckets, farthest } => {
+                let ids = |count: usize| {
+                    let ids = relative::buckets(count, farthest);
+                    Tensor::from_slice(device, &[ids.len()], &ids)
+                };
+                Some([ids(buckets / 2)?, ids(buckets)?])
+            }
+            _ => None,
+        };
+        Ok(Self { config, tensors, device: device.clone(), rotary, distances })
     }
 
     /// A fresh model: normal weights of deviation 0.02 (GPT-2), output projections scaled down by sqrt(2 L),
@@ -83,6 +95,11 @@ impl Model {
 
     pub fn rotary(&self, block: usize) -> Option<&RotaryTables> {
         self.rotary.get(block)
+    }
+
+    /// Bucket of each distance, with `both_sides` for half of the buckets.
+    pub fn distances(&self, both_sides: bool) -> Option<&Tensor> {
+        self.distances.as_ref().map(|[both, one]| if both_sides { both } else { one })
     }
 
     pub fn get(&self, name: &str) -> Result<&Tensor> {
@@ -130,7 +147,7 @@ impl Model {
                 from.map(move |(name, tensor)| (&name[p.len()..], tensor))
             });
             for (part, tensor) in all {
-                if !["attention.", "ffn.", "prefix."].iter().any(|sublayer| part.starts_with(sublayer)) {
+                if !["attention.", "cross.", "ffn.", "prefix."].iter().any(|sublayer| part.starts_with(sublayer)) {
                     continue;
                 }
                 let all = tensor.meta().bytes();
@@ -155,7 +172,7 @@ fn init_of(name: &str, layers: usize) -> Init {
     }
     match last {
         "bias" => Init::Zeros,
-        _ if name.ends_with("attention.output.weight") || name.ends_with("ffn.out.weight") => {
+        _ if ["attention.output.weight", "cross.output.weight", "ffn.out.weight"].iter().any(|n| name.ends_with(n)) => {
             Init::Normal(0.02 / (2.0 * layers as f64).sqrt())
         }
         _ => Init::Normal(0.02),
@@ -185,6 +202,21 @@ impl Config {
                 list.push((format!("{name}.weight"), dims.to_vec()));
                 list.push((format!("{name}.bias"), vec![dims[0]]));
             }
+            if let Some(cross) = self.cross(i) {
+                norm(&mut list, format!("blocks.{i}.norm_cross"));
+                for (name, dims) in cross.into_iter().zip(shapes) {
+                    list.push((format!("{name}.weight"), dims.to_vec()));
+                    list.push((format!("{name}.bias"), vec![dims[0]]));
+                }
+            }
+            if let Positions::Relative { buckets, .. } = self.positions
+                && self.stack(i) == i
+            {
+                list.push((format!("blocks.{i}.attention.distances"), vec![b.heads, buckets]));
+            }
+        }
+        if self.encoder > 0 {
+            norm(&mut list, "norm_encoder".into());
         }
         norm(&mut list, "norm_final".into());
         match &self.head {

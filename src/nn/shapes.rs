@@ -130,7 +130,7 @@ impl Config {
     /// `Error::File` naming `path`, the tensor and the shape it should have.
     pub fn check_tensors(&self, path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
         let checker = Checker { path, tensors };
-        let linears: Vec<String> = (0..self.blocks.len()).flat_map(Self::linears).collect();
+        let linears = self.all_linears();
         let of_linear =
             |name: &str| linears.iter().any(|l| name.strip_prefix(l.as_str()).is_some_and(|r| r.starts_with('.')));
         for (name, dims) in self.parameters().into_iter().filter(|(name, _)| !of_linear(name)) {
@@ -142,6 +142,11 @@ impl Config {
             let [query, key, value, output, ffn_in, ffn_out] = Self::linears(i);
             for (name, n, k) in [(&query, inner, d), (&key, inner, d), (&value, inner, d), (&output, d, inner)] {
                 checker.linear(name, n, k)?;
+            }
+            if let Some([query, key, value, output]) = &self.cross(i) {
+                for (name, n, k) in [(query, inner, d), (key, inner, d), (value, inner, d), (output, d, inner)] {
+                    checker.linear(name, n, k)?;
+                }
             }
             if block.experts.is_some() {
                 checker.experts(&format!("blocks.{i}.ffn"), block, d)?;

@@ -27,6 +27,7 @@ mod quantize;
 pub mod random;
 pub mod reduce;
 pub mod relation;
+pub mod relative;
 pub mod rope;
 mod rows;
 pub mod select;
@@ -58,6 +59,7 @@ pub static FAMILIES: &[&Family] = &[
     &quant::FAMILY,
     &random::FAMILY,
     &reduce::FAMILY,
+    &relative::FAMILY,
     &relation::FAMILY,
     &rope::FAMILY,
     &select::FAMILY,

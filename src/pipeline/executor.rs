@@ -137,6 +137,10 @@ impl Pipeline {
         let route = setup.route.clone();
         let count = route.workers.len();
         let here = if across.is_some() { 1 } else { count };
+        if model.config.encoder > 0 {
+            let reason = "an encoder-decoder is not one chain of blocks: train it on one device".into();
+            return Err(Error::NotAvailable { device: "pipeline".into(), reason });
+        }
         if setup.devices.len() != here {
             let value = setup.devices.len().to_string();
             return Err(Error::Parameter {

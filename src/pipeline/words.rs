@@ -197,7 +197,8 @@ pub(super) fn micros_of(heads: &[MicroHead], tensors: &[Loose], device: &Arc<dyn
             let loose = if *present { rest.next() } else { None };
             own.push(loose.map(|(meta, bytes)| Tensor::from_bytes(device, *meta, bytes)).transpose()?);
         }
-        let [tokens, positions, block_positions, context, lengths, targets, weights, teacher @ ..] = own.as_slice()
+        let [tokens, positions, block_positions, context, lengths, targets, weights, teacher @ .., _, _] =
+            own.as_slice()
         else {
             return Err(unsaid("a micro-batch without its tensors".into()));
         };
@@ -233,6 +234,7 @@ pub(super) fn micros_of(heads: &[MicroHead], tensors: &[Loose], device: &Arc<dyn
                 block_positions: block_positions.clone(),
                 context: context.clone(),
                 lengths: lengths.clone(),
+                source: None,
             },
             targets: needed(targets),
             weights: needed(weights),

@@ -1,9 +1,11 @@
 //! Ranges of a recipe's values: everything that could fail late is refused before the first stage runs.
 
 use super::order::Step;
-use super::schema::{Corpus, Evaluate, MAX_BEAMS, MAX_SEED, Recipe, Training};
+use super::schema::{Corpus, Distil, Evaluate, Family, MAX_BEAMS, MAX_SEED, Quantize, Recipe, Sparsify, Training};
+use crate::compress::tuning::Tuning;
 use crate::data::tokenizer::is_language;
 use crate::error::{Error, Result};
+use crate::nn::Activation;
 use crate::nn::config::Size;
 use crate::train::optimizer::Rule;
 
@@ -93,6 +95,7 @@ impl Recipe {
         self.check_order()?;
         self.check_data()?;
         self.check_model()?;
+        self.check_family()?;
         self.teacher.check("teacher")?;
         self.check_compression()?;
         self.check_listening()?;
@@ -140,7 +143,8 @@ impl Recipe {
     }
 
     fn check_model(&self) -> Result<()> {
-        let m = self.model;
+        self.model.check()?;
+        let m = self.model.size();
         let sizes = [m.layers, m.heads, m.head_size, m.ffn_width, m.max_positions];
         let most = [1024, 1024, 4096, 1 << 20, 1_000_000];
         if sizes.iter().zip(most).any(|(&n, most)| n == 0 || n > most)
@@ -161,9 +165,58 @@ impl Recipe {
         Ok(())
     }
 
+    /// What a family has no form of.
+    fn check_family(&self) -> Result<()> {
+        let family = self.model.family;
+        if family == Family::Tagger && !matches!(self.data.corpus, Corpus::Terms { .. }) {
+            let allowed = "terms for a tagger: only generated sentences have known spans";
+            return refuse("data.corpus", "without spans", allowed);
+        }
+        if family == Family::T5 && self.structure.is_some() {
+            return refuse(
+                "structure",
+                "with model.family t5",
+                "glm or tagger: an encoder-decoder keeps its structures",
+            );
+        }
+        if family == Family::T5 && self.pipeline.is_some() {
+            return refuse(
+                "pipeline",
+                "with model.family t5",
+                "glm or tagger: an encoder-decoder is not one chain of blocks",
+            );
+        }
+        let layerwise = [
+            self.structure.as_ref().map(|s| &s.distil),
+            self.sparsify.as_ref().map(|s| &s.distil),
+            self.quantize.as_ref().map(|q| &q.distil),
+            self.tune.as_ref().and_then(|t| t.distil.as_ref()),
+        ];
+        if family == Family::T5 && layerwise.into_iter().flatten().any(Distil::layerwise) {
+            let allowed = "the last layer alone for model.family t5, whose blocks are no chain";
+            return refuse("distil.matches", "layers", allowed);
+        }
+        if family == Family::T5 && self.tune.as_ref().is_some_and(|t| matches!(t.method, Tuning::Prefix(_))) {
+            let allowed = "adapters or lora for model.family t5: a prefix has no distance to the tokens";
+            return refuse("tune.method", "prefix", allowed);
+        }
+        // Statistics of inputs are taken by walking one chain of blocks.
+        let walked = self.sparsify.as_ref().is_some_and(Sparsify::walks_blocks)
+            || self.quantize.as_ref().is_some_and(Quantize::walks_blocks);
+        if family == Family::T5 && walked {
+            let allowed = "methods without calibration on inputs for model.family t5, whose blocks are no chain";
+            return refuse("sparsify.method, quantize.method", "with calibration", allowed);
+        }
+        if self.experts.is_some() && self.model.activation() != Activation::Relu {
+            let allowed = "relu for experts: they are chosen by which neurons are positive";
+            return refuse("model.activation", "gelu", allowed);
+        }
+        Ok(())
+    }
+
     fn check_compression(&self) -> Result<()> {
         if let Some(s) = &self.structure {
-            s.check(self.model)?;
+            s.check(self.model.size())?;
         }
         if let Some(s) = &self.sparsify {
             s.check(self.smallest(), self.pipeline.is_some())?;
@@ -182,7 +235,7 @@ impl Recipe {
 
     /// Layers that students listen to, by the student's sizes when its stage comes; and what is tuned of it.
     fn check_listening(&self) -> Result<()> {
-        let (mut size, mut experts, pipeline) = (self.model, false, self.pipeline.is_some());
+        let (mut size, mut experts, pipeline) = (self.model.size(), false, self.pipeline.is_some());
         for step in self.steps() {
             let distil = match step {
                 Step::Structure => {
@@ -204,7 +257,7 @@ impl Recipe {
                 }
             };
             if let Some(distil) = distil {
-                distil.check_layers(&format!("{}.distil", step.name()), size, self.model, pipeline)?;
+                distil.check_layers(&format!("{}.distil", step.name()), size, self.model.size(), pipeline)?;
             }
         }
         Ok(())
@@ -212,7 +265,7 @@ impl Recipe {
 
     /// Sizes of the model once its structures are pruned.
     pub fn smallest(&self) -> Size {
-        self.structure.as_ref().map_or(self.model, |s| s.pruned(self.model))
+        self.structure.as_ref().map_or(self.model.size(), |s| s.pruned(self.model.size()))
     }
 }
 

@@ -1,12 +1,15 @@
 //! The text of a run: pairs from a recipe's corpus as token examples of two streams, split, with a tokenizer.
 
+pub mod tagging;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::schema::{self, Recipe};
+use super::schema::{self, Family, Recipe};
 use crate::data::Pair;
 use crate::data::batch::{Batch, BatchOptions, Direction, Example, GmaskPosition, OverLength, Stream};
 use crate::data::collect::{CARD_FILE, CollectOptions, CollectionCard, Roots, collect};
+use crate::data::layout::Layout;
 use crate::data::order;
 use crate::data::split::{Fractions, Split};
 use crate::data::table::{self, TableOptions};
@@ -41,6 +44,10 @@ pub struct Corpus {
     /// D_d: target language -> source language, a share of the training pairs.
     pub target: Stream,
     pub held_out: Vec<HeldOut>,
+    /// How the model takes examples.
+    pub layout: Layout,
+    /// Tag names by id, where tokens are tagged.
+    pub labels: Vec<String>,
     /// Of all pairs of the three parts: what a model learned from and is measured on.
     pub hash: String,
     /// What a reader of the report must know of the text.
@@ -71,6 +78,9 @@ impl Corpus {
     /// Reads the text, trains the tokenizer, encodes both streams.
     pub fn prepare(recipe: &Recipe, folder: &Path) -> Result<Self> {
         let data = &recipe.data;
+        if let (Family::Tagger, schema::Corpus::Terms { pairs }) = (recipe.model.family, &data.corpus) {
+            return tagging::prepare(recipe, *pairs);
+        }
         let mut parts = read(recipe, folder)?;
         if data.limit > 0 {
             parts.train = super::evaluate::sample(&parts.train, data.limit).into_iter().cloned().collect();
@@ -106,7 +116,8 @@ impl Corpus {
             data.max_length,
         ));
         let hash = parts.hash();
-        let mut corpus = Self { tokenizer, source, target, held_out: Vec::new(), hash, notes };
+        let (layout, labels, held_out) = (recipe.model.family.layout(), Vec::new(), Vec::new());
+        let mut corpus = Self { tokenizer, source, target, held_out, layout, labels, hash, notes };
         corpus.held_out = corpus.hold_out(&parts.validation, &parts.test, languages, &options)?;
         corpus.check_survivors(recipe, &parts, labelled.len())?;
         Ok(corpus)
@@ -157,7 +168,7 @@ impl Corpus {
         tokenizer: Tokenizer,
         pairs: Option<Vec<Pair>>,
         languages: (&str, &str),
-        max_length: usize,
+        (layout, max_length): (Layout, usize),
     ) -> Result<Self> {
         let (test, notes) = match pairs {
             Some(pairs) => (pairs, Vec::new()),
@@ -168,7 +179,8 @@ impl Corpus {
         };
         let options = BatchOptions { max_length, ..BatchOptions::default() };
         let (source, target) = (Stream::default(), Stream::default());
-        let mut corpus = Self { tokenizer, source, target, held_out: Vec::new(), hash: String::new(), notes };
+        let (held_out, labels, hash) = (Vec::new(), Vec::new(), String::new());
+        let mut corpus = Self { tokenizer, source, target, held_out, layout, labels, hash, notes };
         corpus.held_out = corpus.hold_out(&[], &test, languages, &options)?;
         Ok(corpus)
     }
@@ -205,6 +217,11 @@ impl Corpus {
         Ok(held_out)
     }
 
+    /// Lays out examples as the model takes them.
+    pub fn assemble(&self, examples: &[&Example]) -> Batch {
+        self.layout.assemble(examples, self.special())
+    }
+
     pub fn special(&self) -> SpecialIds {
         self.tokenizer.special()
     }
@@ -235,8 +252,8 @@ pub fn options(recipe: &Recipe) -> BatchOptions {
 }
 
 /// A fixed share of the pairs, chosen by hash so that a larger share contains a smaller one.
-fn labelled(pairs: &[Pair], share: f64, seed: u64) -> Vec<Pair> {
-    let chosen = |(i, _): &(usize, &Pair)| order::unit(seed, *i as u64) < share;
+fn labelled<T: Clone>(pairs: &[T], share: f64, seed: u64) -> Vec<T> {
+    let chosen = |(i, _): &(usize, &T)| order::unit(seed, *i as u64) < share;
     pairs.iter().enumerate().filter(chosen).map(|(_, p)| p.clone()).collect()
 }
 
@@ -316,5 +333,12 @@ pub fn upload(device: &Arc<dyn Device>, batch: &Batch) -> Result<nn::Batch> {
         block_positions: Some(Tensor::from_slice(device, &[b, t], &batch.blocks)?),
         context: Some(Tensor::from_slice(device, &[b], &batch.context_lengths)?),
         lengths: Some(Tensor::from_slice(device, &[b], &batch.lengths)?),
+        source: match &batch.source {
+            Some(source) => Some(nn::Source {
+                tokens: Tensor::from_slice(device, &[b, source.columns], &source.tokens)?,
+                lengths: Tensor::from_slice(device, &[b], &source.lengths)?,
+            }),
+            None => None,
+        },
     })
 }

@@ -3,11 +3,12 @@
 use std::time::Instant;
 
 use super::corpus::{Corpus, HeldOut, upload};
-use super::schema::Evaluate;
-use crate::data::batch::{Batch, Example, GmaskPosition, IGNORE};
+use super::schema::{self, Evaluate};
+use crate::data::batch::{Batch, Example, IGNORE};
+use crate::data::layout::Layout;
 use crate::dispatch;
 use crate::error::Result;
-use crate::metrics::{Bleu, BleuTokenizer, Chrf, ExactMatch, SequenceProbability, TokenAccuracy};
+use crate::metrics::{Bleu, BleuTokenizer, Chrf, EntityRule, ExactMatch, SequenceProbability, TokenAccuracy};
 use crate::nn::generate::{Decoding, generate};
 use crate::nn::{Model, Pass};
 use crate::ops::layout::GatherRows;
@@ -41,7 +42,7 @@ pub fn teacher_forced(
     let mut forced: Vec<Option<Forced>> = (0..examples.len()).map(|_| None).collect();
     for chunk in order.chunks(BATCH) {
         let rows: Vec<&Example> = chunk.iter().map(|&i| examples[i]).collect();
-        let batch = Batch::assemble(&rows, corpus.special(), GmaskPosition::MaskIndex);
+        let batch = corpus.assemble(&rows);
         for (&i, f) in chunk.iter().zip(force_batch(model, &batch, methods)?) {
             forced[i] = Some(f);
         }
@@ -135,18 +136,32 @@ fn direction(
     let examples: Vec<&Example> = sentences.iter().map(|s| &s.example).collect();
     let mut accuracy = TokenAccuracy::default();
     let mut probability = SequenceProbability::default();
-    for (example, f) in examples.iter().zip(teacher_forced(model, corpus, &examples, &[])?) {
+    let forced = teacher_forced(model, corpus, &examples, &[])?;
+    for (example, f) in examples.iter().zip(&forced) {
         accuracy.add(&f.predicted, &example.labels, None)?;
         all.add(&f.predicted, &example.labels, None)?;
         probability.add(&f.log_probabilities)?;
     }
-    let decoded = if settings.decoded == 0 { Vec::new() } else { sample(&sentences, settings.decoded) };
+    let tagging = !corpus.labels.is_empty();
+    let decoded = if settings.decoded == 0 || tagging { Vec::new() } else { sample(&sentences, settings.decoded) };
     let hypotheses = decode(model, corpus, decoded.iter().map(|s| &s.example), settings.beams)?;
     let references: Vec<String> = decoded.iter().map(|s| s.reference.clone()).collect();
     let mut exact = ExactMatch::default();
     for (hypothesis, reference) in hypotheses.iter().zip(&references) {
         exact.add_text(hypothesis, reference);
         all_exact.add_text(hypothesis, reference);
+    }
+    let mut entity_f1 = None;
+    if tagging {
+        let name = |&tag: &u32| corpus.labels.get(tag as usize).map_or("O", String::as_str);
+        let names = |tags: &[u32]| -> Vec<&str> { tags.iter().map(name).collect() };
+        let actual: Vec<Vec<&str>> = examples.iter().map(|e| names(&e.labels)).collect();
+        let predicted: Vec<Vec<&str>> = forced.iter().map(|f| names(&f.predicted)).collect();
+        for (predicted, actual) in predicted.iter().zip(&actual) {
+            exact.add_text(&predicted.join(" "), &actual.join(" "));
+            all_exact.add_text(&predicted.join(" "), &actual.join(" "));
+        }
+        entity_f1 = Some(entity_f1_score(&actual, &predicted)?);
     }
     let tokenizer = BleuTokenizer::for_language(&held_out.target_language);
     let (bleu, chrf) = if hypotheses.is_empty() {
@@ -164,12 +179,18 @@ fn direction(
         sentences: sentences.len() as u64,
         token_accuracy: accuracy.value(),
         exact_match: exact.value(),
+        entity_f1,
         bleu,
         chrf,
         sequence_probability: probability.mean(),
         probability_per_token: probability.geometric_mean_per_token(),
         perplexity: probability.perplexity(),
     })
+}
+
+/// Micro-averaged F1 over entities, as conlleval reads tags.
+fn entity_f1_score(actual: &[Vec<&str>], predicted: &[Vec<&str>]) -> Result<f64> {
+    Ok(crate::metrics::entity_f1(actual, predicted, EntityRule::Conlleval)?.micro().f1())
 }
 
 /// Translations of examples' contexts.
@@ -211,14 +232,17 @@ const SAMPLES: usize = 30;
 pub fn latency(model: &Model, batch: usize, length: usize) -> Result<Latency> {
     let length = length.min(model.config.max_positions);
     let mut stream = Stream::new(1, batch as u32);
+    let layout = schema::layout(&model.config);
+    // A tagger has no part that is generated.
+    let context = if layout == Layout::Tagging { length } else { length / 2 };
     let rows: Vec<Example> = (0..batch)
         .map(|_| Example {
-            context: (0..length / 2).map(|_| stream.below(model.config.vocabulary) as u32).collect(),
+            context: (0..context).map(|_| stream.below(model.config.vocabulary) as u32).collect(),
             labels: (0..length - length / 2).map(|_| stream.below(model.config.vocabulary) as u32).collect(),
         })
         .collect();
     let special = crate::data::tokenizer::SpecialIds { pad: 0, unk: 0, bos: 0, eos: 0, gmask: 0 };
-    let plain = Batch::assemble(&rows.iter().collect::<Vec<_>>(), special, GmaskPosition::MaskIndex);
+    let plain = layout.assemble(&rows.iter().collect::<Vec<_>>(), special);
     let inputs = upload(model.device(), &plain)?;
     let last: Vec<u32> = (0..batch).map(|row| (row * plain.columns + plain.columns - 1) as u32).collect();
     let last = Tensor::from_slice(model.device(), &[batch], &last)?;

@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::corpus::Corpus;
 use super::evaluate::evaluate;
 use super::order::Step;
+use super::promises::{self, Pruned};
 use super::run_folder::{Origin, RunFolder, StageRecord, State, fingerprint};
 use super::schema::Recipe;
 use super::source::teacher_cache;
@@ -43,6 +44,7 @@ pub(super) struct Flow<'a> {
     tokenizer: Vec<u8>,
     /// Spent in earlier sessions on what the report shows.
     earlier_seconds: f64,
+    pruned: Pruned,
 }
 
 /// Runs a recipe and returns the path of its report.
@@ -67,7 +69,17 @@ pub fn run(recipe: &Recipe, device: &Arc<dyn Device>, options: &Options) -> Resu
         ..RunReport::default()
     };
     let device = device.clone();
-    let mut flow = Flow { recipe, corpus: &corpus, folder, device, options, report, tokenizer, earlier_seconds: 0.0 };
+    let mut flow = Flow {
+        recipe,
+        corpus: &corpus,
+        folder,
+        device,
+        options,
+        report,
+        tokenizer,
+        earlier_seconds: 0.0,
+        pruned: Pruned::default(),
+    };
     flow.stages()?;
     flow.report.seconds = flow.earlier_seconds + started.elapsed().as_secs_f64();
     if flow.earlier_seconds > 0.0 {
@@ -135,6 +147,7 @@ impl Flow<'_> {
             say(self.options, format!("{name}: finished before, taken from the run folder"));
             self.earlier_seconds += record.row.seconds.unwrap_or(0.0);
             self.adopt(&record);
+            self.remember(&model, &record.state, baseline)?;
             return Ok(Student { model, state: record.state, fingerprint });
         }
         let path = self.folder.stage(name)?;
@@ -151,9 +164,9 @@ impl Flow<'_> {
         let mut outcome = work(&context)?;
         let deployed = freeze(&outcome.model, outcome.state.form())?;
         let mut row = evaluate(&deployed, corpus, &self.recipe.evaluate, name)?;
-        outcome.invariants.extend(stages::invariants(&outcome.model, &outcome.state)?);
-        let probe = stages::probe(corpus, &outcome.model)?;
-        outcome.invariants.extend(stages::quantize::deployed(&outcome.model, &outcome.state, &deployed, &probe)?);
+        let before = (!baseline).then_some(&self.pruned);
+        let state = (&outcome.model, &outcome.state);
+        outcome.invariants.extend(promises::checked(corpus, state, &deployed, before)?);
         outcome.invariants.push(self.reloads(&path.join("deployed"), name, &deployed)?);
         row.baseline = baseline;
         row.seconds = Some(outcome.earlier_seconds + started.elapsed().as_secs_f64());
@@ -174,7 +187,16 @@ impl Flow<'_> {
         };
         self.folder.finish(name, &record, &outcome.model, &[("tokenizer.json", self.tokenizer.clone())])?;
         self.adopt(&record);
+        self.remember(&outcome.model, &outcome.state, baseline)?;
         Ok(Student { model: outcome.model, state: outcome.state, fingerprint })
+    }
+
+    /// Keeps in mind what the next stages may not bring back.
+    fn remember(&mut self, model: &Model, state: &State, baseline: bool) -> Result<()> {
+        if !baseline {
+            self.pruned = Pruned::of(model, state)?;
+        }
+        Ok(())
     }
 
     fn adopt(&mut self, record: &StageRecord) {

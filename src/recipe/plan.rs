@@ -4,12 +4,11 @@ mod spread;
 
 use std::sync::Arc;
 
-use super::corpus::Corpus;
+use super::corpus::{Corpus, tagging};
 use super::order::Step;
 use super::schema::{Recipe, Training};
 use crate::device::{Device, Kind};
 use crate::error::{Error, Result};
-use crate::nn::Config;
 use crate::nn::config::Size;
 use crate::report::model::{Machine, RunReport};
 pub use spread::{PlannedSpread, check_devices, plan_spread};
@@ -34,13 +33,13 @@ pub struct PlannedStage {
 
 /// The stages of a recipe with their shapes; nothing is read or written.
 pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
-    let mut stages = vec![planned("teacher", recipe.model, recipe, Some(&recipe.teacher))];
-    let mut size = recipe.model;
+    let mut stages = vec![planned("teacher", recipe.model.size(), recipe, Some(&recipe.teacher))];
+    let mut size = recipe.model.size();
     for step in recipe.steps() {
         match step {
             Step::Structure => {
                 let Some(s) = &recipe.structure else { continue };
-                size = s.pruned(recipe.model);
+                size = s.pruned(recipe.model.size());
                 if s.compare_random {
                     stages.push(planned("random (baseline)", size, recipe, Some(&s.training)));
                 }
@@ -63,7 +62,7 @@ pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
             }
             Step::Hybrid => {
                 let Some(h) = &recipe.hybrid else { continue };
-                stages.push(planned("hybrid teacher", recipe.model, recipe, Some(&h.teacher)));
+                stages.push(planned("hybrid teacher", recipe.model.size(), recipe, Some(&h.teacher)));
                 stages.push(planned("hybrid", size, recipe, Some(&h.student)));
             }
             Step::Tune => {
@@ -102,11 +101,12 @@ pub fn physical_memory() -> Option<u64> {
 }
 
 fn planned(name: &str, size: Size, recipe: &Recipe, training: Option<&Training>) -> PlannedStage {
-    let config = Config::glm(size, recipe.data.vocabulary);
+    let labels = tagging::labels().unwrap_or_default();
+    let config = recipe.model.config(size, recipe.data.vocabulary, &labels);
     let parameters: usize = config.parameters().iter().map(|(_, dims)| dims.iter().product::<usize>()).sum();
     let tokens = training.map_or(0, |t| t.batch * recipe.data.max_length);
     // Backward holds as much again at its peak.
-    let per_token = per_token(size, config.width, size.layers) + 4 * config.width;
+    let per_token = per_token(size, config.width, config.blocks.len()) + 4 * config.width;
     let training_state = if training.is_some() { 3 * parameters } else { 0 };
     PlannedStage {
         stage: name.into(),

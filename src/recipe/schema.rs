@@ -3,6 +3,7 @@
 mod distil;
 mod experts;
 mod hybrid;
+mod model;
 mod pipeline;
 mod quantize;
 mod sparsify;
@@ -12,7 +13,6 @@ mod tune;
 use serde::{Deserialize, Serialize};
 
 use super::order::Step;
-use crate::nn::config::Size;
 use crate::train::optimizer::{Rule, Settings};
 use crate::train::precision::Precision;
 use crate::train::schedule::{Schedule, Shape};
@@ -20,6 +20,7 @@ use crate::train::schedule::{Schedule, Shape};
 pub use distil::{Distil, HiddenProjection};
 pub use experts::Experts;
 pub use hybrid::Hybrid;
+pub use model::{Architecture, Family, layout};
 pub use pipeline::{Auto, Pipeline, Replicas, Stages};
 pub use quantize::{Inputs, Method, Observer, Quantize};
 pub use sparsify::{PruningMethod, Sparsify};
@@ -38,7 +39,7 @@ pub struct Recipe {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<Vec<Step>>,
     pub data: Data,
-    pub model: Size,
+    pub model: Architecture,
     pub teacher: Training,
     #[serde(default)]
     pub structure: Option<Structure>,

@@ -7,7 +7,7 @@ use super::corpus::{Corpus, upload};
 use super::schema::Training;
 use crate::compress::distillation::{Kept, TeacherCache};
 use crate::compress::hybrid;
-use crate::data::batch::{Batch, BatchOptions, Batches, Example, GmaskPosition, IGNORE, Stream};
+use crate::data::batch::{Batch, BatchOptions, Batches, Example, IGNORE, Stream};
 use crate::device::Device;
 use crate::error::Result;
 use crate::nn::Model;
@@ -109,7 +109,7 @@ impl CorpusSource<'_> {
     fn micros(&self, index: u64) -> Result<Vec<Micro>> {
         let (indices, alpha) = self.draw.indices(self.corpus, index);
         let examples: Vec<&Example> = indices.iter().filter_map(|&i| self.corpus.example(i)).collect();
-        let whole = Batch::assemble(&examples, self.corpus.special(), GmaskPosition::MaskIndex);
+        let whole = self.corpus.assemble(&examples);
         let from_source: Vec<bool> = indices.iter().map(|&i| self.corpus.is_source(i)).collect();
         // What rows weigh goes by the whole draw, so that its parts add up to it.
         let weights = row_weights(&whole, &from_source, alpha);
@@ -209,11 +209,12 @@ fn row_weights(batch: &Batch, from_source: &[bool], alpha: Option<f64>) -> Vec<f
 
 /// Lays out training examples for the teacher cache.
 pub fn teacher_cache<'a>(teacher: &'a Model, corpus: &'a Corpus) -> TeacherCache<'a> {
-    let lengths: Vec<usize> = (0..corpus.examples()).filter_map(|i| corpus.example(i)).map(Example::length).collect();
+    let own = |example: &Example| corpus.layout.length(example);
+    let lengths: Vec<usize> = (0..corpus.examples()).filter_map(|i| corpus.example(i)).map(own).collect();
     let layout = move |indices: &[usize]| {
         let examples: Vec<&Example> = indices.iter().filter_map(|&i| corpus.example(i)).collect();
-        let batch = Batch::assemble(&examples, corpus.special(), GmaskPosition::MaskIndex);
-        let lengths = examples.iter().map(|e| e.length()).collect();
+        let batch = corpus.assemble(&examples);
+        let lengths = examples.iter().map(|e| corpus.layout.length(e)).collect();
         Ok((upload(teacher.device(), &batch)?, lengths))
     };
     TeacherCache::new(teacher, &lengths, Box::new(layout))

@@ -21,7 +21,7 @@ use crate::compress::distillation::{
 };
 use crate::compress::pruning::Held;
 use crate::compress::quantization::QuantizationAware;
-use crate::data::batch::{Batch, Example, GmaskPosition};
+use crate::data::batch::Example;
 use crate::error::Result;
 use crate::nn::{self, Config, Model};
 use crate::ops::distill::Reduction;
@@ -323,7 +323,7 @@ pub fn calibration(context: &Context, model: &Model, batches: usize) -> Result<V
 
 /// Linears of all blocks whose name contains one of `parts` (all when empty).
 pub fn linears(config: &Config, parts: &[String]) -> Vec<String> {
-    let all = (0..config.blocks.len()).flat_map(Config::linears);
+    let all = config.all_linears().into_iter();
     all.filter(|l| parts.is_empty() || parts.iter().any(|p| matches(l, p))).collect()
 }
 
@@ -335,5 +335,5 @@ pub fn matches(name: &str, part: &str) -> bool {
 /// A held-out batch for checks that compare two forms of a model.
 pub fn probe(corpus: &Corpus, model: &Model) -> Result<nn::Batch> {
     let examples: Vec<&Example> = corpus.held_out.iter().flat_map(|h| h.validation.iter().take(8)).collect();
-    upload(model.device(), &Batch::assemble(&examples, corpus.special(), GmaskPosition::MaskIndex))
+    upload(model.device(), &corpus.assemble(&examples))
 }

@@ -110,6 +110,7 @@ fn upload(device: &Arc<dyn Device>, batch: &TagBatch) -> Result<Batch> {
         block_positions: None,
         context: None,
         lengths: Some(Tensor::from_slice(device, &[b], &batch.lengths)?),
+        source: None,
     })
 }
 

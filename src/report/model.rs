@@ -90,6 +90,9 @@ pub struct DirectionScores {
     pub sentences: u64,
     pub token_accuracy: Option<f64>,
     pub exact_match: Option<f64>,
+    /// Of a tagger: F1 over entities, as conlleval reads tags.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entity_f1: Option<f64>,
     pub bleu: Option<Score>,
     pub chrf: Option<Score>,
     /// Mean over sentences of P(target | source).

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use super::optimizer::Optimizer;
 use crate::error::Result;
-use crate::nn::{Batch, Model, OutputHook, Pass, Tap};
+use crate::nn::{Batch, Model, OutputHook, Pass, Source, Tap};
 use crate::shape::Meta;
 use crate::tape::Var;
 use crate::tensor::Tensor;
@@ -60,7 +60,7 @@ pub type MicroShape = (bool, [Option<Meta>; Micro::PLACES]);
 
 impl Micro {
     /// Tensors that it may have.
-    pub const PLACES: usize = 14;
+    pub const PLACES: usize = 16;
 
     /// Its tensors, each in its place.
     pub fn tensors(&self) -> [Option<&Tensor>; Self::PLACES] {
@@ -80,6 +80,8 @@ impl Micro {
             teacher.map(|t| &t.hard_weights),
             teacher.and_then(|t| t.top.as_ref()).map(|t| &t.slots),
             teacher.and_then(|t| t.top.as_ref()).map(|t| &t.values),
+            batch.source.as_ref().map(|s| &s.tokens),
+            batch.source.as_ref().map(|s| &s.lengths),
         ]
     }
 
@@ -96,6 +98,9 @@ impl Micro {
     pub fn map(&self, change: impl Fn(usize, &Tensor) -> Result<Tensor>) -> Result<Self> {
         let maybe = |at: usize, tensor: &Option<Tensor>| tensor.as_ref().map(|t| change(at, t)).transpose();
         let top = |t: &Top| -> Result<Top> { Ok(Top { slots: change(12, &t.slots)?, values: change(13, &t.values)? }) };
+        let source = |s: &Source| -> Result<Source> {
+            Ok(Source { tokens: change(14, &s.tokens)?, lengths: change(15, &s.lengths)? })
+        };
         let teacher = |t: &Teacher| -> Result<Teacher> {
             Ok(Teacher {
                 hidden: change(7, &t.hidden)?,
@@ -113,6 +118,7 @@ impl Micro {
                 block_positions: maybe(2, &self.batch.block_positions)?,
                 context: maybe(3, &self.batch.context)?,
                 lengths: maybe(4, &self.batch.lengths)?,
+                source: self.batch.source.as_ref().map(source).transpose()?,
             },
             targets: change(5, &self.targets)?,
             weights: change(6, &self.weights)?,

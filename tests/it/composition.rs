@@ -46,6 +46,9 @@ fn a_grid_made_first_is_carried_through_pruning_masks_and_experts() {
     assert!(state.kept.is_sorted() && state.kept.iter().all(|&c| c < 32));
     let last = report.stages.last().unwrap();
     let rule = |part: &str| last.invariants.iter().any(|i| i.name.contains(part));
+    for part in ["stays zero", "config describes", "deployed", "channels", "in one expert"] {
+        assert!(rule(part), "{part}: {:?}", last.invariants);
+    }
     assert!(rule("2:4") && rule("integer 0") && rule("k = all") && rule("reloads"), "{:?}", last.invariants);
     assert!(last.sparsity.iter().all(|(_, share)| *share >= 0.5), "{:?}", last.sparsity);
 }

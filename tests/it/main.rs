@@ -7,7 +7,9 @@ mod cuda_groups;
 mod data;
 mod device;
 mod distillation;
+mod encoder;
 mod graphs;
+mod import;
 mod kernels;
 mod learned_masks;
 mod metrics;
@@ -15,6 +17,7 @@ mod model;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod pipeline;
+mod properties;
 mod pruning;
 mod pruning_recipes;
 mod quantization;

@@ -43,7 +43,7 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
         return Err(Error::Usage { argument: "--columns", value: columns.to_string(), rule });
     }
     let device = global.open()?;
-    let config = Config::glm(recipe.model, recipe.data.vocabulary);
+    let config = Config::glm(recipe.model.size(), recipe.data.vocabulary);
     let model = Model::init(config, &device, recipe.seed)?;
     let special = SpecialIds { pad: 0, unk: 1, bos: 2, eos: 3, gmask: 4 };
     let mut stream = Stream::new(recipe.seed, 0);

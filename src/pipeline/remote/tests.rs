@@ -111,6 +111,7 @@ fn a_worker_is_sent_what_it_reads() {
             block_positions: Some(rows(3)),
             context: Some(Tensor::from_slice(&device, &[2], &[4u32; 2]).unwrap()),
             lengths: Some(Tensor::from_slice(&device, &[2], &[8u32; 2]).unwrap()),
+            source: None,
         },
         targets: Tensor::from_slice(&device, &[16], &[6u32; 16]).unwrap(),
         weights: Tensor::from_slice(&device, &[16], &[1.0f32; 16]).unwrap(),

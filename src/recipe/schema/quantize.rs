@@ -101,6 +101,12 @@ fn eight() -> u32 {
 }
 
 impl Quantize {
+    /// Whether it asks what blocks see, one after the other.
+    pub(in crate::recipe) fn walks_blocks(&self) -> bool {
+        let calibrated = !matches!(self.method, Method::Qat | Method::Dynamic | Method::WeightOnly);
+        calibrated || self.smooth.is_some() || self.calibrator().is_some()
+    }
+
     pub fn observer(&self) -> Observer {
         self.observer.unwrap_or(match self.method {
             Method::Qat | Method::Dynamic => Observer::Token,
@@ -222,7 +228,7 @@ impl Quantize {
         }
         let group = self.format().group;
         let mut widths = Vec::new();
-        for size in [recipe.model, recipe.smallest()] {
+        for size in [recipe.model.size(), recipe.smallest()] {
             widths.extend([size.heads * size.head_size, size.ffn_width]);
         }
         if let Some(experts) = recipe.experts.as_ref().filter(|_| before(Step::Experts)) {

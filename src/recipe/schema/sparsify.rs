@@ -173,6 +173,11 @@ impl PruningMethod {
 }
 
 impl Sparsify {
+    /// Whether its criterion asks what blocks see, one after the other.
+    pub(in crate::recipe) fn walks_blocks(&self) -> bool {
+        matches!(self.method, PruningMethod::Wanda | PruningMethod::Activation | PruningMethod::SparseGpt)
+    }
+
     /// Steps of the masks.
     pub fn timing(&self) -> Timing {
         use PruningMethod::{Activation, SparseGpt, Wanda};

@@ -3,7 +3,7 @@
 use super::{Context, Outcome, Student, calibration, text};
 use crate::compress::experts;
 use crate::error::Result;
-use crate::nn;
+use crate::nn::{self, Model};
 use crate::recipe::flow::Flow;
 use crate::recipe::schema::Experts;
 use crate::train::lifecycle::Invariant;
@@ -42,11 +42,36 @@ fn converted(context: &Context, student: &Student, settings: &Experts) -> Result
         measured: format!("largest relative difference of hidden states {difference:.1e}"),
         holds: difference < 1e-4,
     };
+    let partition = partition(&student.model, &model)?;
     let state = student
         .state
         .renamed(|name| Some(name.replace(".ffn.in", ".ffn.experts.in").replace(".ffn.out", ".ffn.experts.out")));
     if !state.sparse.is_empty() {
         notes.push("expert weights keep their 2:4 zeros but run on the dense grouped kernels".into());
     }
-    Ok(Outcome { model, state, curves: Vec::new(), notes, invariants: vec![equal], earlier_seconds: 0.0 })
+    Ok(Outcome { model, state, curves: Vec::new(), notes, invariants: vec![equal, partition], earlier_seconds: 0.0 })
+}
+
+/// That every neuron is in exactly one expert: the experts' rows are the dense ones in another order.
+fn partition(dense: &Model, split: &Model) -> Result<Invariant> {
+    let (mut neurons, mut wrong) = (0, Vec::new());
+    for (i, block) in split.config.blocks.iter().enumerate().filter(|(_, block)| block.experts.is_some()) {
+        neurons += block.ffn_width;
+        let rows = |model: &Model, name: &str| -> Result<Vec<Vec<u32>>> {
+            let values = model.values(name)?;
+            let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect();
+            let mut rows: Vec<Vec<u32>> = values.chunks(split.config.width).map(bits).collect();
+            rows.sort_unstable();
+            Ok(rows)
+        };
+        let (before, after) = (format!("blocks.{i}.ffn.in.weight"), format!("blocks.{i}.ffn.experts.in.weight"));
+        if rows(dense, &before)? != rows(split, &after)? {
+            wrong.push(i);
+        }
+    }
+    Ok(Invariant {
+        rule: format!("each of {neurons} neurons is in one expert"),
+        measured: if wrong.is_empty() { "all are".into() } else { format!("not in blocks {wrong:?}") },
+        holds: wrong.is_empty(),
+    })
 }

@@ -1,5 +1,7 @@
 //! Structured pruning, then recovery by distillation.
 
+use std::collections::BTreeSet;
+
 use super::{Context, Objective, Student, calibration, fit, recover, text, trained};
 use crate::compress::distillation::TeacherCache;
 use crate::compress::importance;
@@ -10,6 +12,7 @@ use crate::recipe::flow::Flow;
 use crate::recipe::run_folder::State;
 use crate::recipe::schema::{Selection, Structure};
 use crate::recipe::source::Draw;
+use crate::train::lifecycle::Invariant;
 
 pub fn run(flow: &mut Flow, settings: &Structure, student: &Student, cache: &TeacherCache) -> Result<Student> {
     if settings.compare_random && settings.selection == Selection::Importance {
@@ -24,8 +27,20 @@ pub fn run(flow: &mut Flow, settings: &Structure, student: &Student, cache: &Tea
         let pruned = pruned(student, &keep)?;
         let mut outcome = recover(context, pruned, &settings.training, &settings.distil, cache, 0)?;
         outcome.notes.push(note(&keep, student));
+        outcome.invariants.push(declared(&outcome.model, settings));
         Ok(outcome)
     })
+}
+
+/// That the model has exactly the structures that the recipe asks for.
+fn declared(model: &Model, settings: &Structure) -> Invariant {
+    let blocks = &model.config.blocks;
+    let sizes: BTreeSet<usize> = blocks.iter().map(|block| block.head_size).collect();
+    Invariant {
+        rule: format!("{} blocks with heads of {}", settings.layers, settings.head_size),
+        measured: format!("{} blocks with heads of {sizes:?}", blocks.len()),
+        holds: blocks.len() == settings.layers && sizes == BTreeSet::from([settings.head_size]),
+    }
 }
 
 /// The baseline: the same shapes chosen at random, learning from the labels alone as the papers' does.
@@ -40,6 +55,7 @@ fn at_random(flow: &mut Flow, settings: &Structure, student: &Student) -> Result
         let summary = fit(context, &mut model, &state, &settings.training, objective)?;
         let mut outcome = trained(context.name, model, state, summary);
         outcome.notes.push(note(&keep, student));
+        outcome.invariants.push(declared(&outcome.model, settings));
         Ok(outcome)
     })
 }

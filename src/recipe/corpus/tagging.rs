@@ -1,0 +1,90 @@
+//! The text of a tagger: generated sentences of both languages with a tag for each token. The spans are known exactly because
+//! the sentences are generated (synthetic slots).
+
+use super::{Corpus, HeldOut, Parts, Sentence, labelled};
+use crate::data::batch::{Example, Stream};
+use crate::data::frame::Span;
+use crate::data::split::{Fractions, Split};
+use crate::data::tagging::{tag_names, tagged};
+use crate::data::terms::{TermSentence, TermSet};
+use crate::data::tokenizer::Tokenizer;
+use crate::error::Result;
+use crate::recipe::schema::Recipe;
+
+/// Tag names by id.
+pub fn labels() -> Result<Vec<String>> {
+    Ok(tag_names(TermSet::embedded()?.categories()))
+}
+
+/// Side of a sentence that is tagged.
+type Side = fn(&TermSentence) -> (&str, &[Span]);
+
+fn english(sentence: &TermSentence) -> (&str, &[Span]) {
+    (&sentence.pair.source, &sentence.spans)
+}
+
+fn chinese(sentence: &TermSentence) -> (&str, &[Span]) {
+    (&sentence.pair.target, &sentence.target_spans)
+}
+
+/// Two streams of tagged sentences: all training sentences in the source language, a share of them in the target language.
+pub(super) fn prepare(recipe: &Recipe, count: usize) -> Result<Corpus> {
+    let data = &recipe.data;
+    let sentences = TermSet::embedded()?.expand(recipe.seed, count, Fractions::default())?;
+    let part = |split: Split| -> Vec<TermSentence> { sentences.iter().filter(|s| s.split == split).cloned().collect() };
+    let [mut train, validation, test] = [part(Split::Train), part(Split::Validation), part(Split::Test)];
+    if data.limit > 0 {
+        train = crate::recipe::evaluate::sample(&train, data.limit).into_iter().cloned().collect();
+    }
+    let pairs = |sentences: &[TermSentence]| sentences.iter().map(|s| s.pair.clone()).collect();
+    let parts = Parts { train: pairs(&train), validation: pairs(&validation), test: pairs(&test), notes: Vec::new() };
+    let texts = parts.train.iter().flat_map(|p| [p.source.as_str(), p.target.as_str()]);
+    let tokenizer = Tokenizer::train(texts, data.vocabulary, &[&data.source, &data.target])?;
+    let stream = |name: &str, sentences: &[TermSentence], side: Side| -> Result<Stream> {
+        let mut stream = Stream { name: name.into(), ..Stream::default() };
+        for sentence in sentences {
+            let (text, spans) = side(sentence);
+            let example = tagged(&tokenizer, text, spans)?;
+            if example.tokens.len() > data.max_length {
+                stream.dropped += 1;
+            } else {
+                stream.examples.push(Example { context: example.tokens, labels: example.tags });
+            }
+        }
+        Ok(stream)
+    };
+    let shared = labelled(&train, data.target_share, recipe.seed);
+    let source = stream("source language", &train, english)?;
+    let target = stream("target language", &shared, chinese)?;
+    let held_out = [(&data.source, english as Side), (&data.target, chinese as Side)].map(|(language, side)| {
+        let sentence = |example: Example| Sentence { example, reference: String::new() };
+        Ok(HeldOut {
+            name: language.clone(),
+            target_language: language.clone(),
+            validation: stream("validation", &validation, side)?.examples,
+            test: stream("test", &test, side)?.examples.into_iter().map(sentence).collect(),
+        })
+    });
+    let notes = vec![format!(
+        "text: {count} generated sentences of computer terms (synthetic slots), {} tagged in {}, {} in {} for training; {} left \
+         out as longer than {} tokens",
+        source.examples.len(),
+        data.source,
+        target.examples.len(),
+        data.target,
+        source.dropped + target.dropped,
+        data.max_length
+    )];
+    let corpus = Corpus {
+        hash: parts.hash(),
+        layout: recipe.model.family.layout(),
+        labels: labels()?,
+        held_out: held_out.into_iter().collect::<Result<_>>()?,
+        tokenizer,
+        source,
+        target,
+        notes,
+    };
+    corpus.check_survivors(recipe, &parts, shared.len())?;
+    Ok(corpus)
+}
