@@ -14,7 +14,7 @@ use crate::tensor::Tensor;
 /// What the decoder looks at.
 pub(super) enum Memory<'m> {
     /// The encoder's last hidden states `[B, S, d]` and the valid lengths u32 `[B]`.
-    States(Var, Tensor),
+    States(Box<Var>, Tensor),
     /// Keys and values of them, made once for many passes.
     Read(&'m Read),
 }
@@ -73,7 +73,7 @@ impl Pass<'_> {
             got: "none".into(),
         })?;
         let states = self.encoder_states(source)?;
-        self.memory = Some(Memory::States(states.clone(), source.lengths.clone()));
+        self.memory = Some(Memory::States(Box::new(states.clone()), source.lengths.clone()));
         Ok(states)
     }
 
@@ -110,7 +110,7 @@ impl Pass<'_> {
         let (b, t) = (x.dims()[0], x.dims()[1]);
         let (key, value, lengths) = match &self.memory {
             Some(Memory::States(states, lengths)) => {
-                let (states, lengths) = (states.clone(), lengths.clone());
+                let (states, lengths) = (Var::clone(states), lengths.clone());
                 let (key, value) = self.source_keys(i, &states)?;
                 (key, value, lengths)
             }
