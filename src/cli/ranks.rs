@@ -36,8 +36,11 @@ pub fn among(heartbeat: Duration, work: impl FnOnce(Option<Arc<Post>>) -> Result
                 code
             }
             Err(e) => {
-                console::tell(format_args!("rank {}: error[{}]: {e}", post.rank(), e.code()));
-                e.exit_code()
+                let code = e.exit_code();
+                // In one piece: the launcher ends all ranks when the first of them has ended.
+                let next = if code == INTERRUPTED { "\nthe same command goes on from the last checkpoint" } else { "" };
+                console::tell(format_args!("rank {}: error[{}]: {e}{next}", post.rank(), e.code()));
+                code
             }
         };
         std::process::exit(code);
