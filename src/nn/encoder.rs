@@ -127,7 +127,7 @@ impl Pass<'_> {
         let op =
             Attention { mask: Mask::None, lengths: true, bias: false, scale: block.attention_scale, query_offset: 0 };
         let y = self.tape.first(op, &[&query, &key, &value, &Var::constant(lengths)])?;
-        let y = self.gated(Place::Heads(i), y.reshape(&[b, t, block.heads * block.head_size])?)?;
+        let y = self.gated(Place::CrossHeads(i), y.reshape(&[b, t, block.heads * block.head_size])?)?;
         self.linear(&format!("blocks.{i}.cross.output"), &y)
     }
 

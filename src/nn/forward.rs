@@ -63,20 +63,22 @@ pub trait OutputHook {
     }
 }
 
-/// Structures of a model whose outputs hooks may gate.
+/// Structures of a model whose outputs hooks may gate, by block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Place {
-    /// What is added to the hidden stream: the embedding, and each sublayer's output, `[B, T, d]`. Behind [`Place::Attention`]
-    /// and [`Place::Ffn`].
+    /// What is added to the hidden stream `[B, T, d]`: the embedding, and each sublayer's output, behind the place of that.
     Hidden,
-    /// The heads' contexts of a block `[B, T, H D]`, before the output projection: of its attention, and again of its
-    /// cross-attention, whose heads are shaped and removed alike.
+    /// The heads' contexts `[B, T, H D]` of an attention, before its output projection.
     Heads(usize),
-    /// The activated hidden of a block's dense FFN, `[.., ffn_width]`; a gated FFN's product. Experts have none.
+    /// The same of a decoder's attention to the source.
+    CrossHeads(usize),
+    /// The activated hidden of a dense FFN, `[.., ffn_width]`; a gated FFN's product. Experts have none.
     Neurons(usize),
-    /// The output of a block's attention, and again of its cross-attention, `[B, T, d]`.
+    /// The output of an attention, `[B, T, d]`.
     Attention(usize),
-    /// The output of a block's FFN or experts, `[B, T, d]`.
+    /// The output of a decoder's attention to the source, `[B, T, d]`.
+    Cross(usize),
+    /// The output of an FFN or of experts, `[B, T, d]`.
     Ffn(usize),
 }
 
@@ -324,7 +326,7 @@ impl<'m> Pass<'m> {
         if self.model.config.cross(i).is_some() {
             let states = self.add_norm(&format!("blocks.{i}.norm_cross"), &attended, &residual)?;
             let looked = self.look(i, &states.normed)?;
-            let looked = self.sublayer(Place::Attention(i), looked)?;
+            let looked = self.sublayer(Place::Cross(i), looked)?;
             let site = 2 * self.model.config.blocks.len() + 1 + i;
             (attended, residual) = (self.dropped(looked, site as u32)?, states.residual);
         }
