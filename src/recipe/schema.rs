@@ -223,6 +223,13 @@ impl Default for Evaluate {
     }
 }
 
+impl Evaluate {
+    /// Tokens of the passes whose latency is measured.
+    pub fn rows(&self) -> Vec<usize> {
+        self.latency_batches.iter().map(|batch| batch * self.latency_length).collect()
+    }
+}
+
 fn default_calibration() -> usize {
     16
 }
