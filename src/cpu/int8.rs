@@ -152,8 +152,6 @@ pub(super) struct Product<'a> {
     pub w_scale: &'a [f32],
     pub bias: Option<&'a [f32]>,
     pub relu: bool,
-    /// Added to what y holds.
-    pub add: bool,
     pub m: usize,
     pub n: usize,
     pub k: usize,
@@ -172,7 +170,7 @@ impl Product<'_> {
             return self.run_alone(place, y);
         }
         assert!(y.len() >= self.m * self.n, "room for the product");
-        let sums: Vec<i32> = (0..self.m).map(|i| sum(self.x_row(row(i)))).collect();
+        let sums = self.sums(&place);
         let out = &Columns(y.as_mut_ptr());
         args.ranges(self.n.div_ceil(STRIP), 1, |range| {
             for s in range {
@@ -185,12 +183,18 @@ impl Product<'_> {
     /// Row i is the product of row `place(i)[0]` of x and goes to row `place(i)[1]` of `y [.., n]`; on this thread.
     pub(super) fn run_alone(&self, place: impl Fn(usize) -> [usize; 2], y: &mut [f32]) {
         assert!((0..self.m).all(|i| (place(i)[1] + 1) * self.n <= y.len()), "room for the product");
-        let sums: Vec<i32> = (0..self.m).map(|i| sum(self.x_row(place(i)[0]))).collect();
+        let sums = self.sums(&place);
         let out = Columns(y.as_mut_ptr());
         for first in (0..self.n).step_by(STRIP) {
             // SAFETY: the rows lie within `y`, which is ours.
             unsafe { self.strip(first, &place, &sums, &out) };
         }
+    }
+
+    /// Sum of each row's bytes, where the path needs it.
+    fn sums(&self, place: &impl Fn(usize) -> [usize; 2]) -> Vec<i32> {
+        let rows = if packed::fits(self.m, self.k) { 0 } else { self.m };
+        (0..rows).map(|i| sum(self.x_row(place(i)[0]))).collect()
     }
 
     fn x_row(&self, row: usize) -> &[i8] {
@@ -205,7 +209,7 @@ impl Product<'_> {
         let end = (first + STRIP).min(self.n);
         if packed::fits(self.m, self.k) {
             // SAFETY: as promised by the caller.
-            return unsafe { self.packed(first..end, place, sums, out) };
+            return unsafe { self.packed(first..end, place, out) };
         }
         match self.w {
             // SAFETY: as promised by the caller.
@@ -230,7 +234,7 @@ impl Product<'_> {
     ///
     /// # Safety
     /// As [`Product::strip`].
-    unsafe fn packed(&self, columns: Range<usize>, place: &impl Fn(usize) -> [usize; 2], sums: &[i32], out: &Columns) {
+    unsafe fn packed(&self, columns: Range<usize>, place: &impl Fn(usize) -> [usize; 2], out: &Columns) {
         let mut words = Vec::new();
         match self.w {
             Weights::Dense(w) => packed::pack(&w[columns.start * self.k..columns.end * self.k], self.k, &mut words),
@@ -248,13 +252,12 @@ impl Product<'_> {
             w_scale: &self.w_scale[columns.clone()],
             bias: self.bias.map(|b| &b[columns.clone()]),
             relu: self.relu,
-            add: self.add,
         };
         let x = |i: usize| (place(i)[0], self.x_row(place(i)[0]).as_ptr());
         // SAFETY: as promised by the caller.
         unsafe {
             let to = |i: usize| out.0.add(place(i)[1] * self.n + columns.start);
-            packed::product(x, 0..self.m, &words, self.k, sums, &finish, to);
+            packed::product(x, self.m, &words, self.k, &finish, to);
         }
     }
 
@@ -299,6 +302,9 @@ impl Product<'_> {
         for j in (0..columns.len()).step_by(NR) {
             // Tiles that reach over an edge repeat its last row; what that makes is not stored.
             let w: [&[i8]; NR] = std::array::from_fn(|c| &w[(j + c).min(last_column) * self.k..][..self.k]);
+            let column = |c: usize| columns.start + (j + c).min(last_column);
+            let w_scale: [f32; NR] = std::array::from_fn(|c| self.w_scale[column(c)]);
+            let bias: [f32; NR] = std::array::from_fn(|c| self.bias.map_or(0.0, |b| b[column(c)]));
             for i in rows.clone().step_by(MR) {
                 let of = |r: usize| (i + r).min(last_row);
                 let x: [&[i8]; MR] = std::array::from_fn(|r| self.x_row(place(of(r))[0]));
@@ -306,16 +312,16 @@ impl Product<'_> {
                 for r in 0..MR.min(last_row + 1 - i) {
                     let [from, to] = place(i + r);
                     let scale = self.x_scale[from];
-                    for c in 0..NR.min(last_column + 1 - j) {
-                        let column = columns.start + j + c;
-                        let value = acc[r * NR + c] as f32 * scale * self.w_scale[column];
-                        let value = value + self.bias.map_or(0.0, |b| b[column]);
-                        let value = if self.relu && value < 0.0 { 0.0 } else { value };
-                        // SAFETY: the caller promised the row, and column < n.
-                        unsafe {
-                            let to = out.0.add(to * self.n + column);
-                            *to = if self.add { *to + value } else { value };
-                        }
+                    let row: [f32; NR] = std::array::from_fn(|c| {
+                        let value = acc[r * NR + c] as f32 * scale * w_scale[c];
+                        let value = if self.bias.is_some() { value + bias[c] } else { value };
+                        if self.relu && value < 0.0 { 0.0 } else { value }
+                    });
+                    let stored = NR.min(last_column + 1 - j);
+                    // SAFETY: the caller promised the row; j + stored columns of it exist.
+                    unsafe {
+                        let to = out.0.add(to * self.n + columns.start + j);
+                        std::ptr::copy_nonoverlapping(row.as_ptr(), to, stored);
                     }
                 }
             }

@@ -1,6 +1,8 @@
 //! CPU kernels of `ops/moe_gather.rs`. A few tokens read each chosen expert where it lies; many are put together by expert, some at
 //! a time, so that every expert's weights meet all of their rows while they are in the cache.
 
+use std::ops::Range;
+
 use super::dot_tile;
 use super::gemm::{Product as Dense, View, gemm};
 use super::int8::{Product, Weights};
@@ -9,12 +11,13 @@ use super::{Args, float_kernel, simd};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
 
-/// Tokens that are put together. Fixed, so that sums do not depend on the number of threads.
-const TASK: usize = 64;
+/// Tokens that are put together, at least and at most. A function of the problem alone, so that sums do not depend on the
+/// number of threads.
+const TASK: [usize; 2] = [64, 256];
 /// Rows of one expert up to which dot products against its weight as it lies beat packing it.
 const FEW: usize = 16;
 /// Multiply-adds of one parallel task where tokens are few.
-const GRAIN: usize = 1 << 16;
+const GRAIN: usize = 1 << 17;
 
 /// Parameters of both kernels: tokens, n, d, k, experts, sum, relu, skips, threshold.
 struct Gathered<'a> {
@@ -57,43 +60,158 @@ impl<'a> Gathered<'a> {
         if self.sum { slot } else { slot / self.k }
     }
 
-    /// Extents of a token in y: rows of n each.
-    fn rows_of_token(&self) -> usize {
-        if self.sum { 1 } else { self.k }
-    }
-
-    /// The row of y that a slot goes to, or is added to.
-    fn out(&self, slot: usize) -> usize {
-        if self.sum { slot / self.k } else { slot }
-    }
-
-    /// Calls `work(expert, its slots in rising order)` over `count` tokens from `first` on.
-    fn by_expert(&self, first: usize, count: usize, mut work: impl FnMut(usize, &[u32])) {
+    /// The slots of `count` tokens from `first` on, by expert.
+    fn sorted(&self, first: usize, count: usize) -> Sorted {
         let slots = first * self.k..(first + count) * self.k;
-        let mut ends = vec![0u32; self.experts + 1];
+        let mut ends = vec![0; self.experts + 1];
         slots.clone().filter_map(|slot| self.expert(slot)).for_each(|e| ends[e + 1] += 1);
         for e in 0..self.experts {
             ends[e + 1] += ends[e];
         }
-        let mut sorted = vec![0u32; ends[self.experts] as usize];
+        let mut sorted = vec![0u32; ends[self.experts]];
         for slot in slots {
             if let Some(e) = self.expert(slot) {
-                sorted[ends[e] as usize] = slot as u32;
+                sorted[ends[e]] = slot as u32;
                 ends[e] += 1;
             }
         }
-        let mut start = 0;
-        for (e, &end) in ends[..self.experts].iter().enumerate() {
-            if end as usize > start {
-                work(e, &sorted[start..end as usize]);
-                start = end as usize;
+        Sorted { slots: sorted, ends }
+    }
+}
+
+/// Slots by expert, in rising order within each; ends[e] is where those of e end.
+struct Sorted {
+    slots: Vec<u32>,
+    ends: Vec<usize>,
+}
+
+impl Sorted {
+    /// Experts that have slots, and these.
+    fn experts(&self) -> impl Iterator<Item = (usize, &[u32])> {
+        let start = |e: usize| if e == 0 { 0 } else { self.ends[e - 1] };
+        let all = (0..self.ends.len() - 1).map(move |e| (e, &self.slots[start(e)..self.ends[e]]));
+        all.filter(|(_, slots)| !slots.is_empty())
+    }
+}
+
+/// Both kernels around their products: `product(expert, columns, slots, out)` makes `out [slots, columns]`, without bias.
+fn execute<T: Float>(
+    args: &Args,
+    g: &Gathered,
+    bias: &[f32],
+    y: &mut [T],
+    product: impl Fn(usize, Range<usize>, &[u32], &mut [f32]) + Sync + Send,
+) {
+    let (n, d, slots) = (g.n, g.d, g.tokens * g.k);
+    if g.tokens > TASK[0] {
+        let per_token = if g.sum { 1 } else { g.k };
+        args.rows(y, per_token * n, g.tokens.div_ceil(4).clamp(TASK[0], TASK[1]), |first, y| {
+            let tokens = y.len() / (per_token * n).max(1);
+            let sorted = g.sorted(first, tokens);
+            let mut made = Vec::new();
+            if g.sum {
+                let mut total = vec![0.0f32; y.len()];
+                for (e, slots) in sorted.experts() {
+                    made.resize(slots.len() * n, 0.0);
+                    product(e, 0..n, slots, &mut made);
+                    add(g, slots, first, &made, &mut total);
+                }
+                store(g, &mut total, bias, y);
+            } else {
+                y.fill(T::store(0.0));
+                for (e, slots) in sorted.experts() {
+                    made.resize(slots.len() * n, 0.0);
+                    product(e, 0..n, slots, &mut made);
+                    place(g, slots, first, &mut made, &bias[e * n..][..n], y);
+                }
+            }
+        });
+        return;
+    }
+    let sorted = g.sorted(0, g.tokens);
+    if g.sum {
+        // Columns are shared out: every sum is one task's, in the same order whatever their width.
+        let width = GRAIN.div_ceil((slots * d).max(1)).next_multiple_of(16).min(n.max(1));
+        let mut totals = vec![0.0f32; n.div_ceil(width) * g.tokens * width];
+        args.rows(&mut totals, g.tokens * width, 1, |part, total| {
+            let columns = part * width..((part + 1) * width).min(n);
+            let total = &mut total[..g.tokens * columns.len()];
+            let mut made = Vec::new();
+            for (e, slots) in sorted.experts() {
+                made.resize(slots.len() * columns.len(), 0.0);
+                product(e, columns.clone(), slots, &mut made);
+                add(g, slots, 0, &made, total);
+            }
+        });
+        for (part, totals) in totals.chunks_mut((g.tokens * width).max(1)).enumerate() {
+            let columns = part * width..((part + 1) * width).min(n);
+            let rows = totals[..g.tokens * columns.len()].chunks_mut(columns.len().max(1));
+            for (total, y) in rows.zip(y.chunks_mut(n.max(1))) {
+                store(g, total, &bias[columns.clone()], &mut y[columns.clone()]);
             }
         }
+        return;
+    }
+    // Experts are shared out.
+    let mut made = vec![0.0f32; sorted.slots.len() * n];
+    let mut rest = made.as_mut_slice();
+    let mut parts = Vec::new();
+    for (e, slots) in sorted.experts() {
+        let (own, after) = std::mem::take(&mut rest).split_at_mut(slots.len() * n);
+        parts.push((e, slots, own));
+        rest = after;
+    }
+    y.fill(T::store(0.0));
+    if slots * n * d < 2 * GRAIN {
+        for (e, slots, made) in parts {
+            product(e, 0..n, slots, made);
+            place(g, slots, 0, made, &bias[e * n..][..n], y);
+        }
+        return;
+    }
+    args.parts(parts.into_iter(), |_, (e, slots, made)| product(e, 0..n, slots, made));
+    let mut made = made.as_mut_slice();
+    for (e, slots) in sorted.experts() {
+        let (own, after) = std::mem::take(&mut made).split_at_mut(slots.len() * n);
+        place(g, slots, 0, own, &bias[e * n..][..n], y);
+        made = after;
+    }
+}
+
+/// Adds each slot's row to its token's, of those from `first` on.
+fn add(g: &Gathered, slots: &[u32], first: usize, made: &[f32], total: &mut [f32]) {
+    let n = made.len() / slots.len().max(1);
+    for (&slot, made) in slots.iter().zip(made.chunks(n.max(1))) {
+        add_row(&mut total[(slot as usize / g.k - first) * n..][..n], made);
+    }
+}
+
+/// Puts each slot's row, finished, where the slot lies behind those of the tokens before `first`.
+fn place<T: Float>(g: &Gathered, slots: &[u32], first: usize, made: &mut [f32], bias: &[f32], y: &mut [T]) {
+    let n = bias.len();
+    for (&slot, made) in slots.iter().zip(made.chunks_mut(n.max(1))) {
+        store(g, made, bias, &mut y[(slot as usize - first * g.k) * n..][..n]);
+    }
+}
+
+/// Rows with their bias, through ReLU, to y.
+fn store<T: Float>(g: &Gathered, rows: &mut [f32], bias: &[f32], y: &mut [T]) {
+    for (row, y) in rows.chunks_mut(bias.len().max(1)).zip(y.chunks_mut(bias.len().max(1))) {
+        finish_row(row, bias, g.relu);
+        simd::narrow(row, y);
+    }
+}
+
+simd::multiversion! {
+    fn add_row(sum: &mut [f32], row: &[f32]) {
+        sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
     }
 
-    /// Whether work is shared by rows of y, or by its columns, and not by tasks of tokens.
-    fn few(&self) -> bool {
-        self.tokens == 1 || (!self.sum && self.tokens <= 4)
+    fn finish_row(y: &mut [f32], bias: &[f32], relu: bool) {
+        for (y, b) in y.iter_mut().zip(bias) {
+            let z = *y + b;
+            *y = if relu && z < 0.0 { 0.0 } else { z };
+        }
     }
 }
 
@@ -104,92 +222,21 @@ pub fn gathered_matmul(args: &Args) -> Result<()> {
 /// Arguments: x, weight, bias, indices (, gates), y.
 fn floating<T: Float>(args: &Args) -> Result<()> {
     let g = Gathered::new(args, 3);
-    let (x, weight) = (args.read::<T>(0), args.read::<T>(1));
-    let mut wide = Vec::new();
+    let (x, weight, mut wide) = (args.read::<T>(0), args.read::<T>(1), Vec::new());
     let bias = floats(args.read::<T>(2), &mut wide);
-    let y = args.write::<T>(args.len() - 1);
     let (n, d) = (g.n, g.d);
-    let x_row = |slot: usize| &x[g.row(slot) * d..][..d];
-    if g.few() && g.sum {
-        // Columns of the one token, each the sum of its experts' dot products in the order of its choices.
-        args.rows(y, 1, GRAIN.div_ceil((g.k * d).max(1)).max(16), |first, y| {
-            let (mut total, mut made) = (vec![0.0f32; y.len()], vec![0.0f32; y.len()]);
-            for slot in 0..g.k {
-                if let Some(e) = g.expert(slot) {
-                    product(x_row, &[slot as u32], &weight[(e * n + first) * d..][..y.len() * d], d, &mut made);
-                    add(&mut total, &made);
-                }
-            }
-            finish(&mut total, &bias[first..], g.relu);
-            simd::narrow(&total, y);
-        });
-        return Ok(());
-    }
-    if g.few() {
-        args.rows(y, n, GRAIN.div_ceil((n * d).max(1)), |first, y| {
-            let mut made = vec![0.0f32; n];
-            for (slot, y) in (first..).zip(y.chunks_mut(n.max(1))) {
-                let Some(e) = g.expert(slot) else {
-                    y.fill(T::store(0.0));
-                    continue;
-                };
-                product(x_row, &[slot as u32], &weight[e * n * d..][..n * d], d, &mut made);
-                finish(&mut made, &bias[e * n..], g.relu);
-                simd::narrow(&made, y);
-            }
-        });
-        return Ok(());
-    }
-    let per_token = g.rows_of_token();
-    args.rows(y, per_token * n, TASK, |first, y| {
-        let tokens = y.len() / (per_token * n).max(1);
-        let mut total = vec![0.0f32; if g.sum { y.len() } else { 0 }];
-        let mut made = Vec::new();
-        y.fill(T::store(0.0));
-        g.by_expert(first, tokens, |e, slots| {
-            made.resize(slots.len() * n, 0.0);
-            product(x_row, slots, &weight[e * n * d..][..n * d], d, &mut made);
-            for (&slot, made) in slots.iter().zip(made.chunks_mut(n.max(1))) {
-                let at = (g.out(slot as usize) - first * per_token) * n;
-                if g.sum {
-                    add(&mut total[at..][..n], made);
-                } else {
-                    finish(made, &bias[e * n..], g.relu);
-                    simd::narrow(made, &mut y[at..][..n]);
-                }
-            }
-        });
-        if g.sum {
-            for (total, y) in total.chunks_mut(n.max(1)).zip(y.chunks_mut(n.max(1))) {
-                finish(total, bias, g.relu);
-                simd::narrow(total, y);
-            }
+    let row = |slot: u32| &x[g.row(slot as usize) * d..][..d];
+    execute(args, &g, bias, args.write::<T>(args.len() - 1), |e, columns, slots, y| {
+        let w = &weight[(e * n + columns.start) * d..(e * n + columns.end) * d];
+        let (m, n) = (slots.len(), columns.len());
+        if m <= FEW && T::DTYPE == DType::F32 {
+            return dot_tile::product(|i| bytemuck::cast_slice(row(slots[i])), m, bytemuck::cast_slice(w), n, y);
         }
+        let mut rows = Vec::with_capacity(m * d);
+        slots.iter().for_each(|&slot| rows.extend_from_slice(row(slot)));
+        gemm(&Dense::new([m, n, d], View::rows(&rows, d), View::transposed(w, d)), y, n);
     });
     Ok(())
-}
-
-/// The rows of x behind `slots` times rows of `w`, `d` long, into `y [slots, w.len() / d]`.
-fn product<'x, T: Float>(row: impl Fn(usize) -> &'x [T], slots: &[u32], w: &[T], d: usize, y: &mut [f32]) {
-    let (m, n) = (slots.len(), y.len() / slots.len().max(1));
-    if m <= FEW && T::DTYPE == DType::F32 {
-        return dot_tile::product(|i| bytemuck::cast_slice(row(slots[i] as usize)), m, bytemuck::cast_slice(w), n, y);
-    }
-    let rows: Vec<T> = slots.iter().flat_map(|&slot| row(slot as usize).iter().copied()).collect();
-    gemm(&Dense::new([m, n, d], View::rows(&rows, d), View::transposed(w, d)), y, n);
-}
-
-fn add(sum: &mut [f32], row: &[f32]) {
-    sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
-}
-
-fn finish(y: &mut [f32], bias: &[f32], relu: bool) {
-    for (y, b) in y.iter_mut().zip(bias) {
-        *y += b;
-        if relu && *y < 0.0 {
-            *y = 0.0;
-        }
-    }
 }
 
 /// Arguments: x, x_scale, weight, w_scale, bias, indices (, gates), y.
@@ -197,43 +244,21 @@ pub fn gathered_matmul_int8(args: &Args) -> Result<()> {
     let g = Gathered::new(args, 5);
     let (x, x_scale) = (args.read::<i8>(0), args.read::<f32>(1));
     let (w, w_scale, bias) = (args.read::<i8>(2), args.read::<f32>(3), args.read::<f32>(4));
-    let y = args.write::<f32>(args.len() - 1);
     let (n, d) = (g.n, g.d);
-    // Columns from `first` on, as many as wanted, of one expert over some slots.
-    let part = |e: usize, (first, columns): (usize, usize), m: usize| Product {
-        x,
-        x_scale,
-        w: Weights::Dense(&w[(e * n + first) * d..][..columns * d]),
-        w_scale: &w_scale[e * n + first..][..columns],
-        bias: (!g.sum).then(|| &bias[e * n + first..][..columns]),
-        relu: g.relu && !g.sum,
-        add: g.sum,
-        m,
-        n: columns,
-        k: d,
-    };
-    if g.few() && g.sum {
-        args.rows(y, 1, (4 * GRAIN).div_ceil((g.k * d).max(1)).max(16), |first, y| {
-            y.fill(0.0);
-            for (slot, e) in (0..g.k).filter_map(|slot| Some((slot, g.expert(slot)?))) {
-                part(e, (first, y.len()), 1).run_alone(|_| [slot, 0], y);
-            }
-            finish(y, &bias[first..], g.relu);
-        });
-        return Ok(());
-    }
-    let per_token = g.rows_of_token();
-    // Integer sums are exact and floats are added expert by expert, so tasks may follow the threads.
-    let task = g.tokens.div_ceil(args.threads()).clamp(1, 8 * TASK);
-    args.rows(y, per_token * n, task, |first, y| {
-        y.fill(0.0);
-        g.by_expert(first, y.len() / (per_token * n).max(1), |e, slots| {
-            let place = |i: usize| [g.row(slots[i] as usize), g.out(slots[i] as usize) - first * per_token];
-            part(e, (0, n), slots.len()).run_alone(place, y);
-        });
-        if g.sum {
-            y.chunks_mut(n.max(1)).for_each(|y| finish(y, bias, g.relu));
-        }
+    execute(args, &g, bias, args.write::<f32>(args.len() - 1), |e, columns, slots, y| {
+        let own = e * n + columns.start..e * n + columns.end;
+        let product = Product {
+            x,
+            x_scale,
+            w: Weights::Dense(&w[own.start * d..own.end * d]),
+            w_scale: &w_scale[own],
+            bias: None,
+            relu: false,
+            m: slots.len(),
+            n: columns.len(),
+            k: d,
+        };
+        product.run_alone(|i| [g.row(slots[i] as usize), i], y);
     });
     Ok(())
 }

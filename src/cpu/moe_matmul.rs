@@ -176,7 +176,6 @@ pub fn grouped_matmul_int8(args: &Args) -> Result<()> {
                 w_scale: &w_scale[e * n..][..n],
                 bias: bias.map(|b| &b[e * n..][..n]),
                 relu,
-                add: false,
                 m: rows.len(),
                 n,
                 k: d,

@@ -214,7 +214,6 @@ pub fn matmul_sparse24_int8(args: &Args) -> Result<()> {
         w_scale: args.read(4),
         bias,
         relu: false,
-        add: false,
         m: args.u(0),
         n: args.u(1),
         k: args.u(2),

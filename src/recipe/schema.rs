@@ -18,7 +18,7 @@ use crate::train::precision::Precision;
 use crate::train::schedule::{Schedule, Shape};
 
 pub use distil::{Distil, HiddenProjection};
-pub use experts::Experts;
+pub use experts::{Experts, Slower};
 pub use hybrid::Hybrid;
 pub use model::{Architecture, Family, layout};
 pub use pipeline::{Auto, Pipeline, Replicas, Stages};

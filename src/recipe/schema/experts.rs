@@ -9,6 +9,18 @@ use crate::nn::Activation;
 use crate::nn::config::Size;
 use crate::recipe::check::{MAX_CALIBRATION, MAX_RATE, refuse};
 
+/// What becomes of experts that are slower than the dense FFN.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Slower {
+    /// They stay, and the record says for how many tokens.
+    #[default]
+    Keep,
+    /// The FFNs stay dense where experts are slower for every measured number of tokens: what is computed then follows from a
+    /// measurement on the device.
+    Dense,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Experts {
@@ -30,6 +42,8 @@ pub struct Experts {
     pub threshold: Option<f32>,
     #[serde(default = "default_calibration")]
     pub calibration_batches: usize,
+    #[serde(default)]
+    pub slower: Slower,
     /// Experts that go for good.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drop: Option<Drop>,

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::nn::{self, Model};
 use crate::recipe::flow::Flow;
 use crate::recipe::run_folder::State;
-use crate::recipe::schema::{Experts, Training};
+use crate::recipe::schema::{Experts, Slower, Training};
 use crate::train::lifecycle::Invariant;
 
 pub fn run(flow: &mut Flow, settings: &Experts, student: &Student, cache: &TeacherCache) -> Result<Student> {
@@ -65,7 +65,7 @@ fn with_relu(
 fn split(context: &Context, dense: Outcome, settings: &Experts, batches: &[nn::Batch]) -> Result<Outcome> {
     let conversion = settings.settings(context.recipe.seed);
     let (mut model, reports) = experts::convert(&dense.model, conversion, batches)?;
-    let mut notes = dense.notes;
+    let mut notes = dense.notes.clone();
     notes.extend(reports.iter().map(experts::BlockReport::note));
     let difference = experts::difference_with_all_experts(&dense.model, &model, &batches[0])?;
     let equal = Invariant {
@@ -95,7 +95,12 @@ fn split(context: &Context, dense: Outcome, settings: &Experts, batches: &[nn::B
     }
     let form = state.form();
     let (before, after) = (freeze(&dense.model, dense.state.form())?, freeze(&model, form)?);
-    notes.push(report::speed_note(&report::speed(&before, &after, &context.recipe.evaluate.rows())?));
+    let speeds = report::speed(&before, &after, &context.recipe.evaluate.rows())?;
+    notes.push(report::speed_note(&speeds));
+    if settings.slower == Slower::Dense && speeds.iter().all(|s| s.experts > s.dense) {
+        notes.push("experts were slower for every measured number of tokens: the FFNs stay dense".into());
+        return Ok(Outcome { notes, ..dense });
+    }
     let invariants = [dense.invariants, vec![equal, partition]].concat();
     Ok(Outcome { model, state, notes, invariants, ..dense })
 }
