@@ -53,7 +53,7 @@ fn a_pruned_model_has_the_shapes_that_its_config_says() {
         let teacher = model(draw);
         let layers = draw.size(teacher.config.blocks.len());
         let head_size = 4 * draw.size(teacher.config.blocks[0].head_size / 4);
-        let keep = structure::at_random(&teacher.config, Target { layers, head_size }, 3).unwrap();
+        let keep = structure::at_random(&teacher.config, Target::scaled(layers, head_size), 3).unwrap();
         let pruned = structure::prune(&teacher, &keep).unwrap();
         let config = &pruned.config;
         config.check(std::path::Path::new("pruned")).unwrap();
@@ -132,7 +132,7 @@ fn rotary_pairs_stay_together_with_their_frequency() {
         let teacher = model(draw);
         let block = &teacher.config.blocks[0];
         let head_size = 4 * draw.size(block.head_size / 4);
-        let keep = structure::at_random(&teacher.config, Target { layers: 1, head_size }, 5).unwrap();
+        let keep = structure::at_random(&teacher.config, Target::scaled(1, head_size), 5).unwrap();
         let [old, new] = [block.head_size, head_size].map(|n| rotary_pairs(teacher.config.positions, n));
         for head in keep.blocks[0].attention.as_ref().unwrap().query_key.chunks(head_size) {
             for (pair, frequency) in new.iter().zip(&keep.blocks[0].inverse_frequencies) {
