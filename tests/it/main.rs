@@ -27,6 +27,7 @@ mod second_order;
 mod shaders;
 mod staged;
 mod stages;
+mod structure;
 mod tidy;
 mod training;
 mod tuning;
