@@ -223,7 +223,7 @@ def shown(measure, values):
 def number(measure, value, difference=False):
     sign = "+" if difference else ""
     if measure == "loss":
-        return f"{value:{sign}.3f}"
+        return f"{value:+.4f}" if difference else f"{value:.3f}"
     if measure.startswith("ms"):
         return f"{value:{sign}.2f}"
     if measure == "KiB":
