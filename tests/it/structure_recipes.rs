@@ -126,6 +126,7 @@ fn what_structure_cannot_do_is_refused_with_its_key() {
         ("structure.layers_method={ subset = [0, 7] }", "structure.layers_method.subset"),
         ("structure.vocabulary={ min_count = 0 }", "structure.vocabulary.min_count"),
         ("structure.loss=entropy", "structure.loss"),
+        ("structure.distil={ preset = \"tiny_bert\" }", "structure.distil.matches[3].feature"),
         ("experts.expert_size=32", "experts.expert_size"),
     ] {
         let mut table: toml::Table = toml::from_str(&uneven(&[]).to_toml().unwrap()).unwrap();

@@ -196,8 +196,8 @@ impl Structure {
     /// As [`Structure::pruned`], with what every block has and what all their sizes are multiples of.
     pub fn granule(&self, m: Size) -> Size {
         let pruned = self.pruned(m);
-        let heads = if self.heads.is_some_and(|h| !h.even) { 1 } else { pruned.heads };
-        let ffn_width = self.ffn.filter(|ffn| !ffn.even).map_or(pruned.ffn_width, |ffn| ffn.multiple_of);
+        let heads = if self.heads.is_some_and(|h| !h.even && h.keep < m.heads) { 1 } else { pruned.heads };
+        let ffn_width = self.ffn.filter(|ffn| !ffn.even && ffn.keep < m.ffn_width).map_or(pruned.ffn_width, |ffn| ffn.multiple_of);
         Size { heads, ffn_width, ..pruned }
     }
 }
