@@ -240,6 +240,11 @@ impl<'a> Flow<'a> {
         Ok(())
     }
 
+    /// What was pruned before goes by other names or sizes from here on.
+    pub(super) fn forget(&mut self) {
+        self.pruned = Pruned::default();
+    }
+
     fn adopt(&mut self, record: &StageRecord) {
         let row = &record.row;
         say(
