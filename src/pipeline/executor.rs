@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::direct::Direct;
 use super::fault::Injection;
 use super::life::{Answer, Command, run_worker};
 use super::part::{Part, Training};
@@ -42,6 +43,8 @@ pub struct Setup {
     pub optimizer: Settings,
     pub methods: Arc<MakeMethods>,
     pub teacher: Option<TeacherSetup>,
+    /// Roads between the devices; without them tensors go through the hosts.
+    pub direct: Option<Direct>,
     pub recompute: bool,
     /// No sign of progress for so long within an event is a fault: longer than the longest kernel.
     pub heartbeat: Duration,

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
+use super::direct::Roads;
 use super::executor::{Setup, TeacherSetup};
 use super::message;
 use super::part::Part;
@@ -96,6 +97,9 @@ fn start_worker(
     let run = message::run_number(&setup.run);
     let times = (setup.heartbeat, setup.deadline);
     let mut worker = Worker::new(index, run, part, optimizer, setup.route.clone(), transport, watch, times);
+    if let Some(direct) = &setup.direct {
+        worker.roads = Roads::lay(direct, index, worker.part.model.device())?;
+    }
     if let Some(TeacherSetup { model, cuts, hard }) = &setup.teacher {
         let (stage, _) = setup.route.workers[index];
         let chunk = setup.route.teacher_stages().iter().position(|&s| s == stage).unwrap_or_default();

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::direct::Direct;
 use super::executor::Setup;
 use super::life::{Answer, Command, run_worker};
 use super::packet::{self, Loose};
@@ -178,6 +179,7 @@ impl Running {
             record: start.record,
             planted: start.planted,
             teacher: None,
+            direct: (!start.roads.is_empty()).then(|| Direct::new(start.roads.into_iter().collect())),
         };
         let watch = Arc::new(Watch::new(&route.replicas));
         let told = Mutex::new(0);

@@ -168,6 +168,7 @@ impl Ranks {
             kind: setup.kind,
             devices: [across.devices[rank].clone(), model.device().info().id.clone()],
             optimizer: setup.optimizer,
+            roads: setup.direct.iter().flat_map(|direct| direct.tickets.clone()).collect(),
             recompute: setup.recompute,
             times: [setup.heartbeat, setup.deadline, setup.slow].map(|t| t.as_secs_f64()),
             run: setup.run.clone(),

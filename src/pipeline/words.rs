@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::direct::Way;
 use super::fault::Injection;
 use super::life::{Answer, Command, Encoded};
 use super::packet::{self, Loose};
@@ -13,6 +14,7 @@ use super::schedule::{Kind, Schedule};
 use super::watch::{Glance, Record};
 use super::worker::{Report, Stop};
 use crate::device::Device;
+use crate::device::road::Ticket;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{Batch, Config};
@@ -40,6 +42,8 @@ pub(super) struct Start {
     /// Its name, and that of the controller's own where there is none of that name.
     pub devices: [String; 2],
     pub optimizer: Settings,
+    /// Tickets of the roads between workers.
+    pub roads: Vec<(Way, Ticket)>,
     pub recompute: bool,
     /// Heartbeat, deadline and slow, in seconds.
     pub times: [f64; 3],

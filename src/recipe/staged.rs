@@ -1,21 +1,24 @@
 //! What takes the steps of a training: a pipeline as the recipe's `[pipeline]` asks for, or one device.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::hooks::Promises;
 use super::run_folder::State;
-use super::schema::{Pipeline, Stages};
+use super::schema::{Messages, Pipeline, Stages};
 use super::spread::{Probe, Spread, sizes, spread};
 use super::stages::Context;
 use crate::atomic::write_atomic;
 use crate::compress::distillation::Distillation;
 use crate::console;
 use crate::device::Device;
+use crate::device::cuda::ticket;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
+use crate::pipeline::direct::Direct;
 use crate::pipeline::executor::{Pipeline as Executor, Setup, StepReport, TeacherSetup};
 use crate::pipeline::predict::predict;
 use crate::pipeline::profile::Profile;
@@ -115,6 +118,19 @@ fn setup(
     }
     let here = if ranks.is_some() { 1 } else { names.len() };
     let devices = names.iter().take(here).map(|name| pipeline.open(home, name)).collect::<Result<_>>()?;
+    let direct = match pipeline.messages {
+        Messages::Host => None,
+        Messages::Nccl => {
+            let distinct: BTreeSet<&String> = names.iter().filter(|name| name.starts_with("cuda:")).collect();
+            // GPUs of processes on several machines have the same names.
+            let enough = if ranks.is_some() { names.iter().all(|n| n.starts_with("cuda:")) } else { distinct.len() == names.len() };
+            if !enough {
+                let allowed = format!("\"host\" on {}: NCCL needs a GPU for each worker", names.join(", "));
+                return refuse("messages", "nccl".into(), allowed);
+            }
+            Some(Direct::new(Direct::along(route, ticket)?))
+        }
+    };
     let across = match ranks {
         Some(post) => {
             let methods = promises.described(distillation.as_ref())?;
@@ -135,6 +151,7 @@ fn setup(
         optimizer: settings,
         methods: Arc::new(move |part: &Model| promises.methods(part, distillation.as_ref())),
         teacher,
+        direct,
         recompute: pipeline.recompute,
         heartbeat,
         deadline: 30 * heartbeat,

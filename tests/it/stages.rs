@@ -71,6 +71,7 @@ pub fn setup(
         optimizer: clipping(),
         methods: Arc::new(|_: &Model| Ok(Vec::<Box<dyn Method>>::new())),
         teacher: None,
+        direct: None,
         recompute: false,
         heartbeat: Duration::from_secs(5),
         deadline: Duration::from_secs(20),
@@ -82,7 +83,7 @@ pub fn setup(
 }
 
 /// Losses and norms of each step, and the model after the last.
-type Trained = (Vec<(f64, f64)>, Model);
+pub type Trained = (Vec<(f64, f64)>, Model);
 
 fn in_one_piece(config: &Config, rows: &[usize], labels: Option<u32>, dropout: f32) -> Trained {
     let device = cpu();
@@ -94,7 +95,7 @@ fn in_one_piece(config: &Config, rows: &[usize], labels: Option<u32>, dropout: f
     (losses, model)
 }
 
-fn in_stages(config: &Config, setup: Setup, rows: &[usize], labels: Option<u32>, dropout: f32) -> Trained {
+pub fn in_stages(config: &Config, setup: Setup, rows: &[usize], labels: Option<u32>, dropout: f32) -> Trained {
     let device = cpu();
     let mut model = Model::init(config.clone(), &device, 3).unwrap();
     let micros = micros(&device, rows, labels);
@@ -108,7 +109,7 @@ fn in_stages(config: &Config, setup: Setup, rows: &[usize], labels: Option<u32>,
     (losses, model)
 }
 
-fn assert_equal_bits((losses, want): &Trained, (others, have): &Trained, case: &str) {
+pub fn assert_equal_bits((losses, want): &Trained, (others, have): &Trained, case: &str) {
     for (want, have) in losses.iter().zip(others) {
         assert!(want == have, "{case}: loss and norm {have:?} where {want:?} are right");
     }

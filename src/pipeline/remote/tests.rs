@@ -35,6 +35,7 @@ fn setup(config: &Config, stages: usize) -> Setup {
         },
         methods: Arc::new(|_: &Model| Ok(Vec::new())),
         teacher: None,
+        direct: None,
         recompute: false,
         heartbeat: Duration::from_secs(5),
         deadline: Duration::from_secs(20),

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::direct::Roads;
 use super::fault::Injection;
 use super::message::{Message, Purpose, Tag};
 use super::part::{Part, Training};
@@ -74,6 +75,13 @@ pub struct Report {
     pub peak_bytes: u64,
 }
 
+/// What has come and is not asked for yet.
+enum Arrived {
+    Bytes(Message),
+    /// Queued to be there before whatever uses it.
+    Tensor(Tensor),
+}
+
 pub struct Worker {
     pub index: usize,
     pub run: u64,
@@ -86,7 +94,8 @@ pub struct Worker {
     pub deadline: Duration,
     pub planted: Vec<Injection>,
     pub teacher: Option<TeacherPart>,
-    stash: HashMap<Tag, Message>,
+    pub roads: Roads,
+    stash: HashMap<Tag, Arrived>,
     /// Tags of the running step that have been taken.
     taken: HashSet<Tag>,
     sent: Vec<u64>,
@@ -135,6 +144,7 @@ impl Worker {
             deadline,
             planted: Vec::new(),
             teacher: None,
+            roads: Roads::default(),
             stash: HashMap::new(),
             taken: HashSet::new(),
             sent: vec![0; workers],
