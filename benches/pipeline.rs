@@ -96,20 +96,21 @@ fn staged(model: &Model, kind: Kind, count: usize, profile: &Profile, teacher: O
                 hard: false,
             }),
             direct: None,
-        recompute: false,
+            recompute: false,
             heartbeat: long,
             deadline: long,
             slow: long,
             run: "bench".into(),
             record: std::env::temp_dir().join("espalier-bench-flight-recorder.jsonl"),
             planted: Vec::new(),
+            timed: None,
         },
     )
 }
 
 /// With the other core as busy as it will be.
 fn measured(model: &Model, probe: &Micro) -> Result<Profile> {
-    measure::profile(model, probe, settings(), &|_| Ok(Vec::new()), &[device::open("cpu:1")?])
+    measure::profile(model, model.device(), probe, settings(), &|_| Ok(Vec::new()), &[device::open("cpu:1")?])
 }
 
 fn median(values: &[f64]) -> f64 {

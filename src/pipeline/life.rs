@@ -14,6 +14,7 @@ use super::route::Route;
 use super::teacher::TeacherPart;
 use super::transport::Transport;
 use super::watch::{State, Watch};
+use super::words::parameter_of;
 use super::worker::{Order, Report, Stop, Worker};
 use crate::error::Result;
 use crate::nn::Model;
@@ -173,8 +174,7 @@ fn carry_out(worker: &mut Worker, command: Command) -> Result<Answer, Stop> {
             let device = worker.part.model.device().clone();
             let mut own = BTreeMap::new();
             for (name, (meta, bytes)) in state.iter() {
-                let parameter = name.split_once('/').map_or("", |(_, parameter)| parameter);
-                if parameter.is_empty() || worker.part.model.tensors.contains_key(parameter) {
+                if parameter_of(name).is_none_or(|parameter| worker.part.model.tensors.contains_key(parameter)) {
                     own.insert(name.clone(), Tensor::from_bytes(&device, *meta, bytes)?);
                 }
             }

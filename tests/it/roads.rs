@@ -111,8 +111,7 @@ fn what_goes_wrong_on_the_way_is_named() {
         for worker in 0..3 {
             let made = || {
                 let heartbeat = Duration::from_millis(400);
-                let setup =
-                    stages::setup(&config, (Kind::OneForwardOneBackward, 3, 4), vec![1; 3], folder.path());
+                let setup = stages::setup(&config, (Kind::OneForwardOneBackward, 3, 4), vec![1; 3], folder.path());
                 Setup { heartbeat, ..by_roads(setup).0 }
             };
             let position = places(&made(), worker, &[Work::SendForward, Work::SendBackward])[0];

@@ -116,7 +116,11 @@ impl Worker {
             let tensor = Tensor::empty(self.part.model.device(), message.meta)?;
             match self.roads.receive(from, &tensor) {
                 Some(queued) => queued?,
-                None => return fault(format!("a tensor is announced by a road that is not there: {tag} from worker {from}")),
+                None => {
+                    return fault(format!(
+                        "a tensor is announced by a road that is not there: {tag} from worker {from}"
+                    ));
+                }
             }
             Arrived::Tensor(tensor)
         } else {

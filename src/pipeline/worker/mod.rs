@@ -58,6 +58,8 @@ pub struct Order {
     /// What the loss is divided by.
     pub weight: f64,
     pub total_steps: u64,
+    /// Whether every event waits for the device.
+    pub timed: bool,
 }
 
 /// What a step gave.
@@ -250,6 +252,9 @@ impl Worker {
             }
             if work.computes() {
                 report.held_bytes = report.held_bytes.max(device.stats().bytes_live.saturating_sub(before));
+            }
+            if order.timed && work.computes() {
+                device.sync()?;
             }
             let end = self.watch.seconds();
             self.spans.push(Span { activity: Activity::Event(event), start, end });

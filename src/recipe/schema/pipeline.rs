@@ -154,6 +154,17 @@ impl Pipeline {
             Stages::Auto(_) => (1, self.replicas.of(1) == [1]),
         };
         let counts = self.replicas.of(stages);
+        if matches!(self.stages, Stages::Count(_)) && counts == [1] && !self.devices.is_empty() {
+            let allowed = "devices of at least 2 workers; --device names the one of a single stage";
+            return refuse("devices", format!("{:?} with 1 stage", self.devices), allowed);
+        }
+        if self.teacher && layers < stages {
+            return refuse(
+                "teacher",
+                format!("true with {stages} stages"),
+                "a stage for each of the teacher's blocks at most",
+            );
+        }
         if !fixed || counts.len() != stages || counts.iter().any(|r| !(1..=MAX_STAGES).contains(r)) {
             let value = match &self.replicas {
                 Replicas::All(count) => count.to_string(),
