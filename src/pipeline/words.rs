@@ -157,7 +157,7 @@ pub(super) fn of_command(
         Command::Hooks(step) => plain(&Word::Hooks(*step)),
         Command::Collect(state) => plain(&Word::Collect(*state)),
         Command::Restore(state, step) => {
-            let own = state.iter().filter(|(name, _)| parameter_of(name).is_none_or(|p| holds(p)));
+            let own = state.iter().filter(|(name, _)| parameter_of(name).is_none_or(&holds));
             let names = own.clone().map(|(name, _)| name.clone()).collect();
             with_tensors(&Word::Restore(names, *step), own.map(|(_, tensor)| tensor))
         }
