@@ -15,6 +15,7 @@ mod dot_tile;
 mod embed;
 mod ffn;
 mod fisher;
+mod gates;
 pub mod gemm;
 mod int8;
 mod layout;
@@ -43,6 +44,7 @@ pub use distill::{cosine, cosine_backward, hidden_mse, hidden_mse_backward, kl, 
 pub use embed::{embed, embed_backward};
 pub use ffn::{ffn, ffn_backward};
 pub use fisher::rank_one_inverse;
+pub use gates::{group_dots, scale_groups};
 pub use layout::{concat, fill, gather_rows, pad, permute, scatter_add_rows, slice};
 pub use linear_loss::{
     linear_cross_entropy, linear_cross_entropy_backward, linear_kl, linear_kl_backward, linear_predict,

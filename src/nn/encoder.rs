@@ -1,7 +1,7 @@
 //! Two stacks: an encoder reads the source, and each block of the decoder looks at what it made of it.
 
 use super::config::Positions;
-use super::forward::{Batch, Cache, KeyValue, Pass, Source};
+use super::forward::{Batch, Cache, KeyValue, Pass, Place, Source};
 use super::model::Model;
 use crate::dispatch;
 use crate::error::{Error, Result};
@@ -127,7 +127,7 @@ impl Pass<'_> {
         let op =
             Attention { mask: Mask::None, lengths: true, bias: false, scale: block.attention_scale, query_offset: 0 };
         let y = self.tape.first(op, &[&query, &key, &value, &Var::constant(lengths)])?;
-        let y = y.reshape(&[b, t, block.heads * block.head_size])?;
+        let y = self.gated(Place::CrossHeads(i), y.reshape(&[b, t, block.heads * block.head_size])?)?;
         self.linear(&format!("blocks.{i}.cross.output"), &y)
     }
 

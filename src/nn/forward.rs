@@ -48,12 +48,38 @@ pub struct Source {
     pub lengths: Tensor,
 }
 
-/// The life-cycle's first hook: changes how a dense weight (and its input) enters an output. Quantization-aware
-/// training is one.
+/// The life-cycle's first hook: changes how a dense weight (and its input) enters an output, or what a structure of the
+/// model gives. Quantization-aware training is one. What a hook learns beside the weights it keeps in the model's tensors
+/// and takes by [`Pass::parameter`].
 pub trait OutputHook {
-    /// `x` is `[.., k]`, `weight` `[n, k]` (experts: `[E, n, k]`). What a hook learns beside the weights it keeps in the
-    /// model's tensors and takes by [`Pass::parameter`].
-    fn on_output(&self, pass: &mut Pass, linear: &str, x: Var, weight: Var) -> Result<(Var, Var)>;
+    /// `x` is `[.., k]`, `weight` `[n, k]` (experts: `[E, n, k]`).
+    fn on_output(&self, _pass: &mut Pass, _linear: &str, x: Var, weight: Var) -> Result<(Var, Var)> {
+        Ok((x, weight))
+    }
+
+    /// `x` as the structure at `place` gives it, in the pass's type; what comes back has the same shape.
+    fn on_structure(&self, _pass: &mut Pass, _place: Place, x: Var) -> Result<Var> {
+        Ok(x)
+    }
+}
+
+/// Structures of a model whose outputs hooks may gate, by block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Place {
+    /// What is added to the hidden stream `[B, T, d]`: the embedding, and each sublayer's output, behind the place of that.
+    Hidden,
+    /// The heads' contexts `[B, T, H D]` of an attention, before its output projection.
+    Heads(usize),
+    /// The same of a decoder's attention to the source.
+    CrossHeads(usize),
+    /// The activated hidden of a dense FFN, `[.., ffn_width]`; a gated FFN's product. Experts have none.
+    Neurons(usize),
+    /// The output of an attention, `[B, T, d]`.
+    Attention(usize),
+    /// The output of a decoder's attention to the source, `[B, T, d]`.
+    Cross(usize),
+    /// The output of an FFN or of experts, `[B, T, d]`.
+    Ffn(usize),
 }
 
 /// Keys and values of one block so far: `[B, S, H, D]`.
@@ -218,6 +244,20 @@ impl<'m> Pass<'m> {
         Ok((x, weight))
     }
 
+    /// A structure's output as the hooks leave it.
+    pub(super) fn gated(&mut self, place: Place, mut x: Var) -> Result<Var> {
+        for hook in self.hooks.clone() {
+            x = hook.on_structure(self, place, x)?;
+        }
+        Ok(x)
+    }
+
+    /// The output of a sublayer on its way into the hidden stream.
+    fn sublayer(&mut self, place: Place, x: Var) -> Result<Var> {
+        let x = self.gated(place, x)?;
+        self.gated(Place::Hidden, x)
+    }
+
     /// Dropout of the sublayer that comes as number `sublayer` in the whole model, wherever a pass starts.
     pub(super) fn dropped(&mut self, x: Var, sublayer: u32) -> Result<Var> {
         let Some((dropout, step)) = &self.dropout else {
@@ -261,6 +301,7 @@ impl<'m> Pass<'m> {
             let positions = self.tape.first(Embed, &[&table, &Var::constant(batch.positions.clone())])?;
             x = self.tape.first(Binary(BinaryFunction::Add), &[&x, &positions])?;
         }
+        x = self.gated(Place::Hidden, x)?;
         x = self.dropped(x, sublayer)?;
         let states = self.first_norm(&format!("blocks.{first}.norm_attention"), &x)?;
         // Layers are counted along the decoder where there are two stacks.
@@ -279,17 +320,20 @@ impl<'m> Pass<'m> {
         let States { normed, residual } = states;
         let attended = self.attention(i, &normed, batch, cache)?;
         let attended = self.adapted(i, "attention", attended)?;
+        let attended = self.sublayer(Place::Attention(i), attended)?;
         let mut attended = self.dropped(attended, 2 * i as u32 + 1)?;
         let mut residual = residual;
         if self.model.config.cross(i).is_some() {
             let states = self.add_norm(&format!("blocks.{i}.norm_cross"), &attended, &residual)?;
             let looked = self.look(i, &states.normed)?;
+            let looked = self.sublayer(Place::Cross(i), looked)?;
             let site = 2 * self.model.config.blocks.len() + 1 + i;
             (attended, residual) = (self.dropped(looked, site as u32)?, states.residual);
         }
         let States { normed, residual } = self.add_norm(&format!("blocks.{i}.norm_ffn"), &attended, &residual)?;
         let fed = self.ffn(i, &normed)?;
         let fed = self.adapted(i, "ffn", fed)?;
+        let fed = self.sublayer(Place::Ffn(i), fed)?;
         let fed = self.dropped(fed, 2 * i as u32 + 2)?;
         let config = &self.model.config;
         let next = match i + 1 {
@@ -396,7 +440,7 @@ impl<'m> Pass<'m> {
         }
         let inputs: Vec<&Var> = [&query, &key, &value].into_iter().chain(&extra).collect();
         let y = self.tape.first(op, &inputs)?;
-        let y = y.reshape(&[b, t, block.heads * block.head_size])?;
+        let y = self.gated(Place::Heads(i), y.reshape(&[b, t, block.heads * block.head_size])?)?;
         self.linear(&format!("blocks.{i}.attention.output"), &y)
     }
 
@@ -460,6 +504,7 @@ impl<'m> Pass<'m> {
                 self.tape.first(Binary(BinaryFunction::Mul), &[&gate, &value])?
             }
         };
+        let h = self.gated(Place::Neurons(i), h)?;
         self.linear(&outer, &h)
     }
 

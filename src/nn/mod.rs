@@ -12,6 +12,6 @@ mod taps;
 pub mod tuning;
 
 pub use config::{Activation, AttentionKind, Block, Config, Experts, Head, NormKind, Positions, Residual};
-pub use forward::{Batch, OutputHook, Pass, Source, States};
+pub use forward::{Batch, OutputHook, Pass, Place, Source, States};
 pub use model::Model;
 pub use taps::{Heads, Tap};

@@ -10,6 +10,7 @@ pub mod distill;
 pub mod embed;
 pub mod ffn;
 pub mod fisher;
+pub mod gates;
 mod groups;
 pub mod large;
 pub mod layout;
@@ -51,6 +52,7 @@ pub static FAMILIES: &[&Family] = &[
     &linear_loss::FAMILY,
     &ffn::FAMILY,
     &fisher::FAMILY,
+    &gates::FAMILY,
     &matmul::FAMILY,
     &moe::FAMILY,
     &moe_matmul::FAMILY,

@@ -26,6 +26,8 @@ use crate::train::store;
 pub struct Options {
     pub out: PathBuf,
     pub overwrite: bool,
+    /// Folders of other runs: their finished stages of the same settings, text and predecessors are taken, not done again.
+    pub reuse: Vec<PathBuf>,
     pub progress: bool,
     /// The command line, for the report.
     pub command: String,
@@ -152,6 +154,9 @@ impl Flow<'_> {
             self.remember(&model, &record.state, baseline)?;
             return Ok(Student { model, state: record.state, fingerprint });
         }
+        if let Some(student) = self.reuse(name, &fingerprint, baseline)? {
+            return Ok(student);
+        }
         let path = self.folder.stage(name)?;
         let corpus = self.corpus;
         let origin = Origin { fingerprint: fingerprint.clone(), device: arithmetic, text: corpus.hash.clone() };
@@ -191,6 +196,26 @@ impl Flow<'_> {
         self.adopt(&record);
         self.remember(&outcome.model, &outcome.state, baseline)?;
         Ok(Student { model: outcome.model, state: outcome.state, fingerprint })
+    }
+
+    /// A stage that another run finished under the same fingerprint, as this run's own.
+    fn reuse(&mut self, name: &str, fingerprint: &str, baseline: bool) -> Result<Option<Student>> {
+        let options = self.options;
+        for run in &options.reuse {
+            let Some((record, model)) = self.folder.finished_elsewhere(run, name, fingerprint, &self.device)? else {
+                continue;
+            };
+            let tokenizer = [("tokenizer.json", self.tokenizer.clone())];
+            let deployed = freeze(&model, record.state.form())?;
+            self.folder.save_model(&self.folder.stage(name)?.join("deployed"), name, &deployed, &tokenizer)?;
+            self.folder.finish(name, &record, &model, &tokenizer)?;
+            say(options, format!("{name}: taken from {}", run.display()));
+            self.earlier_seconds += record.row.seconds.unwrap_or(0.0);
+            self.adopt(&record);
+            self.remember(&model, &record.state, baseline)?;
+            return Ok(Some(Student { model, state: record.state, fingerprint: fingerprint.to_string() }));
+        }
+        Ok(None)
     }
 
     /// Keeps in mind what the next stages may not bring back.

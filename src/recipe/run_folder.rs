@@ -208,6 +208,18 @@ impl RunFolder {
         })
     }
 
+    /// The same of another run's folder.
+    pub fn finished_elsewhere(
+        &self,
+        run: &Path,
+        name: &str,
+        fingerprint: &str,
+        device: &Arc<dyn Device>,
+    ) -> Result<Option<(StageRecord, Model)>> {
+        let found = self.recorded(&run.join(STAGES).join(name), fingerprint, device)?;
+        Ok(found.filter(|(record, _)| record.row.invariants.iter().all(|i| i.ok)))
+    }
+
     fn recorded(
         &self,
         folder: &Path,
