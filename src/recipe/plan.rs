@@ -42,6 +42,10 @@ pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
         match step {
             Step::Structure => {
                 let Some(s) = &recipe.structure else { continue };
+                if s.vocabulary.is_some() {
+                    // How many tokens the text needs is known when it is read: at most all.
+                    stages.push(planned("vocabulary", size, recipe, None));
+                }
                 size = (s.pruned(recipe.model.size()), s.width(recipe.model.size()));
                 if s.compare_random {
                     stages.push(planned("random (baseline)", size, recipe, Some(&s.training)));

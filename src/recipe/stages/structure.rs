@@ -14,6 +14,8 @@ use crate::rng::Stream;
 use crate::train::lifecycle::Invariant;
 
 pub fn run(flow: &mut Flow, settings: &Structure, student: &Student, cache: &TeacherCache) -> Result<Student> {
+    // Blocks are numbered anew and weights are cut: masks are held by their own counts.
+    flow.forget();
     if settings.compare_random && settings.selection == Selection::Importance {
         at_random(flow, settings, student)?;
     }
@@ -52,7 +54,8 @@ fn declared(context: &Context, model: &Model, settings: &Structure, before: &Mod
         state(
             format!("{} heads in each attention on average, at least {}", heads.keep, heads.floor),
             format!("{counts:?}"),
-            even && counts.iter().sum::<usize>() == heads.keep * counts.len() && counts.iter().all(|&n| n >= heads.floor),
+            even && counts.iter().sum::<usize>() == heads.keep * counts.len()
+                && counts.iter().all(|&n| n >= heads.floor),
         );
     }
     if let Some(ffn) = &settings.ffn {
@@ -183,5 +186,11 @@ fn pruned((model, state): &(Model, State), keep: &Keep) -> Result<(Model, State)
         Some(format!("blocks.{place}.{part}"))
     });
     let kept = keep.channels.iter().map(|&c| state.kept[c]).collect();
-    Ok((pruned, State { kept, ..renamed }))
+    // Masks go with the weights; their zeros are counted anew.
+    let mut sparse = renamed.sparse;
+    sparse.retain(|name, _| pruned.tensors.contains_key(name));
+    for (name, zeros) in &mut sparse {
+        *zeros = pruned.values(name)?.iter().filter(|w| **w == 0.0).count();
+    }
+    Ok((pruned, State { kept, sparse, ..renamed }))
 }
