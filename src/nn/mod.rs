@@ -7,6 +7,7 @@ mod forward;
 pub mod generate;
 mod linear;
 pub mod model;
+pub mod pieces;
 mod shapes;
 mod taps;
 pub mod tuning;

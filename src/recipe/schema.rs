@@ -21,10 +21,10 @@ pub use distil::{Distil, HiddenProjection};
 pub use experts::{Experts, Slower};
 pub use hybrid::Hybrid;
 pub use model::{Architecture, Family, layout};
-pub use pipeline::{Auto, Pipeline, Replicas, Stages};
+pub use pipeline::{Auto, Messages, Pipeline, Replicas, Stages};
 pub use quantize::{Inputs, Method, Observer, Quantize};
 pub use sparsify::{PruningMethod, Sparsify};
-pub use structure::{Selection, Structure};
+pub use structure::{Selection, Structure, Vocabulary};
 pub use tune::Tune;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

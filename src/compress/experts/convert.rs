@@ -45,7 +45,7 @@ pub fn convert(model: &Model, settings: Settings, calibration: &[Batch]) -> Resu
         let allowed = "at least one batch: routers learn from what the experts do".into();
         return Err(Error::Recipe { key: "experts.calibration_batches".into(), value: "0".into(), allowed });
     }
-    for (i, block) in model.config.blocks.iter().enumerate() {
+    for (i, block) in model.config.blocks.iter().enumerate().filter(|(_, block)| block.feeds()) {
         check(block.activation, block.ffn_width, &settings).map_err(|(key, value, allowed)| Error::Recipe {
             key: format!("experts.{key}"),
             value,
@@ -55,7 +55,7 @@ pub fn convert(model: &Model, settings: Settings, calibration: &[Batch]) -> Resu
     let inputs = report::ffn_inputs(model, calibration)?;
     let mut converted = Model::new(model.config.clone(), model.tensors.clone(), model.device())?;
     let mut reports = Vec::new();
-    for (i, inputs) in inputs.iter().enumerate() {
+    for (i, inputs) in inputs.iter().enumerate().filter(|(i, _)| model.config.blocks[*i].feeds()) {
         let count = model.config.blocks[i].ffn_width / settings.expert_size;
         let selected = ((count as f64 * settings.share).round() as usize).clamp(1, count);
         let order = split::neuron_order(model, i, count, (settings.split, settings.seed), inputs)?;

@@ -111,6 +111,9 @@ pub fn drop_experts(model: &mut Model, settings: Drop, calibration: &[Batch]) ->
     let inputs = super::report::ffn_inputs(model, calibration)?;
     let mut dropped = Vec::new();
     for (i, inputs) in inputs.iter().enumerate() {
+        if !model.config.blocks[i].feeds() {
+            continue;
+        }
         let before = experts(model, i)?.count;
         let saliency = saliencies(model, i, inputs, settings.saliency)?;
         let gone = ((before as f64 * settings.share).round() as usize).min(before - 1);

@@ -64,7 +64,7 @@ pub(super) fn activations(model: &Model, i: usize, x: &Tensor) -> Result<Vec<f32
     dispatch::run_one(&op, &[x, &weight, &bias.reshape(&[bias.count()])?])?.to_vec()
 }
 
-/// Share of the neurons of each block's FFN that are above 0 over the batches: how sparse activations are.
+/// Share of the neurons of each FFN that are above 0 over the batches: how sparse activations are.
 pub fn active_shares(model: &Model, batches: &[Batch]) -> Result<Vec<f64>> {
     let share = |(i, inputs): (usize, &Vec<Tensor>)| {
         let (mut active, mut all) = (0, 0);
@@ -75,7 +75,8 @@ pub fn active_shares(model: &Model, batches: &[Batch]) -> Result<Vec<f64>> {
         }
         Ok(active as f64 / all.max(1) as f64)
     };
-    ffn_inputs(model, batches)?.iter().enumerate().map(share).collect()
+    let inputs = ffn_inputs(model, batches)?;
+    inputs.iter().enumerate().filter(|(i, _)| model.config.blocks[*i].feeds()).map(share).collect()
 }
 
 /// Sum of positive activations of each expert, `[rows, E]`, and the share of neurons that are active.
