@@ -65,6 +65,7 @@ fn uneven_students_in_stages_are_those_of_one_device_to_the_bit() {
         "structure.ffn={ keep = 32 }",
         "structure.vocabulary={ min_count = 20 }",
         "data.max_length=64",
+        "data.vocabulary=1500",
         "sparsify=false",
     ];
     let [one, two] = ["one", "two"].map(|name| folder.path().join(name));
