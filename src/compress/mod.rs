@@ -5,7 +5,6 @@ pub mod distillation;
 pub mod experts;
 pub mod freeze;
 pub mod hybrid;
-pub mod importance;
 pub mod inputs;
 pub mod pruning;
 pub mod quantization;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::config::{Activation, AttentionKind, Head, NormKind, Positions, Residual};
+use super::config::{Activation, AttentionKind, NormKind, Positions, Residual};
 use super::encoder::Memory;
 use super::model::{GATE, Model, missing};
 use super::taps::Taps;
@@ -93,7 +93,7 @@ pub struct KeyValue {
 pub(super) enum Cache<'c> {
     None,
     /// Keep this pass's keys and values.
-    Collect(&'c mut Vec<KeyValue>),
+    Collect(&'c mut BTreeMap<usize, KeyValue>),
     /// Attend to caches that the callback has just extended with this pass's keys and values.
     Extend(&'c mut dyn FnMut(usize, &Tensor, &Tensor) -> Result<KeyValue>, Reach),
 }
@@ -131,7 +131,7 @@ pub struct Pass<'m> {
     pub(super) tuned: bool,
     prefix: usize,
     pub(super) taps: Option<Box<Taps>>,
-    /// When set, the FFN inputs `[rows, d]` of every block are kept here.
+    /// When set, the FFN inputs `[rows, d]` of every block are kept here, also of one that has no FFN.
     pub ffn_inputs: Option<Vec<Tensor>>,
 }
 
@@ -317,24 +317,37 @@ impl<'m> Pass<'m> {
     }
 
     pub(super) fn block(&mut self, i: usize, states: States, batch: &Batch, cache: &mut Cache) -> Result<States> {
-        let States { normed, residual } = states;
-        let attended = self.attention(i, &normed, batch, cache)?;
-        let attended = self.adapted(i, "attention", attended)?;
-        let attended = self.sublayer(Place::Attention(i), attended)?;
-        let mut attended = self.dropped(attended, 2 * i as u32 + 1)?;
-        let mut residual = residual;
-        if self.model.config.cross(i).is_some() {
-            let states = self.add_norm(&format!("blocks.{i}.norm_cross"), &attended, &residual)?;
-            let looked = self.look(i, &states.normed)?;
-            let looked = self.sublayer(Place::Cross(i), looked)?;
-            let site = 2 * self.model.config.blocks.len() + 1 + i;
-            (attended, residual) = (self.dropped(looked, site as u32)?, states.residual);
+        let States { normed, mut residual } = states;
+        let block = &self.model.config.blocks[i];
+        let mut added = None;
+        if block.attends() {
+            let attended = self.attention(i, &normed, batch, cache)?;
+            let attended = self.adapted(i, "attention", attended)?;
+            let attended = self.sublayer(Place::Attention(i), attended)?;
+            added = Some(self.dropped(attended, 2 * i as u32 + 1)?);
         }
-        let States { normed, residual } = self.add_norm(&format!("blocks.{i}.norm_ffn"), &attended, &residual)?;
-        let fed = self.ffn(i, &normed)?;
-        let fed = self.adapted(i, "ffn", fed)?;
-        let fed = self.sublayer(Place::Ffn(i), fed)?;
-        let fed = self.dropped(fed, 2 * i as u32 + 2)?;
+        if self.model.config.decodes(i) {
+            let states = self.add_norm(&format!("blocks.{i}.norm_cross"), added.as_ref(), &residual)?;
+            (added, residual) = (None, states.residual);
+            if self.model.config.cross(i).is_some() {
+                let looked = self.look(i, &states.normed)?;
+                let looked = self.sublayer(Place::Cross(i), looked)?;
+                let site = 2 * self.model.config.blocks.len() + 1 + i;
+                added = Some(self.dropped(looked, site as u32)?);
+            }
+        }
+        let States { normed, residual } = self.add_norm(&format!("blocks.{i}.norm_ffn"), added.as_ref(), &residual)?;
+        if self.ffn_inputs.is_some() {
+            let rows = self.rows(&normed)?.tensor;
+            self.ffn_inputs.iter_mut().for_each(|list| list.push(rows.clone()));
+        }
+        let mut added = None;
+        if block.feeds() {
+            let fed = self.ffn(i, &normed)?;
+            let fed = self.adapted(i, "ffn", fed)?;
+            let fed = self.sublayer(Place::Ffn(i), fed)?;
+            added = Some(self.dropped(fed, 2 * i as u32 + 2)?);
+        }
         let config = &self.model.config;
         let next = match i + 1 {
             end if end == config.blocks.len() => "norm_final".into(),
@@ -342,7 +355,7 @@ impl<'m> Pass<'m> {
             next => format!("blocks.{next}.norm_attention"),
         };
         let first = config.encoder;
-        let states = self.add_norm(&next, &fed, &residual)?;
+        let states = self.add_norm(&next, added.as_ref(), &residual)?;
         if i >= first {
             self.keep_hidden(i + 1 - first, &states);
         }
@@ -363,10 +376,12 @@ impl<'m> Pass<'m> {
         Ok(States { normed: y, residual })
     }
 
-    /// h = x + scale * residual; y = norm(h).
-    fn add_norm(&mut self, name: &str, x: &Var, residual: &Var) -> Result<States> {
+    /// h = x + scale * residual; y = norm(h). Without x, the output of a sublayer that the block lacks, h = scale * residual.
+    fn add_norm(&mut self, name: &str, x: Option<&Var>, residual: &Var) -> Result<States> {
         let config = &self.model.config;
         let scale = if let Residual::Normalised { scale } = config.residual { scale } else { 1.0 };
+        // r + (scale - 1) r
+        let (x, scale) = x.map_or((residual, scale - 1.0), |x| (x, scale));
         let op = AddNorm { epsilon: config.norm_epsilon, scale, rms: config.norm == NormKind::Rms };
         let weight = self.parameter(&format!("{name}.weight"))?;
         let outputs = if op.rms {
@@ -421,7 +436,7 @@ impl<'m> Pass<'m> {
             }
             _ => {
                 if let Cache::Collect(caches) = cache {
-                    caches.push(KeyValue { key: key.tensor.clone(), value: value.tensor.clone() });
+                    caches.insert(i, KeyValue { key: key.tensor.clone(), value: value.tensor.clone() });
                 }
                 let context = if op.mask == Mask::Prefix { constant(&batch.context) } else { Vec::new() };
                 if op.mask == Mask::Prefix && context.is_empty() {
@@ -463,10 +478,6 @@ impl<'m> Pass<'m> {
 
     fn ffn(&mut self, i: usize, x: &Var) -> Result<Var> {
         let block = &self.model.config.blocks[i];
-        if self.ffn_inputs.is_some() {
-            let rows = self.rows(x)?.tensor;
-            self.ffn_inputs.iter_mut().for_each(|list| list.push(rows.clone()));
-        }
         if block.experts.is_some() {
             return self.experts(i, x);
         }
@@ -571,22 +582,5 @@ impl<'m> Pass<'m> {
         let inputs: Vec<&Var> =
             [&q[0], &q[1], &weight, &scale].into_iter().chain(&bias).chain([order, offsets]).collect();
         self.tape.first(op, &inputs)
-    }
-
-    /// The head's weight: `[V, d]` (the embedding when tied) or `[labels, d]`.
-    pub fn head_weight(&mut self) -> Result<Var> {
-        match self.model.config.head {
-            Head::Language { tied: true } => self.parameter("embedding.tokens"),
-            _ => self.parameter("head.weight"),
-        }
-    }
-
-    /// Logits `[.., V]` (or labels) of hidden states.
-    pub fn logits(&mut self, hidden: &Var) -> Result<Var> {
-        if matches!(self.model.config.head, Head::Language { tied: true }) {
-            let weight = self.head_weight()?;
-            return self.tape.first(crate::ops::matmul::Matmul::linear(), &[hidden, &weight]);
-        }
-        self.linear("head", hidden)
     }
 }

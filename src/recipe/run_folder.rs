@@ -28,6 +28,8 @@ pub const RECIPE: &str = "recipe.resolved.toml";
 pub const STAGES: &str = "stages";
 pub const CHECKPOINTS: &str = "checkpoints";
 pub const MODEL: &str = "model";
+/// Beside a model with fewer tokens: the ids that they had.
+pub const VOCABULARY: &str = "vocabulary.json";
 const MAX_JSON: u64 = 64 << 20;
 
 /// What a finished stage is known by.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::PlannedStage;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::nn::Config;
 use crate::nn::config::Size;
 use crate::nn::pieces;
 use crate::pipeline::{Costs, Kind, Schedule, cut, simulate};
@@ -29,14 +30,19 @@ const TRAINED: usize = 16;
 impl PlannedSpread {
     /// # Errors
     /// `Recipe` for stages that the model cannot be cut into; those of the schedule.
-    pub(super) fn new(pipeline: &Pipeline, size: Size, recipe: &Recipe, training: &Training) -> Result<Self> {
+    pub(super) fn new(
+        pipeline: &Pipeline,
+        (size, width): (Size, usize),
+        recipe: &Recipe,
+        training: &Training,
+    ) -> Result<Self> {
         let micro_batches = training.accumulate * pipeline.micro_batches;
         let schedule = pipeline.schedule;
         let Stages::Count(stages) = pipeline.stages else {
             return Ok(Self { schedule, micro_batches, replicas: Vec::new(), memory: Vec::new() });
         };
         let labels = tagging::labels().unwrap_or_default();
-        let config = recipe.model.config(size, recipe.data.vocabulary, &labels);
+        let config = Config { width, ..recipe.model.config(size, recipe.data.vocabulary, &labels) };
         let order = Schedule::new(schedule, stages, micro_batches)?;
         let timeline = simulate(&order, &Costs::uniform(order.chunks(), 1.0, 1.0, 1.0))?;
         let cuts = cut::even(pieces::pieces(&config), order.chunks());
