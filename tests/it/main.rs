@@ -9,6 +9,7 @@ mod device;
 mod distillation;
 mod encoder;
 mod experts;
+mod faults;
 mod graphs;
 mod import;
 mod importance;
