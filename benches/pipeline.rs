@@ -76,6 +76,7 @@ fn staged(model: &Model, kind: Kind, count: usize, profile: &Profile, teacher: O
         normalised: false,
         projection: Projection::None,
         teacher_head,
+        teacher_bias: None,
     });
     let long = Duration::from_secs(60);
     Pipeline::start(

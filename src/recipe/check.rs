@@ -1,7 +1,9 @@
 //! Ranges of a recipe's values: everything that could fail late is refused before the first stage runs.
 
 use super::order::Step;
-use super::schema::{Corpus, Distil, Evaluate, Family, MAX_BEAMS, MAX_SEED, Quantize, Recipe, Sparsify, Training};
+use super::schema::{
+    Corpus, Distil, Evaluate, Family, Inputs, MAX_BEAMS, MAX_SEED, Method, Quantize, Recipe, Sparsify, Training,
+};
 use crate::compress::tuning::Tuning;
 use crate::data::tokenizer::is_language;
 use crate::error::{Error, Result};
@@ -191,6 +193,11 @@ impl Recipe {
         if family == Family::T5 && self.tune.as_ref().is_some_and(|t| matches!(t.method, Tuning::Prefix(_))) {
             let allowed = "adapters or lora for model.family t5: a prefix has no distance to the tokens";
             return refuse("tune.method", "prefix", allowed);
+        }
+        let generated = |q: &&Quantize| q.method == Method::DataFree && q.inputs == Some(Inputs::SelfGenerated);
+        if family == Family::Tagger && self.quantize.as_ref().filter(generated).is_some() {
+            let allowed = "random for model.family tagger: its logits are labels, not text";
+            return refuse("quantize.inputs", "self_generated", allowed);
         }
         // Statistics of inputs are taken by walking one chain of blocks.
         let walked = self.sparsify.as_ref().is_some_and(Sparsify::walks_blocks)

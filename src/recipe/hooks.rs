@@ -39,6 +39,7 @@ struct Terms {
 
 /// Names of a distillation's tensors on their way.
 const TEACHER_HEAD: &str = "teacher_head";
+const TEACHER_BIAS: &str = "teacher_bias";
 const SELECTION: &str = "selection";
 
 impl Promises {
@@ -74,6 +75,9 @@ impl Promises {
         };
         if let Some(distillation) = distillation {
             add(TEACHER_HEAD, &distillation.teacher_head)?;
+            if let Some(bias) = &distillation.teacher_bias {
+                add(TEACHER_BIAS, bias)?;
+            }
             if let Projection::Kept(selection) = &distillation.projection {
                 add(SELECTION, selection)?;
             }
@@ -108,6 +112,7 @@ fn made(described: &Described, part: &Model) -> Result<Vec<Box<dyn Method>>> {
                 None => Projection::None,
             },
             teacher_head,
+            teacher_bias: tensor(TEACHER_BIAS)?,
         }),
         _ => None,
     };

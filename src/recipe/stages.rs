@@ -302,6 +302,7 @@ pub fn distillation(student: &Model, teacher: &Model, kept: &[usize], settings: 
         normalised: settings.normalised,
         projection,
         teacher_head: teacher.get("head.weight")?.clone(),
+        teacher_bias: teacher.tensors.get("head.bias").cloned(),
     })
 }
 

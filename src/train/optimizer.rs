@@ -255,6 +255,8 @@ impl Optimizer {
         let betas = if let Rule::Adamw { beta1, beta2, .. } = self.settings.rule { [beta1, beta2] } else { [0.0; 2] };
         self.forget_gradients();
         self.set_counter(self.step)?;
+        // Without labels there are neither loss nor gradients, whatever they are divided by.
+        let weight = if weight > 0.0 { weight } else { 1.0 };
         (self.step, self.weight) = (self.step + 1, weight);
         let rates = StepRates { learning_rate, betas, weight, step: self.step };
         for gates in self.groups.iter().filter_map(|group| group.gates.as_ref()) {

@@ -134,8 +134,8 @@ fn every_loss_on_logits_has_the_slope_of_its_differences() {
 fn logits_of(model: &Model, micro: &Micro) -> Vec<Vec<f64>> {
     let mut pass = Pass::inference(model);
     let hidden = pass.hidden(&micro.batch).unwrap();
-    let logits = pass.logits(&hidden).unwrap().tensor.to_f64().unwrap();
-    logits.chunks(VOCABULARY).map(<[f64]>::to_vec).collect()
+    let logits = pass.logits(&hidden).unwrap().tensor;
+    logits.to_f64().unwrap().chunks(logits.shape().last()).map(<[f64]>::to_vec).collect()
 }
 
 fn log_softmax(z: &[f64], t: f64) -> Vec<f64> {
@@ -228,6 +228,44 @@ fn temperatures_of_rows(student: &Model, taught: &[Vec<f64>], micro: &Micro, val
         let have = value(Logits { temperature_schedule: schedule, ..base });
         assert!((want - have).abs() < 1e-5 * want, "{schedule:?}: {have} where {want} is right");
     }
+}
+
+/// A tagger's logits have a bias, the teacher's and the student's own.
+#[test]
+fn soft_labels_of_a_tagger_know_its_bias() {
+    let labels = ["O", "B", "I"].map(String::from).to_vec();
+    let device = oracle();
+    let [student, teacher] =
+        [3, 9].map(|seed| enlivened(Config::bert_tagger(SIZE, VOCABULARY, labels.clone()), &device, seed));
+    let micro = weighed(micro(&device, &assemble(&examples(3, 5))));
+    let n = micro.targets.count();
+    let hidden = Pass::inference(&teacher).hidden(&micro.batch).unwrap().tensor;
+    let unlabelled = Tensor::from_slice(&device, &[n], &vec![espalier::data::batch::IGNORE; n]).unwrap();
+    let taught = Teacher {
+        hidden: hidden.reshape(&[n, teacher.config.width]).unwrap(),
+        hidden_weights: micro.weights.clone(),
+        soft_weights: micro.weights.clone(),
+        hard_targets: unlabelled,
+        hard_weights: micro.weights.clone(),
+        top: None,
+    };
+    let of_teacher = logits_of(&teacher, &micro);
+    let distillation = Distillation {
+        weights: Weights { hidden: 0.0, soft: 1.0, hard: 0.0 },
+        temperature: 2.0,
+        squared: true,
+        reduction: distill::Reduction::Mean,
+        normalised: false,
+        projection: Projection::None,
+        teacher_head: teacher.get("head.weight").unwrap().clone(),
+        teacher_bias: Some(teacher.get("head.bias").unwrap().clone()),
+    };
+    let want = by_hand(&student, &of_teacher, &micro, |s, t, _| 4.0 * kl(&log_softmax(t, 2.0), &log_softmax(s, 2.0)));
+    let micro = Micro { teacher: Some(taught), ..micro };
+    let (have, grads) = term(&student, &distillation, &micro);
+    assert_near(want, have, "soft labels of a tagger");
+    assert!(grads["head.bias"].iter().any(|g| g.abs() > 1e-6), "the student's bias hears its teacher");
+    check_slope(&student, &distillation, &micro, "soft labels of a tagger");
 }
 
 #[test]

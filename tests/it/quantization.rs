@@ -400,8 +400,9 @@ fn gptq_and_awq_beat_plain_rounding_and_keep_zeros() {
             assert!(error < nearest, "{name} {bits} bits, group {group}: {error:e} for {nearest:e}");
             for linear in Config::linears(0) {
                 let weight = model.values(&format!("{linear}.weight")).unwrap();
-                let zeros = weight.iter().enumerate().all(|(i, w)| i % 4 >= 2 || *w == 0.0);
-                assert!(zeros, "{name} {linear}: a pruned weight came back");
+                // Later stages read the mask off the zeros: no more of them than there were.
+                let zeros = weight.iter().enumerate().all(|(i, w)| (i % 4 < 2) == (*w == 0.0));
+                assert!(zeros, "{name} {linear}: a pruned weight came back, or a kept one became 0");
             }
             assert!(hook.invariants(&model).unwrap().iter().all(|i| i.holds));
             let frozen = freeze(&model, Form { sparse: false, quantized: Some(format) }).unwrap();

@@ -299,6 +299,7 @@ pub fn lesson(device: &Arc<dyn Device>, rows: &[usize]) -> Lesson {
         normalised: false,
         projection: Projection::None,
         teacher_head: teacher.get("head.weight").unwrap().clone(),
+        teacher_bias: None,
     };
     Lesson { teacher, steps, distillation }
 }

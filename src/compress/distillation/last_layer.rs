@@ -5,15 +5,16 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::logits::logits;
 use super::{scaled, total};
 use crate::device::Device;
 use crate::error::Result;
 use crate::nn::{Model, Pass};
-use crate::ops::distill::{Direction, HiddenMse, LinearKl, Reduction};
+use crate::ops::distill::{Direction, HiddenMse, Kl, LinearKl, Reduction};
 use crate::ops::matmul::Matmul;
 use crate::tape::Var;
 use crate::tensor::Tensor;
-use crate::train::lifecycle::{Method, Micro};
+use crate::train::lifecycle::{Method, Micro, Teacher};
 use crate::train::trainer::{LOSS_CHUNK, sum, weighted_cross_entropy};
 
 /// Name of the learned projection among the student's tensors while it trains.
@@ -51,8 +52,9 @@ pub struct Distillation {
     pub reduction: Reduction,
     pub normalised: bool,
     pub projection: Projection,
-    /// The teacher's head `[V, d_teacher]`.
+    /// The teacher's head `[V, d_teacher]`, and a tagger's bias `[labels]`.
     pub teacher_head: Tensor,
+    pub teacher_bias: Option<Tensor>,
 }
 
 impl Distillation {
@@ -65,6 +67,7 @@ impl Distillation {
                 Projection::None => Projection::None,
             },
             teacher_head: self.teacher_head.to_device(device)?,
+            teacher_bias: self.teacher_bias.as_ref().map(|bias| bias.to_device(device)).transpose()?,
             ..*self
         })
     }
@@ -90,6 +93,26 @@ impl Distillation {
         let width = student.tensor.shape().last() as f32;
         let unit = if self.reduction == Reduction::Mean { 2.0 / width } else { 1.0 };
         scaled(pass, &loss, self.weights.hidden * unit)
+    }
+}
+
+impl Distillation {
+    /// KL of each row. A tagger's few logits are held whole, because its head has a bias; those of a language model are
+    /// computed chunk by chunk.
+    fn soft_losses(&self, pass: &mut Pass, rows: &Var, teacher: &Teacher) -> Result<Var> {
+        let (temperature, squared) = (self.temperature, self.squared);
+        let weights = Var::constant(teacher.soft_weights.clone());
+        let (hidden, teacher_head) = (pass.constant(&teacher.hidden)?, pass.constant(&self.teacher_head)?);
+        let head = pass.head_weight()?;
+        let Some(teacher_bias) = &self.teacher_bias else {
+            let op = LinearKl { direction: Direction::Forward, temperature, squared, chunk: LOSS_CHUNK };
+            return pass.tape.first(op, &[rows, &head, &hidden, &teacher_head, &weights]);
+        };
+        let (bias, teacher_bias) = (pass.parameter("head.bias")?, pass.constant(teacher_bias)?);
+        let own = logits(&mut pass.tape, rows, &head, Some(&bias))?;
+        let teacher = logits(&mut pass.tape, &hidden, &teacher_head, Some(&teacher_bias))?;
+        let op = Kl { direction: Direction::Forward, temperature, squared };
+        pass.tape.first(op, &[&own, &teacher, &weights])
     }
 }
 
@@ -121,16 +144,7 @@ impl Method for Distillation {
             terms.push(self.hidden_loss(pass, &rows, &teacher.hidden, &teacher.hidden_weights)?);
         }
         if self.weights.soft > 0.0 {
-            let op = LinearKl {
-                direction: Direction::Forward,
-                temperature: self.temperature,
-                squared: self.squared,
-                chunk: LOSS_CHUNK,
-            };
-            let head = pass.head_weight()?;
-            let (hidden, teacher_head) = (pass.constant(&teacher.hidden)?, pass.constant(&self.teacher_head)?);
-            let weights = Var::constant(teacher.soft_weights.clone());
-            let losses = pass.tape.first(op, &[&rows, &head, &hidden, &teacher_head, &weights])?;
+            let losses = self.soft_losses(pass, &rows, teacher)?;
             let total = sum(pass, &losses)?;
             terms.push(scaled(pass, &total, self.weights.soft)?);
         }

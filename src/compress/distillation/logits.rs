@@ -106,6 +106,11 @@ impl Logits {
         if self.loss == LogitLoss::Jsd && !(self.beta > 0.0 && self.beta < 1.0) {
             return refuse("beta", self.beta.to_string(), "between 0 and 1, exclusive");
         }
+        if cached && self.loss == LogitLoss::Mse {
+            let allowed =
+                "forward, reverse or jsd with cached largest logits, which are known up to a constant of the row";
+            return refuse("loss", "mse".into(), allowed);
+        }
         if cached && self.temperature_schedule != TemperatureSchedule::Constant {
             let allowed = "constant with cached largest logits: their log-sum-exp is that of one temperature";
             return refuse("temperature_schedule", format!("{:?}", self.temperature_schedule), allowed);
@@ -283,8 +288,8 @@ impl LogitTerm {
     }
 }
 
-/// Logits `[c, V]` in f32.
-fn logits(tape: &mut Tape, rows: &Var, head: &Var, bias: Option<&Var>) -> Result<Var> {
+/// Logits f32 of rows through a head and its bias.
+pub(super) fn logits(tape: &mut Tape, rows: &Var, head: &Var, bias: Option<&Var>) -> Result<Var> {
     let z = match bias {
         Some(bias) => tape.first(Matmul::linear_bias(), &[rows, head, bias])?,
         None => tape.first(Matmul::linear(), &[rows, head])?,

@@ -38,6 +38,14 @@ impl Held {
     }
 }
 
+/// Masks are read off the zeros: what is kept and comes out 0 stays in the mask as next to nothing, which every grid rounds
+/// to 0 again.
+pub fn keep_alive(kept: impl IntoIterator<Item = bool>, weights: &mut [f64]) {
+    for (w, _) in weights.iter_mut().zip(kept).filter(|(w, kept)| *kept && **w == 0.0) {
+        *w = f64::from(f32::MIN_POSITIVE).copysign(*w);
+    }
+}
+
 impl Method for Held {
     fn name(&self) -> &'static str {
         "sparsity"

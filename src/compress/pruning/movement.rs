@@ -96,7 +96,8 @@ impl Movement {
                 let share = if sparsity > 0.0 { now / sparsity } else { 0.0 };
                 self.factor.upload(&[(penalty * share) as f32])?;
                 // sigmoid(s) > tau where s > ln(tau / (1 - tau)).
-                let op = Above { threshold: (now / (1.0 - now)).ln() as f32 };
+                let logit = (now / (1.0 - now)).ln() as f32;
+                let op = Above { threshold: logit.clamp(-f32::MAX, f32::MAX) };
                 scores.iter().map(|s| dispatch::run_one(&op, &[s])).collect::<Result<_>>()?
             }
         };

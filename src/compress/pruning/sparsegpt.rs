@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use super::calibration::{Statistic, walk};
+use super::held::keep_alive;
 use super::pattern::{Pattern, matrix_dims};
 use super::pruner::{Criterion, Work};
 use super::selection::{Scope, pruned};
@@ -118,6 +119,7 @@ pub fn prune(
             }
         });
     }
+    keep_alive(kept.iter().copied(), &mut w);
     let scales = grids.iter().map(|grid| f64::from(grid.scale)).collect();
     Ok(Pruned { weights: w, kept, scales })
 }

@@ -7,6 +7,7 @@ use super::STEP;
 use super::format::{Format, Levels};
 use crate::compress::curvature::inverse_factor;
 use crate::compress::inputs::{self, Seen};
+use crate::compress::pruning::held::keep_alive;
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::nn::{Batch, Config, Model};
@@ -97,7 +98,10 @@ pub fn quantize(model: &mut Model, linears: &[String], format: &Format, batches:
         for linear in Config::linears(block).iter().filter(|l| linears.contains(l)) {
             let weight = here.get(&format!("{linear}.weight"))?;
             let (n, k) = (weight.shape().rows(), weight.shape().last());
-            let (rounded, steps) = round(&weight.to_f64()?, grams.of(linear)?, k, format, DAMPING)?;
+            let dense = weight.to_f64()?;
+            let (mut rounded, steps) = round(&dense, grams.of(linear)?, k, format, DAMPING)?;
+            // Later stages read the mask off the zeros: as many as there were.
+            keep_alive(dense.iter().map(|w| *w != 0.0), &mut rounded);
             weight.assign(&Tensor::from_f64(here.device(), &[n, k], weight.dtype(), &rounded)?)?;
             found.push((format!("{linear}.{STEP}"), Tensor::from_slice(here.device(), &[steps.len()], &steps)?));
         }

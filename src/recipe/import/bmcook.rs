@@ -143,6 +143,10 @@ fn distil(config: &Distillation, draft: &mut Draft) -> Distil {
             draft.ignore(&format!("distillation.{key}"), "set", "BMCook declares attention losses and computes none");
         }
     }
+    if config.mse_hidn_proj {
+        let reason = "the projection goes from the student to the teacher; BMCook's goes the other way (preset \"bmcook\" has it)";
+        draft.ignore("distillation.mse_hidn_proj", "true", reason);
+    }
     Distil {
         weights: Weights { hidden: config.mse_hidn_scale, soft: config.ce_scale, hard: 0.0 },
         gold: Some(1.0),

@@ -184,7 +184,7 @@ impl Sparsify {
         let once = matches!(self.method, Wanda | Activation | SparseGpt) || self.pattern.is_24();
         let window = match self.window {
             Some(window) => window,
-            None if once && !self.method.learns() => [0.0, 0.0],
+            None if once && !self.method.learns() && self.method != PruningMethod::FirstOrder => [0.0, 0.0],
             None => [0.07, 0.87],
         };
         let [start, end] = window.map(|share| (share * self.training.steps as f64).round() as u64);
@@ -249,6 +249,7 @@ impl Sparsify {
             (Activation, pattern) if !matches!(pattern, Pattern::Row | Pattern::Column) => {
                 "row or column with activation"
             }
+            (_, Pattern::Row) if self.scope == Scope::Row => "another scope than row with it: a row has one unit",
             (SparseGpt, pattern) if !matches!(pattern, Pattern::Unstructured | Pattern::TwoFour) => {
                 "unstructured or two_four with sparse_gpt"
             }
