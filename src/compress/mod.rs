@@ -4,7 +4,6 @@ pub mod distillation;
 pub mod experts;
 pub mod freeze;
 pub mod hybrid;
-pub mod importance;
 pub mod pruning;
 pub mod quantization;
 pub mod structure;

@@ -16,6 +16,7 @@ mod embed;
 mod ffn;
 mod fisher;
 mod gates;
+mod hard_concrete;
 pub mod gemm;
 mod int8;
 mod layout;
@@ -45,6 +46,7 @@ pub use embed::{embed, embed_backward};
 pub use ffn::{ffn, ffn_backward};
 pub use fisher::rank_one_inverse;
 pub use gates::{group_dots, scale_groups};
+pub use hard_concrete::{clamp, hard_concrete, hard_concrete_backward};
 pub use layout::{concat, fill, gather_rows, pad, permute, scatter_add_rows, slice};
 pub use linear_loss::{
     linear_cross_entropy, linear_cross_entropy_backward, linear_kl, linear_kl_backward, linear_predict,

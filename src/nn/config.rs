@@ -79,16 +79,46 @@ pub struct Experts {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Block {
+    /// 0: the block has no attention.
     pub heads: usize,
     pub head_size: usize,
     /// Factor on attention scores; kept explicit because a pruned head keeps its teacher's.
     pub attention_scale: f32,
+    /// 0: the block has no FFN.
     pub ffn_width: usize,
     pub activation: Activation,
     /// One per rotary pair of a head (head_size / 2); for `Rotary2d` the first half belongs to the position half.
     pub inverse_frequencies: Vec<f32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts: Option<Experts>,
+    /// Heads of a decoder's cross-attention where they are not as many as `heads`; 0: it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cross_heads: Option<usize>,
+    /// Where positions are relative: has a table of distances of its own, because its heads are not those of its stack's first
+    /// block.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub own_distances: bool,
+}
+
+fn is_false(on: &bool) -> bool {
+    !*on
+}
+
+impl Block {
+    /// Whether it has (self-)attention.
+    pub fn attends(&self) -> bool {
+        self.heads > 0
+    }
+
+    /// Whether it has an FFN.
+    pub fn feeds(&self) -> bool {
+        self.ffn_width > 0
+    }
+
+    /// Heads with which a decoder's block looks at the source.
+    pub fn heads_across(&self) -> usize {
+        self.cross_heads.unwrap_or(self.heads)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -235,9 +265,16 @@ impl Config {
             return rule("positions".into(), "an even number of buckets from 2 to 4096, farthest from 1 to 1000000");
         }
         for (i, b) in self.blocks.iter().enumerate() {
-            let sizes = [b.heads, b.head_size, b.ffn_width];
-            if sizes.iter().any(|&n| n == 0 || n > 1_000_000) {
-                return rule(format!("blocks[{i}]"), "heads, head_size and ffn_width must be from 1 to 1000000");
+            let sizes = [b.heads, b.head_size, b.ffn_width, b.heads_across()];
+            if sizes.iter().any(|&n| n > 1_000_000) || b.head_size == 0 {
+                return rule(format!("blocks[{i}]"), "head_size from 1, heads and ffn_width from 0 to 1000000");
+            }
+            if (b.cross_heads.is_some() && !self.decodes(i)) || (b.own_distances && !(relative && b.attends())) {
+                return rule(format!("blocks[{i}]"), "cross_heads in decoders, own_distances with relative positions");
+            }
+            let first = &self.blocks[self.stack(i)];
+            if relative && b.attends() && !b.own_distances && b.heads != first.heads {
+                return rule(format!("blocks[{i}].heads"), "as many as its stack's first block, whose distances it reads");
             }
             let pairs = if self.positions.rotary() { b.head_size / 2 } else { 0 };
             if b.inverse_frequencies.len() != pairs {
@@ -258,7 +295,7 @@ impl Config {
                 );
             }
             if let Some(e) = b.experts
-                && (e.count == 0 || e.selected == 0 || e.selected > e.count || b.ffn_width % e.count != 0)
+                && (e.count == 0 || e.selected == 0 || e.selected > e.count || b.ffn_width % e.count != 0 || !b.feeds())
             {
                 return rule(format!("blocks[{i}].experts"), "1 <= selected <= count, and count divides ffn_width");
             }
@@ -273,14 +310,25 @@ impl Config {
 
     /// Names of every linear layer of every block.
     pub fn all_linears(&self) -> Vec<String> {
-        let of_block = |i: usize| Self::linears(i).into_iter().chain(self.cross(i).into_iter().flatten());
-        (0..self.blocks.len()).flat_map(of_block).collect()
+        let of_block = |(i, block): (usize, &Block)| {
+            let [query, key, value, output, ffn_in, ffn_out] = Self::linears(i);
+            let attention = [query, key, value, output].into_iter().filter(|_| block.attends());
+            let ffn = [ffn_in, ffn_out].into_iter().filter(|_| block.feeds());
+            attention.chain(ffn).chain(self.cross(i).into_iter().flatten()).collect::<Vec<_>>()
+        };
+        self.blocks.iter().enumerate().flat_map(of_block).collect()
     }
 
-    /// Names of the linear layers by which block `i` looks at the source, where it is a decoder's.
+    /// Whether block `i` is one of a decoder behind an encoder.
+    pub fn decodes(&self, i: usize) -> bool {
+        self.encoder > 0 && i >= self.encoder
+    }
+
+    /// Names of the linear layers by which block `i` looks at the source, where it does.
     pub fn cross(&self, i: usize) -> Option<[String; 4]> {
         let parts = ["cross.query", "cross.key", "cross.value", "cross.output"];
-        (self.encoder > 0 && i >= self.encoder).then(|| parts.map(|part| format!("blocks.{i}.{part}")))
+        let looks = self.decodes(i) && self.blocks[i].heads_across() > 0;
+        looks.then(|| parts.map(|part| format!("blocks.{i}.{part}")))
     }
 
     /// The block whose table of distances block `i` reads unless it has one of its own: the first of its stack.
@@ -288,7 +336,7 @@ impl Config {
         if i < self.encoder { 0 } else { self.encoder }
     }
 
-    /// Names of the linear layers of block `i` alone, in execution order.
+    /// Names of the linear layers of block `i` alone, in execution order; those of a sublayer that it lacks name nothing.
     pub fn linears(i: usize) -> [String; 6] {
         ["attention.query", "attention.key", "attention.value", "attention.output", "ffn.in", "ffn.out"]
             .map(|part| format!("blocks.{i}.{part}"))
@@ -304,5 +352,7 @@ fn block(size: Size, activation: Activation, inverse_frequencies: Vec<f32>) -> B
         activation,
         inverse_frequencies,
         experts: None,
+        cross_heads: None,
+        own_distances: false,
     }
 }

@@ -1,8 +1,10 @@
 //! Two stacks: an encoder reads the source, and each block of the decoder looks at what it made of it.
 
+use std::collections::BTreeMap;
+
 use super::config::Positions;
 use super::forward::{Batch, Cache, KeyValue, Pass, Place, Source};
-use super::model::Model;
+use super::model::{Model, missing};
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::ops::attention::{Attention, Mask};
@@ -19,9 +21,10 @@ pub(super) enum Memory<'m> {
     Read(&'m Read),
 }
 
-/// Keys and values of the source `[B, S, H, D]` for each block of the decoder, and valid lengths u32 `[B]`.
+/// Keys and values of the source `[B, S, H, D]` for each block of the decoder that looks at it, by its place in the model, and
+/// valid lengths u32 `[B]`.
 pub(super) struct Read {
-    pub blocks: Vec<KeyValue>,
+    pub blocks: BTreeMap<usize, KeyValue>,
     pub lengths: Tensor,
 }
 
@@ -32,9 +35,10 @@ impl Read {
         let lengths = source.lengths.clone();
         let states = pass.encoder_states(&source)?;
         let first = model.config.encoder;
-        let blocks = (first..model.config.blocks.len()).map(|i| {
+        let looks = |i: &usize| model.config.cross(*i).is_some();
+        let blocks = (first..model.config.blocks.len()).filter(looks).map(|i| {
             let (key, value) = pass.source_keys(i, &states)?;
-            Ok(KeyValue { key: key.tensor, value: value.tensor })
+            Ok((i, KeyValue { key: key.tensor, value: value.tensor }))
         });
         Ok(Self { blocks: blocks.collect::<Result<_>>()?, lengths })
     }
@@ -44,7 +48,7 @@ impl Read {
         let lengths = self.lengths.to_vec::<u32>()?;
         let lengths: Vec<u32> = from.iter().filter_map(|&r| lengths.get(r as usize).copied()).collect();
         self.lengths = Tensor::from_slice(self.lengths.device(), &[lengths.len()], &lengths)?;
-        self.blocks.iter_mut().try_for_each(|kv| reorder(kv, from))
+        self.blocks.values_mut().try_for_each(|kv| reorder(kv, from))
     }
 }
 
@@ -97,7 +101,7 @@ impl Pass<'_> {
     /// Keys and values `[B, S, H, D]` of the source for block `i`.
     fn source_keys(&mut self, i: usize, states: &Var) -> Result<(Var, Var)> {
         let block = &self.model.config.blocks[i];
-        let heads = [states.dims()[0], states.dims()[1], block.heads, block.head_size];
+        let heads = [states.dims()[0], states.dims()[1], block.heads_across(), block.head_size];
         let key = self.linear(&format!("blocks.{i}.cross.key"), states)?.reshape(&heads)?;
         let value = self.linear(&format!("blocks.{i}.cross.value"), states)?.reshape(&heads)?;
         Ok((key, value))
@@ -115,19 +119,19 @@ impl Pass<'_> {
                 (key, value, lengths)
             }
             Some(Memory::Read(read)) => {
-                let kv = read.blocks[i - config.encoder].clone();
+                let kv = read.blocks.get(&i).cloned().ok_or_else(|| missing(&format!("blocks.{i}.cross")))?;
                 (Var::constant(kv.key), Var::constant(kv.value), read.lengths.clone())
             }
             None => {
                 return Err(Error::Shape { op: "decoder", rule: "the encoder has run before", got: "nothing".into() });
             }
         };
-        let query =
-            self.linear(&format!("blocks.{i}.cross.query"), x)?.reshape(&[b, t, block.heads, block.head_size])?;
+        let heads = block.heads_across();
+        let query = self.linear(&format!("blocks.{i}.cross.query"), x)?.reshape(&[b, t, heads, block.head_size])?;
         let op =
             Attention { mask: Mask::None, lengths: true, bias: false, scale: block.attention_scale, query_offset: 0 };
         let y = self.tape.first(op, &[&query, &key, &value, &Var::constant(lengths)])?;
-        let y = self.gated(Place::CrossHeads(i), y.reshape(&[b, t, block.heads * block.head_size])?)?;
+        let y = self.gated(Place::CrossHeads(i), y.reshape(&[b, t, heads * block.head_size])?)?;
         self.linear(&format!("blocks.{i}.cross.output"), &y)
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::config::{Activation, AttentionKind, Head, NormKind, Positions, Residual};
+use super::config::{Activation, AttentionKind, Head, Positions};
 use super::encoder::Memory;
 use super::model::{GATE, Model, missing};
 use super::taps::Taps;
@@ -14,7 +14,6 @@ use crate::ops::embed::Embed;
 use crate::ops::ffn::{Ffn, FfnActivation};
 use crate::ops::layout::Slice;
 use crate::ops::moe::{GroupedMatmul, GroupedMatmulInt8, MoeCombine, MoeDispatch, MoeGate};
-use crate::ops::norm::{AddNorm, LayerNorm, RmsNorm};
 use crate::ops::random::Dropout;
 use crate::ops::relative::Span;
 use crate::ops::rope::{Rope, RopeKind};
@@ -61,6 +60,12 @@ pub trait OutputHook {
     fn on_structure(&self, _pass: &mut Pass, _place: Place, x: Var) -> Result<Var> {
         Ok(x)
     }
+
+    /// 0/1 f32 `[d]`: the channels that norms count, where the hidden stream is 0 in the others; `None`: all of them. A model
+    /// that has lost those others computes the same.
+    fn channels(&self, _pass: &mut Pass) -> Result<Option<Var>> {
+        Ok(None)
+    }
 }
 
 /// Structures of a model whose outputs hooks may gate, by block.
@@ -93,7 +98,7 @@ pub struct KeyValue {
 pub(super) enum Cache<'c> {
     None,
     /// Keep this pass's keys and values.
-    Collect(&'c mut Vec<KeyValue>),
+    Collect(&'c mut BTreeMap<usize, KeyValue>),
     /// Attend to caches that the callback has just extended with this pass's keys and values.
     Extend(&'c mut dyn FnMut(usize, &Tensor, &Tensor) -> Result<KeyValue>, Reach),
 }
@@ -122,6 +127,8 @@ pub struct Pass<'m> {
     entered: BTreeMap<String, Var>,
     compute: Option<DType>,
     pub(super) hooks: Vec<&'m dyn OutputHook>,
+    /// What hooks made once for the whole pass.
+    shared: BTreeMap<&'static str, Var>,
     dropout: Option<(Dropout, Var)>,
     split_ffn: bool,
     /// Bias by distance of a stack's table over a span.
@@ -131,7 +138,7 @@ pub struct Pass<'m> {
     pub(super) tuned: bool,
     prefix: usize,
     pub(super) taps: Option<Box<Taps>>,
-    /// When set, the FFN inputs `[rows, d]` of every block are kept here.
+    /// When set, the FFN inputs `[rows, d]` of every block are kept here, also of one that has no FFN.
     pub ffn_inputs: Option<Vec<Tensor>>,
 }
 
@@ -154,6 +161,7 @@ impl<'m> Pass<'m> {
             entered,
             compute: None,
             hooks: Vec::new(),
+            shared: BTreeMap::new(),
             dropout: None,
             split_ffn: false,
             biases: Vec::new(),
@@ -237,6 +245,16 @@ impl<'m> Pass<'m> {
         (self.tape, self.leaves)
     }
 
+    /// A variable that is made once in a pass, however often hooks and losses ask for it.
+    pub fn shared(&mut self, name: &'static str, make: impl FnOnce(&mut Self) -> Result<Var>) -> Result<Var> {
+        if let Some(var) = self.shared.get(name) {
+            return Ok(var.clone());
+        }
+        let var = make(self)?;
+        self.shared.insert(name, var.clone());
+        Ok(var)
+    }
+
     pub(super) fn hooked(&mut self, name: &str, mut x: Var, mut weight: Var) -> Result<(Var, Var)> {
         for hook in self.hooks.clone() {
             (x, weight) = hook.on_output(self, name, x, weight)?;
@@ -317,24 +335,37 @@ impl<'m> Pass<'m> {
     }
 
     pub(super) fn block(&mut self, i: usize, states: States, batch: &Batch, cache: &mut Cache) -> Result<States> {
-        let States { normed, residual } = states;
-        let attended = self.attention(i, &normed, batch, cache)?;
-        let attended = self.adapted(i, "attention", attended)?;
-        let attended = self.sublayer(Place::Attention(i), attended)?;
-        let mut attended = self.dropped(attended, 2 * i as u32 + 1)?;
-        let mut residual = residual;
-        if self.model.config.cross(i).is_some() {
-            let states = self.add_norm(&format!("blocks.{i}.norm_cross"), &attended, &residual)?;
-            let looked = self.look(i, &states.normed)?;
-            let looked = self.sublayer(Place::Cross(i), looked)?;
-            let site = 2 * self.model.config.blocks.len() + 1 + i;
-            (attended, residual) = (self.dropped(looked, site as u32)?, states.residual);
+        let States { normed, mut residual } = states;
+        let block = &self.model.config.blocks[i];
+        let mut added = None;
+        if block.attends() {
+            let attended = self.attention(i, &normed, batch, cache)?;
+            let attended = self.adapted(i, "attention", attended)?;
+            let attended = self.sublayer(Place::Attention(i), attended)?;
+            added = Some(self.dropped(attended, 2 * i as u32 + 1)?);
         }
-        let States { normed, residual } = self.add_norm(&format!("blocks.{i}.norm_ffn"), &attended, &residual)?;
-        let fed = self.ffn(i, &normed)?;
-        let fed = self.adapted(i, "ffn", fed)?;
-        let fed = self.sublayer(Place::Ffn(i), fed)?;
-        let fed = self.dropped(fed, 2 * i as u32 + 2)?;
+        if self.model.config.decodes(i) {
+            let states = self.add_norm(&format!("blocks.{i}.norm_cross"), added.as_ref(), &residual)?;
+            (added, residual) = (None, states.residual);
+            if self.model.config.cross(i).is_some() {
+                let looked = self.look(i, &states.normed)?;
+                let looked = self.sublayer(Place::Cross(i), looked)?;
+                let site = 2 * self.model.config.blocks.len() + 1 + i;
+                added = Some(self.dropped(looked, site as u32)?);
+            }
+        }
+        let States { normed, residual } = self.add_norm(&format!("blocks.{i}.norm_ffn"), added.as_ref(), &residual)?;
+        if self.ffn_inputs.is_some() {
+            let rows = self.rows(&normed)?.tensor;
+            self.ffn_inputs.iter_mut().for_each(|list| list.push(rows.clone()));
+        }
+        let mut added = None;
+        if block.feeds() {
+            let fed = self.ffn(i, &normed)?;
+            let fed = self.adapted(i, "ffn", fed)?;
+            let fed = self.sublayer(Place::Ffn(i), fed)?;
+            added = Some(self.dropped(fed, 2 * i as u32 + 2)?);
+        }
         let config = &self.model.config;
         let next = match i + 1 {
             end if end == config.blocks.len() => "norm_final".into(),
@@ -342,41 +373,11 @@ impl<'m> Pass<'m> {
             next => format!("blocks.{next}.norm_attention"),
         };
         let first = config.encoder;
-        let states = self.add_norm(&next, &fed, &residual)?;
+        let states = self.add_norm(&next, added.as_ref(), &residual)?;
         if i >= first {
             self.keep_hidden(i + 1 - first, &states);
         }
         Ok(states)
-    }
-
-    fn first_norm(&mut self, name: &str, x: &Var) -> Result<States> {
-        let epsilon = self.model.config.norm_epsilon;
-        let weight = self.parameter(&format!("{name}.weight"))?;
-        let y = match self.model.config.norm {
-            NormKind::Layer => {
-                let bias = self.parameter(&format!("{name}.bias"))?;
-                self.tape.first(LayerNorm { epsilon }, &[x, &weight, &bias])?
-            }
-            NormKind::Rms => self.tape.first(RmsNorm { epsilon }, &[x, &weight])?,
-        };
-        let residual = if self.model.config.residual == Residual::Sum { x.clone() } else { y.clone() };
-        Ok(States { normed: y, residual })
-    }
-
-    /// h = x + scale * residual; y = norm(h).
-    fn add_norm(&mut self, name: &str, x: &Var, residual: &Var) -> Result<States> {
-        let config = &self.model.config;
-        let scale = if let Residual::Normalised { scale } = config.residual { scale } else { 1.0 };
-        let op = AddNorm { epsilon: config.norm_epsilon, scale, rms: config.norm == NormKind::Rms };
-        let weight = self.parameter(&format!("{name}.weight"))?;
-        let outputs = if op.rms {
-            self.tape.run(op, &[x, residual, &weight])?
-        } else {
-            let bias = self.parameter(&format!("{name}.bias"))?;
-            self.tape.run(op, &[x, residual, &weight, &bias])?
-        };
-        let next = if self.model.config.residual == Residual::Sum { &outputs[1] } else { &outputs[0] };
-        Ok(States { normed: outputs[0].clone(), residual: next.clone() })
     }
 
     fn attention(&mut self, i: usize, x: &Var, batch: &Batch, cache: &mut Cache) -> Result<Var> {
@@ -421,7 +422,7 @@ impl<'m> Pass<'m> {
             }
             _ => {
                 if let Cache::Collect(caches) = cache {
-                    caches.push(KeyValue { key: key.tensor.clone(), value: value.tensor.clone() });
+                    caches.insert(i, KeyValue { key: key.tensor.clone(), value: value.tensor.clone() });
                 }
                 let context = if op.mask == Mask::Prefix { constant(&batch.context) } else { Vec::new() };
                 if op.mask == Mask::Prefix && context.is_empty() {
@@ -463,10 +464,6 @@ impl<'m> Pass<'m> {
 
     fn ffn(&mut self, i: usize, x: &Var) -> Result<Var> {
         let block = &self.model.config.blocks[i];
-        if self.ffn_inputs.is_some() {
-            let rows = self.rows(x)?.tensor;
-            self.ffn_inputs.iter_mut().for_each(|list| list.push(rows.clone()));
-        }
         if block.experts.is_some() {
             return self.experts(i, x);
         }

@@ -1,9 +1,11 @@
 //! Generation with a key-value cache: greedy and beam search over a batch of prompts of different lengths.
 
-use super::config::Positions;
+use std::collections::BTreeMap;
+
+use super::config::{Block, Positions};
 use super::encoder::{self, Memory, Read};
 use super::forward::{Batch, Cache, KeyValue, Pass, Reach, Source};
-use super::model::Model;
+use super::model::{Model, missing};
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -44,8 +46,8 @@ fn position(model: &Model, context: usize, i: usize) -> (u32, u32) {
 
 /// Caches of all blocks as rows: row `b * capacity + s` holds key s of sequence b, a prefix first.
 struct Rows {
-    /// Of the decoding blocks.
-    blocks: Vec<KeyValue>,
+    /// Of the decoding blocks that attend, by their places in the model.
+    blocks: BTreeMap<usize, KeyValue>,
     capacity: usize,
     /// What an encoder made of the prompts, one row for each sequence.
     read: Option<Read>,
@@ -53,10 +55,10 @@ struct Rows {
 
 impl Rows {
     /// Takes over the keys and values of a prefill `[B, T, H, D]`.
-    fn new(model: &Model, prefill: &[KeyValue], capacity: usize) -> Result<Self> {
+    fn new(model: &Model, prefill: &BTreeMap<usize, KeyValue>, capacity: usize) -> Result<Self> {
         let device = model.device();
-        let mut blocks = Vec::new();
-        for kv in prefill {
+        let mut blocks = BTreeMap::new();
+        for (&i, kv) in prefill {
             let [b, t, h, d] = kv.key.dims()[..] else {
                 return Err(Error::Shape { op: "cache", rule: "[B, T, H, D]", got: kv.key.meta().to_string() });
             };
@@ -67,19 +69,21 @@ impl Rows {
                 dispatch::run(&WriteRows, &[&all, &part.reshape(&[b * t, h * d])?, &ids])?;
                 all.reshape(&[b, capacity, h, d])
             };
-            blocks.push(KeyValue { key: widen(&kv.key)?, value: widen(&kv.value)? });
+            blocks.insert(i, KeyValue { key: widen(&kv.key)?, value: widen(&kv.value)? });
         }
         Ok(Self { blocks, capacity, read: None })
     }
 
     /// Of an encoder-decoder: nothing is decoded yet.
     fn after_reading(model: &Model, read: Read, capacity: usize) -> Result<Self> {
-        let empty = |kv: &KeyValue| -> Result<KeyValue> {
-            let (b, hd) = (kv.key.dims()[0], &kv.key.dims()[2..]);
-            let zeros = || Tensor::zeros(model.device(), Meta::new(&[&[b, capacity], hd].concat(), kv.key.dtype())?);
-            Ok(KeyValue { key: zeros()?, value: zeros()? })
+        let (config, b, dtype) = (&model.config, read.lengths.count(), model.get("embedding.tokens")?.dtype());
+        let empty = |(i, block): (usize, &Block)| -> Result<(usize, KeyValue)> {
+            let meta = Meta::new(&[b, capacity, block.heads, block.head_size], dtype)?;
+            let zeros = || Tensor::zeros(model.device(), meta);
+            Ok((i, KeyValue { key: zeros()?, value: zeros()? }))
         };
-        let blocks = read.blocks.iter().map(empty).collect::<Result<_>>()?;
+        let attending = config.blocks.iter().enumerate().skip(config.encoder).filter(|(_, block)| block.attends());
+        let blocks = attending.map(empty).collect::<Result<_>>()?;
         Ok(Self { blocks, capacity, read: Some(read) })
     }
 
@@ -89,7 +93,7 @@ impl Rows {
         if let Some(read) = self.read.as_mut().filter(|read| read.lengths.count() != from.len()) {
             read.reorder(from)?;
         }
-        self.blocks.iter_mut().try_for_each(|kv| encoder::reorder(kv, from))
+        self.blocks.values_mut().try_for_each(|kv| encoder::reorder(kv, from))
     }
 }
 
@@ -125,7 +129,7 @@ fn prefill(model: &Model, prompts: &[&[u32]], capacity: usize) -> Result<Rows> {
         lengths: Some(lengths),
         source: None,
     };
-    let mut caches = Vec::new();
+    let mut caches = BTreeMap::new();
     Pass::inference(model).run(&batch, Cache::Collect(&mut caches))?;
     Rows::new(model, &caches, model.prefix_length() + capacity)
 }
@@ -151,7 +155,7 @@ fn advance(model: &Model, rows: &mut Rows, contexts: &[usize], fed: &[u32], i: u
     let targets = Tensor::from_slice(device, &[b], &targets)?;
     let lengths = Tensor::from_slice(device, &[b], &lengths)?;
     let mut extend = |block: usize, key: &Tensor, value: &Tensor| -> Result<KeyValue> {
-        let kv = &rows.blocks[block - model.config.encoder];
+        let kv = rows.blocks.get(&block).ok_or_else(|| missing(&format!("blocks.{block}.attention")))?;
         for (all, new) in [(&kv.key, key), (&kv.value, value)] {
             let [_, _, h, d] = new.dims()[..] else {
                 return Err(Error::Shape { op: "cache", rule: "[B, 1, H, D]", got: new.meta().to_string() });

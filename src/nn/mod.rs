@@ -6,6 +6,7 @@ mod forward;
 pub mod generate;
 mod linear;
 pub mod model;
+mod norm;
 mod shapes;
 mod taps;
 pub mod tuning;

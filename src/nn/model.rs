@@ -194,23 +194,26 @@ impl Config {
             }
         };
         for (i, b) in self.blocks.iter().enumerate() {
-            let inner = b.heads * b.head_size;
+            let (inner, across) = (b.heads * b.head_size, b.heads_across() * b.head_size);
             norm(&mut list, format!("blocks.{i}.norm_attention"));
             norm(&mut list, format!("blocks.{i}.norm_ffn"));
-            let shapes = [[inner, d], [inner, d], [inner, d], [d, inner], [Self::ffn_rows(b), d], [d, b.ffn_width]];
-            for (name, dims) in Self::linears(i).into_iter().zip(shapes) {
+            let shapes = |inner| [[inner, d], [inner, d], [inner, d], [d, inner], [Self::ffn_rows(b), d], [d, b.ffn_width]];
+            let linears = Self::linears(i).into_iter().zip(shapes(inner));
+            // A sublayer that the block lacks would have empty ones.
+            for (name, dims) in linears.filter(|(_, dims)| !dims.contains(&0)) {
                 list.push((format!("{name}.weight"), dims.to_vec()));
                 list.push((format!("{name}.bias"), vec![dims[0]]));
             }
-            if let Some(cross) = self.cross(i) {
+            if self.decodes(i) {
                 norm(&mut list, format!("blocks.{i}.norm_cross"));
-                for (name, dims) in cross.into_iter().zip(shapes) {
-                    list.push((format!("{name}.weight"), dims.to_vec()));
-                    list.push((format!("{name}.bias"), vec![dims[0]]));
-                }
+            }
+            for (name, dims) in self.cross(i).into_iter().flatten().zip(shapes(across)) {
+                list.push((format!("{name}.weight"), dims.to_vec()));
+                list.push((format!("{name}.bias"), vec![dims[0]]));
             }
             if let Positions::Relative { buckets, .. } = self.positions
-                && self.stack(i) == i
+                && b.attends()
+                && (self.stack(i) == i || b.own_distances)
             {
                 list.push((format!("blocks.{i}.attention.distances"), vec![b.heads, buckets]));
             }

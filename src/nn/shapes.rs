@@ -138,19 +138,21 @@ impl Config {
         }
         let d = self.width;
         for (i, block) in self.blocks.iter().enumerate() {
-            let inner = block.heads * block.head_size;
+            let (inner, across) = (block.heads * block.head_size, block.heads_across() * block.head_size);
             let [query, key, value, output, ffn_in, ffn_out] = Self::linears(i);
-            for (name, n, k) in [(&query, inner, d), (&key, inner, d), (&value, inner, d), (&output, d, inner)] {
-                checker.linear(name, n, k)?;
+            if block.attends() {
+                for (name, n, k) in [(&query, inner, d), (&key, inner, d), (&value, inner, d), (&output, d, inner)] {
+                    checker.linear(name, n, k)?;
+                }
             }
             if let Some([query, key, value, output]) = &self.cross(i) {
-                for (name, n, k) in [(query, inner, d), (key, inner, d), (value, inner, d), (output, d, inner)] {
+                for (name, n, k) in [(query, across, d), (key, across, d), (value, across, d), (output, d, across)] {
                     checker.linear(name, n, k)?;
                 }
             }
             if block.experts.is_some() {
                 checker.experts(&format!("blocks.{i}.ffn"), block, d)?;
-            } else {
+            } else if block.feeds() {
                 checker.linear(&ffn_in, Self::ffn_rows(block), d)?;
                 checker.linear(&ffn_out, d, block.ffn_width)?;
             }

@@ -52,8 +52,9 @@ impl Model {
 
     /// Keys that stand in front of every sequence's own.
     pub fn prefix_length(&self) -> usize {
-        let first = self.tensors.get(&format!("{TUNING}blocks.0.prefix.key"));
-        first.map_or(0, |keys| keys.shape().rows())
+        // Blocks without attention have none.
+        let own = |i: usize| self.tensors.get(&format!("{TUNING}blocks.{i}.prefix.key"));
+        (0..self.config.blocks.len()).find_map(own).map_or(0, |keys| keys.shape().rows())
     }
 }
 

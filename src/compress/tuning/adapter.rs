@@ -34,7 +34,8 @@ impl Adapter {
             return refuse("width", format!("{width} of {d} channels"), "1 to the model's width");
         }
         for block in 0..model.config.blocks.len() {
-            for (place, sublayer) in ["attention", "ffn"].into_iter().enumerate() {
+            let has = [model.config.blocks[block].attends(), model.config.blocks[block].feeds()];
+            for (place, sublayer) in ["attention", "ffn"].into_iter().enumerate().filter(|(place, _)| has[*place]) {
                 let name = |part: &str| format!("blocks.{block}.{sublayer}.adapter.{part}");
                 let site = (2 * block + place) as u32;
                 put(model, name("down.weight"), &[width, d], &uniform(seed, site, [width, d]))?;

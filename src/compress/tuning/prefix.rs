@@ -34,7 +34,7 @@ impl Prefix {
         if length == 0 || length > model.config.max_positions {
             return refuse("length", length.to_string(), "1 to max_positions");
         }
-        for (i, block) in model.config.blocks.clone().iter().enumerate() {
+        for (i, block) in model.config.blocks.clone().iter().enumerate().filter(|(_, block)| block.attends()) {
             let inner = block.heads * block.head_size;
             for (place, part) in ["key", "value"].into_iter().enumerate() {
                 let mut stream = Stream::new(seed, 0x9ef_0000 + (2 * i + place) as u32);

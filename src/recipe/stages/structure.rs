@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::{Context, Objective, Student, calibration, fit, recover, text, trained};
 use crate::compress::distillation::TeacherCache;
-use crate::compress::importance;
+use crate::compress::structure::importance;
 use crate::compress::structure::{self, Keep, Target};
 use crate::error::Result;
 use crate::nn::Model;

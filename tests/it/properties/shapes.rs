@@ -1,7 +1,7 @@
 //! Structures that go: shapes follow, and what is left computes what it did.
 
 use espalier::compress::freeze::{Form, freeze};
-use espalier::compress::importance::rotary_pairs;
+use espalier::compress::structure::importance::rotary_pairs;
 use espalier::compress::structure::{self, Keep, KeepBlock, Target, largest, scaled_ffn, without_block};
 use espalier::nn::config::Size;
 use espalier::nn::{Config, Model, Pass, Positions};

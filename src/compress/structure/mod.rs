@@ -2,31 +2,17 @@
 //! pairs, d' = heads x head_size', ffn' = ffn x head_size' / head_size; keep a subset of the blocks. The student starts
 //! from the surviving weights.
 
-use std::collections::BTreeMap;
+pub mod importance;
+mod keep;
+mod prune;
 
-use super::importance::{Scores, rotary_pairs};
+use importance::{BlockScores, Scores, rotary_pairs};
+pub use keep::{Keep, KeepBlock, KeepHeads};
+pub use prune::{prune, without_block};
+
 use crate::error::{Error, Result};
-use crate::nn::{Block, Config, Model, Positions};
+use crate::nn::{Block, Config, Positions};
 use crate::rng::Stream;
-use crate::tensor::Tensor;
-
-/// What survives of one block; indices into the teacher's.
-#[derive(Clone, Debug, PartialEq)]
-pub struct KeepBlock {
-    pub index: usize,
-    /// Rows of the query and key projections, `heads * head_size'` of them.
-    pub query_key: Vec<usize>,
-    pub value: Vec<usize>,
-    pub neurons: Vec<usize>,
-    pub inverse_frequencies: Vec<f32>,
-}
-
-/// What survives of a model.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Keep {
-    pub channels: Vec<usize>,
-    pub blocks: Vec<KeepBlock>,
-}
 
 /// Target shape of a pruned model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +58,7 @@ pub fn at_random(config: &Config, target: Target, seed: u64) -> Result<Keep> {
     let mut draw = |n: usize| -> Vec<f64> { (0..n).map(|_| stream.uniform()).collect() };
     let blocks = config.blocks.iter().map(|b| {
         let pairs = rotary_pairs(config.positions, b.head_size).len();
-        super::importance::BlockScores {
+        BlockScores {
             query_key: draw(if pairs > 0 { pairs } else { b.heads * b.head_size }),
             value: draw(b.heads * b.head_size),
             neurons: draw(b.ffn_width),
@@ -113,7 +99,7 @@ fn keep_block(
     config: &Config,
     index: usize,
     block: &Block,
-    scores: &super::importance::BlockScores,
+    scores: &BlockScores,
     head_size: usize,
 ) -> KeepBlock {
     let per_head = |scores: &[f64]| -> Vec<usize> {
@@ -138,11 +124,13 @@ fn keep_block(
         let heads = (0..block.heads).flat_map(|h| one_head.iter().map(move |j| h * block.head_size + j));
         (heads.collect(), kept.iter().map(|&p| block.inverse_frequencies[p]).collect())
     };
+    let heads = (0..block.heads).collect();
+    let ffn = scaled_ffn(block.ffn_width, block.head_size, head_size).min(block.ffn_width);
     KeepBlock {
         index,
-        query_key,
-        value: per_head(&scores.value),
-        neurons: largest(&scores.neurons, scaled_ffn(block.ffn_width, block.head_size, head_size).min(block.ffn_width)),
+        attention: block.attends().then(|| KeepHeads { heads, query_key, value: per_head(&scores.value) }),
+        cross: None,
+        neurons: block.feeds().then(|| largest(&scores.neurons, ffn)),
         inverse_frequencies,
     }
 }
@@ -156,108 +144,6 @@ fn keep_pairs(positions: Positions, scores: &[f64], head_size: usize) -> Vec<usi
     let first = largest(&scores[..half], head_size / 4);
     let second = largest(&scores[half..], head_size / 4).into_iter().map(|p| p + half);
     first.into_iter().chain(second).collect()
-}
-
-/// A matrix's values on the host.
-struct Matrix {
-    values: Vec<f32>,
-    dims: Vec<usize>,
-}
-
-impl Matrix {
-    /// Rows and columns by index; `None` keeps all. A vector counts as one row.
-    fn select(&self, rows: Option<&[usize]>, columns: Option<&[usize]>) -> Matrix {
-        let width = *self.dims.last().unwrap_or(&1);
-        let height = self.values.len() / width.max(1);
-        let all_rows: Vec<usize> = (0..height).collect();
-        let all_columns: Vec<usize> = (0..width).collect();
-        let (rows, columns) = (rows.unwrap_or(&all_rows), columns.unwrap_or(&all_columns));
-        let row = |&r: &usize| columns.iter().map(move |&c| self.values[r * width + c]);
-        let values = rows.iter().flat_map(row).collect();
-        let dims = if self.dims.len() == 1 { vec![columns.len()] } else { vec![rows.len(), columns.len()] };
-        Matrix { values, dims }
-    }
-}
-
-/// Builds the student that `keep` describes, on the teacher's device.
-pub fn prune(teacher: &Model, keep: &Keep) -> Result<Model> {
-    let config = pruned_config(&teacher.config, keep);
-    let mut tensors = BTreeMap::new();
-    let mut put = |to: String, from: &str, rows: Option<&[usize]>, columns: Option<&[usize]>| -> Result<()> {
-        let tensor = teacher.get(from)?;
-        let kept = Matrix { values: tensor.to_vec()?, dims: tensor.dims().to_vec() }.select(rows, columns);
-        tensors.insert(to, Tensor::from_slice(teacher.device(), &kept.dims, &kept.values)?);
-        Ok(())
-    };
-    let channels = Some(&keep.channels[..]);
-    for (name, _) in teacher.config.parameters() {
-        if !name.starts_with("blocks.") {
-            // A tagging head's bias runs over labels, everything else outside the blocks ends in the residual stream.
-            put(name.clone(), &name, None, if name == "head.bias" { None } else { channels })?;
-        }
-    }
-    for (i, block) in keep.blocks.iter().enumerate() {
-        let gated = gated_rows(&teacher.config.blocks[block.index], &block.neurons);
-        let (qk, v, neurons) = (Some(&block.query_key[..]), Some(&block.value[..]), Some(&block.neurons[..]));
-        let plan = [
-            ("norm_attention.weight", None, channels),
-            ("norm_attention.bias", None, channels),
-            ("norm_ffn.weight", None, channels),
-            ("norm_ffn.bias", None, channels),
-            ("attention.query.weight", qk, channels),
-            ("attention.query.bias", None, qk),
-            ("attention.key.weight", qk, channels),
-            ("attention.key.bias", None, qk),
-            ("attention.value.weight", v, channels),
-            ("attention.value.bias", None, v),
-            ("attention.output.weight", channels, v),
-            ("attention.output.bias", None, channels),
-            ("ffn.in.weight", Some(&gated[..]), channels),
-            ("ffn.in.bias", None, Some(&gated[..])),
-            ("ffn.out.weight", channels, neurons),
-            ("ffn.out.bias", None, channels),
-        ];
-        for (part, rows, columns) in plan {
-            let from = format!("blocks.{}.{part}", block.index);
-            if teacher.tensors.contains_key(&from) {
-                put(format!("blocks.{i}.{part}"), &from, rows, columns)?;
-            }
-        }
-    }
-    Model::new(config, tensors, teacher.device())
-}
-
-/// Rows of the in-projection that belong to these neurons.
-fn gated_rows(block: &Block, neurons: &[usize]) -> Vec<usize> {
-    let copies = Config::ffn_rows(block) / block.ffn_width;
-    (0..copies).flat_map(|part| neurons.iter().map(move |n| part * block.ffn_width + n)).collect()
-}
-
-fn pruned_config(teacher: &Config, keep: &Keep) -> Config {
-    let block = |kept: &KeepBlock| {
-        let old = &teacher.blocks[kept.index];
-        Block {
-            head_size: kept.value.len() / old.heads,
-            ffn_width: kept.neurons.len(),
-            inverse_frequencies: kept.inverse_frequencies.clone(),
-            ..old.clone()
-        }
-    };
-    Config { width: keep.channels.len(), blocks: keep.blocks.iter().map(block).collect(), ..teacher.clone() }
-}
-
-/// The same model without block `index`: what its importance in depth is measured with.
-pub fn without_block(model: &Model, index: usize) -> Result<Model> {
-    let all = |n: usize| (0..n).collect::<Vec<_>>();
-    let keep_all = |(i, b): (usize, &Block)| KeepBlock {
-        index: i,
-        query_key: all(b.heads * b.head_size),
-        value: all(b.heads * b.head_size),
-        neurons: all(b.ffn_width),
-        inverse_frequencies: b.inverse_frequencies.clone(),
-    };
-    let blocks = model.config.blocks.iter().enumerate().filter(|(i, _)| *i != index).map(keep_all).collect();
-    prune(model, &Keep { channels: all(model.config.width), blocks })
 }
 
 #[cfg(test)]
