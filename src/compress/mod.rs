@@ -3,6 +3,7 @@
 pub mod distillation;
 pub mod experts;
 pub mod freeze;
+pub mod gates;
 pub mod hybrid;
 pub mod pruning;
 pub mod quantization;

@@ -255,6 +255,11 @@ impl<'m> Pass<'m> {
         Ok(var)
     }
 
+    /// What [`Pass::shared`] made under this name.
+    pub fn made(&self, name: &str) -> Option<&Var> {
+        self.shared.get(name)
+    }
+
     pub(super) fn hooked(&mut self, name: &str, mut x: Var, mut weight: Var) -> Result<(Var, Var)> {
         for hook in self.hooks.clone() {
             (x, weight) = hook.on_output(self, name, x, weight)?;

@@ -90,7 +90,8 @@ impl Pass<'_> {
         let shape = x.tensor.shape();
         let sums = self.tape.first(Reduce { function: ReduceFunction::Sum, axis: Axis::Last }, &[x])?;
         let each = self.tape.first(Unary(Function::Reciprocal), &[&count])?;
-        let means = self.tape.first(MUL, &[&sums, &self.as_computed(&each)?])?;
+        let each = self.as_computed(&each)?;
+        let means = self.tape.first(MUL, &[&sums, &each])?;
         let column = [shape.rows(), 1];
         let means =
             self.tape.first(Matmul::plain(false, false), &[&means.reshape(&column)?, &counted.reshape(&[1, d])?])?;

@@ -40,7 +40,7 @@ fn pair(device: &Arc<dyn Device>) -> (Model, Arc<Model>) {
 
 fn lessons<'a>(teacher: &Arc<Model>, matches: &'a [Match], logits: Option<Logits>) -> Lessons<'a> {
     let tutors = vec![Tutor { model: teacher.clone(), weight: 1.0 }];
-    Lessons { tutors, matches, logits, kept: None, steps: 10, seed: 1 }
+    Lessons { tutors, matches, dynamic: None, logits, kept: None, steps: 10, seed: 1 }
 }
 
 /// The term and its gradients by parameter.
