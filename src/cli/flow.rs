@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use super::{Global, ranks, say, say_json};
 use crate::console;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::pipeline::post::Post;
-use crate::recipe::{Options, Recipe, plan};
+use crate::recipe::{Options, Recipe, plan, run_folder};
 use crate::report::{self, Alignment, RunReport, Table};
 use crate::train::trainer;
 
@@ -29,6 +29,9 @@ pub struct Run {
     /// Start anew where a run stands already: removes what that run wrote, and nothing else
     #[arg(long)]
     overwrite: bool,
+    /// Take finished stages of the same settings, text and predecessors from another run's folder; may be repeated
+    #[arg(long, value_name = "RUN")]
+    reuse: Vec<PathBuf>,
     /// Seed of weights, batches and splits; the same as --set seed=N
     #[arg(long, value_parser = clap::value_parser!(u64).range(..=crate::recipe::schema::MAX_SEED))]
     seed: Option<u64>,
@@ -45,7 +48,7 @@ pub fn run(global: &Global, args: Run) -> Result<()> {
         if args.dry_run {
             return dry_run(global, &recipe, others.map(|post| post.ranks()));
         }
-        whole(global, &recipe, args.out, args.overwrite, others)
+        whole(global, &recipe, (args.out, args.overwrite, args.reuse), others)
     })
 }
 
@@ -53,13 +56,16 @@ pub fn run(global: &Global, args: Run) -> Result<()> {
 fn whole(
     global: &Global,
     recipe: &Recipe,
-    out: Option<PathBuf>,
-    overwrite: bool,
+    (out, overwrite, reuse): (Option<PathBuf>, bool, Vec<PathBuf>),
     ranks: Option<Arc<Post>>,
 ) -> Result<()> {
     let device = global.open()?;
     let out = out.unwrap_or_else(|| Path::new("runs").join(&recipe.name));
-    let options = Options { out, overwrite, progress: !global.quiet, command: command_line(), ranks };
+    if let Some(run) = reuse.iter().find(|run| !run.join(run_folder::RECIPE).is_file()) {
+        let rule = "folders of runs".into();
+        return Err(Error::Usage { argument: "--reuse", value: run.display().to_string(), rule });
+    }
+    let options = Options { out, overwrite, reuse, progress: !global.quiet, command: command_line(), ranks };
     let html = crate::recipe::run(recipe, &device, &options)?;
     let report = report::read(html.with_file_name("report.json"))?;
     if global.json() {

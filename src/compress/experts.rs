@@ -117,7 +117,7 @@ pub fn convert(model: &Model, settings: Settings, calibration: &[Batch]) -> Resu
     let inputs = ffn_inputs(model, calibration)?;
     let mut converted = Model::new(model.config.clone(), model.tensors.clone(), model.device())?;
     let mut reports = Vec::new();
-    for (i, block) in model.config.blocks.iter().enumerate() {
+    for (i, block) in model.config.blocks.iter().enumerate().filter(|(_, block)| block.feeds()) {
         let refuse = |key: &str, value: String, allowed: &str| {
             Err(Error::Recipe { key: format!("experts.{key}"), value, allowed: format!("block {i}: {allowed}") })
         };

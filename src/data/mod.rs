@@ -26,6 +26,7 @@ pub mod table;
 pub mod tagging;
 pub mod terms;
 pub mod tokenizer;
+pub mod vocabulary;
 
 /// One sentence in two languages.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -191,7 +191,8 @@ impl Tokenizer {
         self.inner.encode(text, false).map_err(|e| Error::file("tokenizer", "encoding", e))
     }
 
-    fn to_json(&self, path: &Path) -> Result<String> {
+    /// As the file that [`Tokenizer::save`] writes; `path` only names it in errors.
+    pub fn to_json(&self, path: &Path) -> Result<String> {
         self.inner.to_string(true).map_err(|e| Error::file(path, "tokenizer", e))
     }
 }

@@ -172,13 +172,6 @@ impl Recipe {
             let allowed = "terms for a tagger: only generated sentences have known spans";
             return refuse("data.corpus", "without spans", allowed);
         }
-        if family == Family::T5 && self.structure.is_some() {
-            return refuse(
-                "structure",
-                "with model.family t5",
-                "glm or tagger: an encoder-decoder keeps its structures",
-            );
-        }
         if family == Family::T5 && self.pipeline.is_some() {
             return refuse(
                 "pipeline",
@@ -216,7 +209,7 @@ impl Recipe {
 
     fn check_compression(&self) -> Result<()> {
         if let Some(s) = &self.structure {
-            s.check(self.model.size())?;
+            s.check(self.model.size(), self.model.family)?;
         }
         if let Some(s) = &self.sparsify {
             s.check(self.smallest(), self.pipeline.is_some())?;
@@ -233,13 +226,24 @@ impl Recipe {
         Ok(())
     }
 
+    /// Teachers read from files speak in all tokens.
+    fn check_vocabulary(&self, key: &str, distil: &Distil) -> Result<()> {
+        let narrowed = self.structure.as_ref().is_some_and(|s| s.vocabulary.is_some());
+        if narrowed && !distil.teachers.is_empty() {
+            let allowed = "none with structure.vocabulary: their logits are of other tokens";
+            return refuse(&format!("{key}.teachers"), format!("{:?}", distil.teachers), allowed);
+        }
+        Ok(())
+    }
+
     /// Layers that students listen to, by the student's sizes when its stage comes; and what is tuned of it.
     fn check_listening(&self) -> Result<()> {
         let (mut size, mut experts, pipeline) = (self.model.size(), false, self.pipeline.is_some());
+        let mut width = size.heads * size.head_size;
         for step in self.steps() {
             let distil = match step {
                 Step::Structure => {
-                    size = self.structure.as_ref().map_or(size, |s| s.pruned(size));
+                    (size, width) = self.structure.as_ref().map_or((size, width), |s| (s.granule(size), s.width(size)));
                     self.structure.as_ref().map(|s| &s.distil)
                 }
                 Step::Sparsify => self.sparsify.as_ref().map(|s| &s.distil),
@@ -251,21 +255,28 @@ impl Recipe {
                 Step::Hybrid => None,
                 Step::Tune => {
                     if let Some(tune) = &self.tune {
-                        tune.check(size, experts, pipeline)?;
+                        tune.check((size, width), experts, pipeline)?;
                     }
                     self.tune.as_ref().and_then(|t| t.distil.as_ref())
                 }
             };
             if let Some(distil) = distil {
+                self.check_vocabulary(&format!("{}.distil", step.name()), distil)?;
                 distil.check_layers(&format!("{}.distil", step.name()), size, self.model.size(), pipeline)?;
             }
         }
         Ok(())
     }
 
-    /// Sizes of the model once its structures are pruned.
+    /// Sizes of the model once its structures are pruned: what each block has, and what the sizes of all are multiples of.
     pub fn smallest(&self) -> Size {
-        self.structure.as_ref().map_or(self.model.size(), |s| s.pruned(self.model.size()))
+        self.structure.as_ref().map_or(self.model.size(), |s| s.granule(self.model.size()))
+    }
+
+    /// Channels of the model once its structures are pruned.
+    pub fn smallest_width(&self) -> usize {
+        let size = self.model.size();
+        self.structure.as_ref().map_or(size.heads * size.head_size, |s| s.width(size))
     }
 }
 

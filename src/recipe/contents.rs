@@ -4,14 +4,21 @@
 use std::path::{Path, PathBuf};
 
 use super::lock;
-use super::run_folder::{CHECKPOINTS, MODEL, ORIGIN, RECIPE, RECORD, STAGES};
+use super::run_folder::{CHECKPOINTS, MODEL, ORIGIN, RECIPE, RECORD, STAGES, VOCABULARY};
 use crate::data::collect::CARD_FILE;
 use crate::error::{Error, Result};
 
 /// Names end in `*` where a number or a time follows.
 const TOP: &[&str] = &["report.json", "report.md", "report.html", "report.csv", "tokenizer.json", ".write-*"];
-const SAVED: &[&str] =
-    &["manifest.json", "config.json", "model.safetensors", "tokenizer.json", "optimizer.safetensors", ".espalier-*"];
+const SAVED: &[&str] = &[
+    "manifest.json",
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    VOCABULARY,
+    "optimizer.safetensors",
+    ".espalier-*",
+];
 const DATA: &[&str] = &[CARD_FILE, "train.tsv", "validation.tsv", "test.tsv", ".espalier-*"];
 const STAGE: &[&str] = &[RECORD, ORIGIN, "metrics.jsonl", ".write-*"];
 const EVENTS: &[&str] = &["events.out.tfevents.*"];

@@ -11,10 +11,12 @@ use crate::data::batch::{Batch, BatchOptions, Direction, Example, GmaskPosition,
 use crate::data::collect::{CARD_FILE, CollectOptions, CollectionCard, Roots, collect};
 use crate::data::layout::Layout;
 use crate::data::order;
+use crate::data::persist::read_capped;
 use crate::data::split::{Fractions, Split};
 use crate::data::table::{self, TableOptions};
 use crate::data::terms::TermSet;
 use crate::data::tokenizer::{SpecialIds, Tokenizer};
+use crate::data::vocabulary::VocabularyMap;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::nn;
@@ -52,6 +54,14 @@ pub struct Corpus {
     pub hash: String,
     /// What a reader of the report must know of the text.
     pub notes: Vec<String>,
+    /// The same text in the tokens that the recipe's structured pruning leaves.
+    pub narrowed: Option<Box<Narrowed>>,
+}
+
+/// Text in a part of the tokens.
+pub struct Narrowed {
+    pub corpus: Corpus,
+    pub map: VocabularyMap,
 }
 
 struct Parts {
@@ -62,6 +72,11 @@ struct Parts {
 }
 
 impl Parts {
+    /// The training text.
+    fn texts(&self) -> impl Iterator<Item = &str> {
+        self.train.iter().flat_map(|p| [p.source.as_str(), p.target.as_str()])
+    }
+
     fn hash(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         for part in [&self.train, &self.validation, &self.test] {
@@ -72,6 +87,32 @@ impl Parts {
         }
         hasher.finalize().to_hex().to_string()
     }
+}
+
+/// A corpus, and with it the one in the tokens that `[structure]` keeps.
+fn with_narrowed(
+    recipe: &Recipe,
+    parts: &Parts,
+    tokenizer: Tokenizer,
+    encode: impl Fn(Tokenizer) -> Result<Corpus>,
+) -> Result<Corpus> {
+    let mut corpus = encode(tokenizer)?;
+    if let Some(settings) = recipe.structure.as_ref().and_then(|s| s.vocabulary.as_ref()) {
+        let counts = match &settings.text {
+            Some(path) => corpus.tokenizer.counts(read_text(Path::new(path))?.lines())?,
+            None => corpus.tokenizer.counts(parts.texts())?,
+        };
+        let (tokenizer, map) = corpus.tokenizer.narrowed(&counts, settings.min_count)?;
+        corpus.narrowed = Some(Box::new(Narrowed { corpus: encode(tokenizer)?, map }));
+    }
+    Ok(corpus)
+}
+
+const MAX_TEXT: u64 = 1 << 30;
+
+fn read_text(path: &Path) -> Result<String> {
+    let text = String::from_utf8(read_capped(path, MAX_TEXT)?);
+    text.map_err(|e| Error::file(path, "text", format!("is not UTF-8 from byte {} on", e.utf8_error().valid_up_to() + 1)))
 }
 
 impl Corpus {
@@ -93,9 +134,14 @@ impl Corpus {
                 format!("{counts} pairs for training, validation, test: each needs some"),
             ));
         }
-        let texts = parts.train.iter().flat_map(|p| [p.source.as_str(), p.target.as_str()]);
+        let tokenizer = Tokenizer::train(parts.texts(), data.vocabulary, &[&data.source, &data.target])?;
+        with_narrowed(recipe, &parts, tokenizer, |tokenizer| Self::encoded(recipe, &parts, tokenizer))
+    }
+
+    /// Both streams and the held-out text in a tokenizer's ids.
+    fn encoded(recipe: &Recipe, parts: &Parts, tokenizer: Tokenizer) -> Result<Self> {
+        let data = &recipe.data;
         let languages = (data.source.as_str(), data.target.as_str());
-        let tokenizer = Tokenizer::train(texts, data.vocabulary, &[languages.0, languages.1])?;
         let options = options(recipe);
         let encode = |name: &str, pairs: &[Pair], direction| {
             Stream::translation(name, &tokenizer, pairs, languages, direction, &options)
@@ -103,7 +149,7 @@ impl Corpus {
         let labelled = labelled(&parts.train, data.target_share, recipe.seed);
         let source = encode("source language", &parts.train, Direction::Forward)?;
         let target = encode("target language", &labelled, Direction::Backward)?;
-        let mut notes = std::mem::take(&mut parts.notes);
+        let mut notes = parts.notes.clone();
         notes.push(format!(
             "{} examples {}-{}, {} examples {}-{} for training; {} left out as longer than {} tokens",
             source.examples.len(),
@@ -117,9 +163,10 @@ impl Corpus {
         ));
         let hash = parts.hash();
         let (layout, labels, held_out) = (recipe.model.family.layout(), Vec::new(), Vec::new());
-        let mut corpus = Self { tokenizer, source, target, held_out, layout, labels, hash, notes };
+        let narrowed = None;
+        let mut corpus = Self { tokenizer, source, target, held_out, layout, labels, hash, notes, narrowed };
         corpus.held_out = corpus.hold_out(&parts.validation, &parts.test, languages, &options)?;
-        corpus.check_survivors(recipe, &parts, labelled.len())?;
+        corpus.check_survivors(recipe, parts, labelled.len())?;
         Ok(corpus)
     }
 
@@ -180,7 +227,8 @@ impl Corpus {
         let options = BatchOptions { max_length, ..BatchOptions::default() };
         let (source, target) = (Stream::default(), Stream::default());
         let (held_out, labels, hash) = (Vec::new(), Vec::new(), String::new());
-        let mut corpus = Self { tokenizer, source, target, held_out, layout, labels, hash, notes };
+        let narrowed = None;
+        let mut corpus = Self { tokenizer, source, target, held_out, layout, labels, hash, notes, narrowed };
         corpus.held_out = corpus.hold_out(&[], &test, languages, &options)?;
         Ok(corpus)
     }

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::corpus::Corpus;
+use super::corpus::{Corpus, Narrowed};
 use super::evaluate::evaluate;
 use super::order::Step;
 use super::promises::{self, Pruned};
-use super::run_folder::{Origin, RunFolder, StageRecord, State, fingerprint};
+use super::run_folder::{Origin, RunFolder, StageRecord, State, VOCABULARY, fingerprint};
 use super::schema::Recipe;
 use super::source::teacher_cache;
 use super::stages::{self, Context, Outcome, Student};
@@ -26,6 +26,8 @@ use crate::train::store;
 pub struct Options {
     pub out: PathBuf,
     pub overwrite: bool,
+    /// Folders of other runs: their finished stages of the same settings, text and predecessors are taken, not done again.
+    pub reuse: Vec<PathBuf>,
     pub progress: bool,
     /// The command line, for the report.
     pub command: String,
@@ -41,7 +43,8 @@ pub(super) struct Flow<'a> {
     pub(super) device: Arc<dyn Device>,
     options: &'a Options,
     report: RunReport,
-    tokenizer: Vec<u8>,
+    /// Files that stand beside every saved model: the tokenizer, and the map of a smaller vocabulary.
+    beside: Vec<(&'static str, Vec<u8>)>,
     /// Spent in earlier sessions on what the report shows.
     earlier_seconds: f64,
     pruned: Pruned,
@@ -76,7 +79,7 @@ pub fn run(recipe: &Recipe, device: &Arc<dyn Device>, options: &Options) -> Resu
         device,
         options,
         report,
-        tokenizer,
+        beside: vec![("tokenizer.json", tokenizer)],
         earlier_seconds: 0.0,
         pruned: Pruned::default(),
     };
@@ -94,7 +97,7 @@ fn say(options: &Options, text: impl std::fmt::Display) {
     }
 }
 
-impl Flow<'_> {
+impl<'a> Flow<'a> {
     fn stages(&mut self) -> Result<()> {
         let teacher = stages::teacher::run(self)?;
         let all = (0..teacher.model.config.width).collect();
@@ -114,6 +117,12 @@ impl Flow<'_> {
         let recipe = self.recipe;
         let cache = teacher_cache(&teacher.model, self.corpus);
         for (i, step) in steps.iter().enumerate() {
+            let corpus = self.corpus;
+            if let (Step::Structure, Some(narrowed)) = (step, &corpus.narrowed) {
+                // From here on teacher and students share the smaller vocabulary.
+                let (teacher, student) = stages::vocabulary::run(self, narrowed, teacher, &student)?;
+                return self.follow(&steps[i..], &teacher, student);
+            }
             student = match step {
                 Step::Structure => stages::structure::run(self, section(step, &recipe.structure)?, &student, &cache)?,
                 Step::Sparsify => stages::sparsify::run(self, section(step, &recipe.sparsify)?, &student, &cache)?,
@@ -128,6 +137,16 @@ impl Flow<'_> {
             };
         }
         Ok(student)
+    }
+
+    /// Goes on with text in fewer tokens.
+    pub(super) fn narrow(&mut self, narrowed: &'a Narrowed) -> Result<()> {
+        let json = |e: serde_json::Error| Error::io(VOCABULARY, e.into());
+        let tokenizer = narrowed.corpus.tokenizer.to_json(Path::new("tokenizer.json"))?;
+        let map = serde_json::to_vec(&narrowed.map).map_err(json)?;
+        self.beside = vec![("tokenizer.json", tokenizer.into_bytes()), (VOCABULARY, map)];
+        self.corpus = &narrowed.corpus;
+        Ok(())
     }
 
     /// Runs a stage, or takes it from the folder when it was finished under the same fingerprint.
@@ -149,6 +168,9 @@ impl Flow<'_> {
             self.adopt(&record);
             self.remember(&model, &record.state, baseline)?;
             return Ok(Student { model, state: record.state, fingerprint });
+        }
+        if let Some(student) = self.reuse(name, &fingerprint, baseline)? {
+            return Ok(student);
         }
         let path = self.folder.stage(name)?;
         let corpus = self.corpus;
@@ -185,10 +207,30 @@ impl Flow<'_> {
             notes: outcome.notes,
             state: outcome.state.clone(),
         };
-        self.folder.finish(name, &record, &outcome.model, &[("tokenizer.json", self.tokenizer.clone())])?;
+        self.folder.finish(name, &record, &outcome.model, &self.beside)?;
         self.adopt(&record);
         self.remember(&outcome.model, &outcome.state, baseline)?;
         Ok(Student { model: outcome.model, state: outcome.state, fingerprint })
+    }
+
+    /// A stage that another run finished under the same fingerprint, as this run's own.
+    fn reuse(&mut self, name: &str, fingerprint: &str, baseline: bool) -> Result<Option<Student>> {
+        let options = self.options;
+        for run in &options.reuse {
+            let Some((record, model)) = self.folder.finished_elsewhere(run, name, fingerprint, &self.device)? else {
+                continue;
+            };
+            let tokenizer = [("tokenizer.json", self.tokenizer.clone())];
+            let deployed = freeze(&model, record.state.form())?;
+            self.folder.save_model(&self.folder.stage(name)?.join("deployed"), name, &deployed, &tokenizer)?;
+            self.folder.finish(name, &record, &model, &tokenizer)?;
+            say(options, format!("{name}: taken from {}", run.display()));
+            self.earlier_seconds += record.row.seconds.unwrap_or(0.0);
+            self.adopt(&record);
+            self.remember(&model, &record.state, baseline)?;
+            return Ok(Some(Student { model, state: record.state, fingerprint: fingerprint.to_string() }));
+        }
+        Ok(None)
     }
 
     /// Keeps in mind what the next stages may not bring back.
@@ -220,7 +262,7 @@ impl Flow<'_> {
 
     /// Saves a model in its deployable form, loads it again and holds both against each other.
     fn reloads(&self, path: &Path, stage: &str, model: &Model) -> Result<Invariant> {
-        self.folder.save_model(path, stage, model, &[("tokenizer.json", self.tokenizer.clone())])?;
+        self.folder.save_model(path, stage, model, &self.beside)?;
         let reloaded = store::load_model(path, &self.device)?;
         let probe = stages::probe(self.corpus, model)?;
         let mut logits = Vec::new();
@@ -241,7 +283,7 @@ impl Flow<'_> {
     fn deploy(&mut self, student: &Student) -> Result<()> {
         let model = freeze(&student.model, student.state.form())?;
         let path = self.folder.path.join("model");
-        self.folder.save_model(&path, "deployed", &model, &[("tokenizer.json", self.tokenizer.clone())])
+        self.folder.save_model(&path, "deployed", &model, &self.beside)
     }
 
     fn write_report(mut self) -> Result<PathBuf> {

@@ -9,6 +9,7 @@ use super::order::Step;
 use super::schema::{Recipe, Training};
 use crate::device::{Device, Kind};
 use crate::error::{Error, Result};
+use crate::nn::Config;
 use crate::nn::config::Size;
 use crate::report::model::{Machine, RunReport};
 pub use spread::{PlannedSpread, check_devices, plan_spread};
@@ -27,19 +28,21 @@ pub struct PlannedStage {
     /// How it is spread; see [`plan_spread`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pipeline: Option<PlannedSpread>,
+    /// With the model's sizes and its width.
     #[serde(skip)]
-    training: Option<(Size, Training)>,
+    training: Option<((Size, usize), Training)>,
 }
 
 /// The stages of a recipe with their shapes; nothing is read or written.
 pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
-    let mut stages = vec![planned("teacher", recipe.model.size(), recipe, Some(&recipe.teacher))];
-    let mut size = recipe.model.size();
+    let teacher = (recipe.model.size(), recipe.model.heads * recipe.model.head_size);
+    let mut stages = vec![planned("teacher", teacher, recipe, Some(&recipe.teacher))];
+    let mut size = teacher;
     for step in recipe.steps() {
         match step {
             Step::Structure => {
                 let Some(s) = &recipe.structure else { continue };
-                size = s.pruned(recipe.model.size());
+                size = (s.pruned(recipe.model.size()), s.width(recipe.model.size()));
                 if s.compare_random {
                     stages.push(planned("random (baseline)", size, recipe, Some(&s.training)));
                 }
@@ -62,7 +65,7 @@ pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
             }
             Step::Hybrid => {
                 let Some(h) = &recipe.hybrid else { continue };
-                stages.push(planned("hybrid teacher", recipe.model.size(), recipe, Some(&h.teacher)));
+                stages.push(planned("hybrid teacher", teacher, recipe, Some(&h.teacher)));
                 stages.push(planned("hybrid", size, recipe, Some(&h.student)));
             }
             Step::Tune => {
@@ -100,9 +103,9 @@ pub fn physical_memory() -> Option<u64> {
     Some(1024 * line.trim().split(' ').next()?.parse::<u64>().ok()?)
 }
 
-fn planned(name: &str, size: Size, recipe: &Recipe, training: Option<&Training>) -> PlannedStage {
+fn planned(name: &str, (size, width): (Size, usize), recipe: &Recipe, training: Option<&Training>) -> PlannedStage {
     let labels = tagging::labels().unwrap_or_default();
-    let config = recipe.model.config(size, recipe.data.vocabulary, &labels);
+    let config = Config { width, ..recipe.model.config(size, recipe.data.vocabulary, &labels) };
     let parameters: usize = config.parameters().iter().map(|(_, dims)| dims.iter().product::<usize>()).sum();
     let tokens = training.map_or(0, |t| t.batch * recipe.data.max_length);
     // Backward holds as much again at its peak.
@@ -116,7 +119,7 @@ fn planned(name: &str, size: Size, recipe: &Recipe, training: Option<&Training>)
         bytes: 4 * parameters,
         estimated_memory: 4 * (parameters + training_state + 2 * tokens * per_token),
         pipeline: None,
-        training: training.map(|training| (size, *training)),
+        training: training.map(|training| ((size, width), *training)),
     }
 }
 

@@ -28,6 +28,8 @@ pub const RECIPE: &str = "recipe.resolved.toml";
 pub const STAGES: &str = "stages";
 pub const CHECKPOINTS: &str = "checkpoints";
 pub const MODEL: &str = "model";
+/// Beside a model with fewer tokens: the ids that they had.
+pub const VOCABULARY: &str = "vocabulary.json";
 const MAX_JSON: u64 = 64 << 20;
 
 /// What a finished stage is known by.
@@ -206,6 +208,18 @@ impl RunFolder {
             Error::Io { path, source } => Error::file(path, "file", format!("{source}; {}", advice())),
             other => other,
         })
+    }
+
+    /// The same of another run's folder.
+    pub fn finished_elsewhere(
+        &self,
+        run: &Path,
+        name: &str,
+        fingerprint: &str,
+        device: &Arc<dyn Device>,
+    ) -> Result<Option<(StageRecord, Model)>> {
+        let found = self.recorded(&run.join(STAGES).join(name), fingerprint, device)?;
+        Ok(found.filter(|(record, _)| record.row.invariants.iter().all(|i| i.ok)))
     }
 
     fn recorded(

@@ -8,6 +8,7 @@ pub mod sparsify;
 pub mod structure;
 pub mod teacher;
 pub mod tune;
+pub mod vocabulary;
 
 use super::corpus::{Corpus, upload};
 use super::evaluate::validation_loss;

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use espalier::compress::pruning::Pattern;
+use espalier::compress::structure::{Objective, Order, Score};
 use espalier::recipe::Recipe;
 use espalier::recipe::import::{Imported, System, from_bytes};
 
@@ -77,18 +78,26 @@ fn what_bmcook_switches_off_is_no_stage() {
 #[test]
 fn textpruner_becomes_structure_with_everything_reported_that_differs() {
     let text = r#"{ "config_class": "TransformerPruningConfig", "target_num_of_heads": 2, "target_ffn_size": 256,
-        "pruning_method": "iterative", "n_iters": 16, "ffn_even_masking": false, "pruning_order": "head-first" }"#;
+        "pruning_method": "iterative", "n_iters": 8, "ffn_even_masking": false, "pruning_order": "head-first" }"#;
     let imported = import(System::Textpruner, text).unwrap();
     let structure = imported.recipe.structure.as_ref().unwrap();
-    assert_eq!((structure.layers, structure.head_size), (4, 16));
-    assert_eq!(
-        keys(&imported),
-        ["target_num_of_heads", "target_ffn_size", "ffn_even_masking", "n_iters", "pruning_order"]
-    );
+    let (heads, ffn) = (structure.heads.unwrap(), structure.ffn.unwrap());
+    assert_eq!((heads.keep, heads.even, heads.score, heads.normalise), (2, true, Score::Weights, false));
+    assert_eq!((ffn.keep, ffn.even, ffn.multiple_of, ffn.score), (256, false, 1, Score::Weights));
+    assert_eq!((structure.rounds, structure.order, structure.layers), (8, Order::HeadsFirst, None));
+    assert!(keys(&imported).is_empty());
+    let masks = r#"{ "config_class": "TransformerPruningConfig", "target_ffn_size": 256, "use_logits": true }"#;
+    let imported = import(System::Textpruner, masks).unwrap();
+    assert_eq!(imported.recipe.structure.as_ref().unwrap().loss, Objective::DenseKl);
+    assert_eq!(keys(&imported), ["use_logits", "pruning_method"]);
+    let words = r#"{ "config_class": "VocabularyPruningConfig", "min_count": 3 }"#;
+    let imported = import(System::Textpruner, words).unwrap();
+    let vocabulary = imported.recipe.structure.as_ref().unwrap().vocabulary.clone().unwrap();
+    assert_eq!((vocabulary.min_count, vocabulary.text), (3, None));
     let general = r#"{ "config_class": "GeneralConfig", "use_device": "auto", "output_dir": "out" }"#;
     assert_eq!(keys(&import(System::Textpruner, general).unwrap()), ["use_device", "output_dir"]);
     for (text, place) in [
-        (r#"{ "config_class": "VocabularyPruningConfig", "min_count": 1 }"#, "vocabularies"),
+        (r#"{ "config_class": "VocabularyPruningConfig", "min_count": 0 }"#, "min_count"),
         (r#"{ "config_class": "TransformerPruningConfig", "target_heads": 3 }"#, "target_heads"),
         (r#"{ "config_class": "TransformerPruningConfig", "target_num_of_heads": 40 }"#, "target_num_of_heads"),
         (r#"{ "config_class": "OtherConfig" }"#, "OtherConfig"),

@@ -7,6 +7,7 @@ mod grids;
 mod masks;
 mod recipes;
 mod shapes;
+mod structures;
 mod updates;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -229,3 +229,23 @@ fn a_single_block_can_be_pruned_in_width() {
     let recipe = tiny(&[&sets[..], &["model.layers=1", "structure.layers=1"]].concat());
     assert_eq!(run(&recipe, &cpu(), folder.path()).unwrap().stages.len(), 3);
 }
+
+#[test]
+fn finished_stages_of_another_run_are_taken_where_all_they_follow_from_is_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let [first, second, other] = ["first", "second", "other"].map(|name| folder.path().join(name));
+    let begun = run(&teacher(&[]), &cpu(), &first).unwrap();
+    let reusing = |out: &Path| Options { reuse: vec![first.clone()], ..options(out) };
+    let more = teacher(&["quantize={ method = \"dynamic\" }"]);
+    let went_on = report::read(recipe::run(&more, &cpu(), &reusing(&second)).unwrap().with_file_name("report.json"));
+    let went_on = went_on.unwrap();
+    assert_eq!(went_on.stages.len(), 2);
+    assert_eq!(went_on.stages[0], begun.stages[0], "taken as it is, with its times");
+    for model in ["model", "deployed"] {
+        let weights = |run: &Path| fs::read(run.join("stages/teacher").join(model).join("model.safetensors")).unwrap();
+        assert_eq!(weights(&first), weights(&second), "{model}");
+    }
+    recipe::run(&teacher(&["seed=5"]), &cpu(), &reusing(&other)).unwrap();
+    let weights = |run: &Path| fs::read(run.join("stages/teacher/model/model.safetensors")).unwrap();
+    assert_ne!(weights(&first), weights(&other));
+}

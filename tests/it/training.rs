@@ -211,7 +211,14 @@ pub fn tiny(sets: &[&str]) -> Recipe {
 }
 
 pub fn options(out: &Path) -> Options {
-    Options { out: out.to_path_buf(), overwrite: false, progress: false, command: "test".into(), ranks: None }
+    Options {
+        out: out.to_path_buf(),
+        overwrite: false,
+        reuse: Vec::new(),
+        progress: false,
+        command: "test".into(),
+        ranks: None,
+    }
 }
 
 #[test]

@@ -3,11 +3,11 @@
 
 use std::collections::BTreeMap;
 
+use super::judge::Judge;
 use crate::error::Result;
 use crate::nn::{Config, Head, Model, Pass, Positions};
 use crate::tape::Grads;
 use crate::tape::Var;
-use crate::tensor::Tensor;
 use crate::train::lifecycle::Micro;
 use crate::train::trainer::weighted_cross_entropy;
 
@@ -45,13 +45,8 @@ pub fn rotary_pairs(positions: Positions, head_size: usize) -> Vec<(usize, usize
 pub fn score(model: &Model, micros: &[Micro]) -> Result<Scores> {
     let mut scores = Scores { blocks: vec![BlockScores::default(); model.config.blocks.len()], channels: Vec::new() };
     for micro in micros {
-        let mut pass = Pass::training(model);
-        let hidden = pass.hidden(&micro.batch)?;
-        let loss = weighted_cross_entropy(&mut pass, &hidden, &micro.targets, &micro.weights)?;
-        let seed = Tensor::from_slice(model.device(), loss.dims(), &[1.0 / micro.weight.max(1.0) as f32])?;
-        let (tape, leaves) = pass.into_leaves();
-        let grads = tape.backward(&[(&loss, &seed)])?;
-        add_batch(model, &leaves, &grads, &mut scores)?;
+        let judged = Judge::LABELS.backward(Pass::training(model), micro)?;
+        add_batch(model, &judged.leaves, &judged.grads, &mut scores)?;
     }
     Ok(scores)
 }
@@ -69,17 +64,17 @@ pub fn loss(model: &Model, micros: &[Micro]) -> Result<f64> {
 }
 
 /// w * dL/dw of one parameter as rows.
-struct Products {
-    values: Vec<f64>,
+pub(super) struct Products {
+    pub values: Vec<f64>,
     columns: usize,
 }
 
 impl Products {
-    fn row_sums(&self) -> Vec<f64> {
+    pub fn row_sums(&self) -> Vec<f64> {
         self.values.chunks(self.columns.max(1)).map(|row| row.iter().sum()).collect()
     }
 
-    fn column_sums(&self) -> Vec<f64> {
+    pub fn column_sums(&self) -> Vec<f64> {
         let mut sums = vec![0.0; self.columns];
         for row in self.values.chunks(self.columns.max(1)) {
             sums.iter_mut().zip(row).for_each(|(s, v)| *s += v);
@@ -88,7 +83,7 @@ impl Products {
     }
 }
 
-fn products(leaves: &BTreeMap<String, Var>, grads: &Grads, name: &str) -> Result<Option<Products>> {
+pub(super) fn products(leaves: &BTreeMap<String, Var>, grads: &Grads, name: &str) -> Result<Option<Products>> {
     let Some(var) = leaves.get(name) else {
         return Ok(None);
     };

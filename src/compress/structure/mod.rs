@@ -1,24 +1,52 @@
-//! Structured pruning in width and depth (LightChatGLM 3.2): keep the head count, shrink the head size in whole rotary
-//! pairs, d' = heads x head_size', ffn' = ffn x head_size' / head_size; keep a subset of the blocks. The student starts
-//! from the surviving weights.
+//! Structured pruning: whole heads and neurons (`shrink`), blocks (`layers`), and width as LightChatGLM 3.2 has it: keep the
+//! head count, shrink the head size in whole rotary pairs, d' = heads x head_size', ffn' = ffn x head_size' / head_size.
+//! What stays is a [`Keep`]; [`prune`] makes the smaller model, which starts from the surviving weights.
 
+pub mod gates;
 pub mod importance;
+pub mod judge;
 mod keep;
+mod layers;
 mod prune;
+pub mod select;
+mod shrink;
+pub mod sites;
+mod vocabulary;
+pub mod weights;
 
 use importance::{BlockScores, Scores, rotary_pairs};
+pub use judge::Objective;
 pub use keep::{Keep, KeepBlock, KeepHeads};
+pub use layers::LayersMethod;
 pub use prune::{prune, without_block};
+pub use select::largest;
+pub use vocabulary::prune_vocabulary;
+pub use shrink::{Heads, Neurons, Order, Plan, Progress, Score, normalise, shrink};
 
 use crate::error::{Error, Result};
-use crate::nn::{Block, Config, Positions};
+use crate::nn::{Config, Positions};
 use crate::rng::Stream;
 
-/// Target shape of a pruned model.
+/// Target shape of a model whose heads all stay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
     pub layers: usize,
     pub head_size: usize,
+    /// Channels of the residual stream; `None`: heads x head_size.
+    pub width: Option<usize>,
+    /// FFNs are narrowed as heads are.
+    pub scale_ffn: bool,
+}
+
+impl Target {
+    /// All widths in the ratio of the heads'.
+    pub fn scaled(layers: usize, head_size: usize) -> Self {
+        Self { layers, head_size, width: None, scale_ffn: true }
+    }
+
+    fn channels(&self, config: &Config) -> usize {
+        self.width.unwrap_or(config.blocks[0].heads * self.head_size)
+    }
 }
 
 /// FFN widths are kept multiples of this: 2:4 groups, experts of 16 neurons and vector lanes stay whole.
@@ -30,24 +58,16 @@ pub fn scaled_ffn(ffn_width: usize, head_size: usize, target: usize) -> usize {
     ((exact / FFN_MULTIPLE as f64).round() as usize).max(1) * FFN_MULTIPLE
 }
 
-/// Indices of the `n` largest scores, ascending; among equals the lowest index wins. Exactly `n` of them.
-pub fn largest(scores: &[f64], n: usize) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    // Adding 0 makes the two zeros equal.
-    order.sort_by(|&a, &b| (scores[b] + 0.0).total_cmp(&(scores[a] + 0.0)).then(a.cmp(&b)));
-    order.truncate(n);
-    order.sort_unstable();
-    order
-}
-
-/// Chooses by importance. `block_losses[i]`: calibration loss without block i, the larger the more it matters.
-pub fn by_importance(config: &Config, scores: &Scores, block_losses: &[f64], target: Target) -> Result<Keep> {
+/// Chooses by importance within the blocks `kept`, `target.layers` of them.
+///
+/// # Errors
+/// `Error::Recipe` for a target that is not of this model.
+pub fn by_importance(config: &Config, scores: &Scores, kept: &[usize], target: Target) -> Result<Keep> {
     check(config, target)?;
-    let kept = largest(block_losses, target.layers);
-    let choose = |i: usize| keep_block(config, i, &config.blocks[i], &scores.blocks[i], target.head_size);
+    let choose = |&i: &usize| keep_block(config, i, &scores.blocks[i], target);
     Ok(Keep {
-        channels: largest(&scores.channels, config.blocks[0].heads * target.head_size),
-        blocks: kept.into_iter().map(choose).collect(),
+        channels: largest(&scores.channels, target.channels(config)),
+        blocks: kept.iter().map(choose).collect(),
     })
 }
 
@@ -65,7 +85,8 @@ pub fn at_random(config: &Config, target: Target, seed: u64) -> Result<Keep> {
         }
     });
     let scores = Scores { blocks: blocks.collect(), channels: draw(config.width) };
-    by_importance(config, &scores, &draw(config.blocks.len()), target)
+    let kept = largest(&draw(config.blocks.len()), target.layers);
+    by_importance(config, &scores, &kept, target)
 }
 
 fn check(config: &Config, target: Target) -> Result<()> {
@@ -89,19 +110,18 @@ fn check(config: &Config, target: Target) -> Result<()> {
     if target.head_size == 0 || target.head_size > first.head_size || !target.head_size.is_multiple_of(step) {
         return rule("head_size", target.head_size, format!("a multiple of {step} from {step} to {}", first.head_size));
     }
-    if config.blocks.iter().any(|b| (b.heads, b.head_size) != (first.heads, first.head_size)) {
-        return rule("head_size", target.head_size, "a model whose blocks have equal heads".into());
+    if config.blocks.iter().any(|b| b.head_size != first.head_size) {
+        return rule("head_size", target.head_size, "a model whose blocks have heads of one size".into());
+    }
+    let channels = target.channels(config);
+    if channels == 0 || channels > config.width {
+        return rule("width", channels, format!("1 to {}", config.width));
     }
     Ok(())
 }
 
-fn keep_block(
-    config: &Config,
-    index: usize,
-    block: &Block,
-    scores: &BlockScores,
-    head_size: usize,
-) -> KeepBlock {
+fn keep_block(config: &Config, index: usize, scores: &BlockScores, target: Target) -> KeepBlock {
+    let (block, head_size) = (&config.blocks[index], target.head_size);
     let per_head = |scores: &[f64]| -> Vec<usize> {
         let head = |(h, part): (usize, &[f64])| {
             largest(part, head_size).into_iter().map(move |j| h * block.head_size + j).collect::<Vec<_>>()
@@ -125,7 +145,8 @@ fn keep_block(
         (heads.collect(), kept.iter().map(|&p| block.inverse_frequencies[p]).collect())
     };
     let heads = (0..block.heads).collect();
-    let ffn = scaled_ffn(block.ffn_width, block.head_size, head_size).min(block.ffn_width);
+    let scaled = scaled_ffn(block.ffn_width, block.head_size, head_size).min(block.ffn_width);
+    let ffn = if target.scale_ffn { scaled } else { block.ffn_width };
     KeepBlock {
         index,
         attention: block.attends().then(|| KeepHeads { heads, query_key, value: per_head(&scores.value) }),
@@ -149,13 +170,6 @@ fn keep_pairs(positions: Positions, scores: &[f64], head_size: usize) -> Vec<usi
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn largest_keeps_exactly_n_and_the_lowest_index_wins_ties() {
-        assert_eq!(largest(&[1.0, 3.0, 3.0, 2.0], 2), [1, 2]);
-        assert_eq!(largest(&[1.0, 1.0, 1.0], 2), [0, 1]);
-        assert_eq!(largest(&[f64::NAN, 1.0], 1).len(), 1);
-    }
 
     #[test]
     fn ffn_keeps_the_ratio() {

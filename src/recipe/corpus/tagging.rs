@@ -1,7 +1,7 @@
 //! The text of a tagger: generated sentences of both languages with a tag for each token. The spans are known exactly because
 //! the sentences are generated (synthetic slots).
 
-use super::{Corpus, HeldOut, Parts, Sentence, labelled};
+use super::{Corpus, HeldOut, Parts, Sentence, labelled, with_narrowed};
 use crate::data::batch::{Example, Stream};
 use crate::data::frame::Span;
 use crate::data::split::{Fractions, Split};
@@ -38,8 +38,19 @@ pub(super) fn prepare(recipe: &Recipe, count: usize) -> Result<Corpus> {
     }
     let pairs = |sentences: &[TermSentence]| sentences.iter().map(|s| s.pair.clone()).collect();
     let parts = Parts { train: pairs(&train), validation: pairs(&validation), test: pairs(&test), notes: Vec::new() };
-    let texts = parts.train.iter().flat_map(|p| [p.source.as_str(), p.target.as_str()]);
-    let tokenizer = Tokenizer::train(texts, data.vocabulary, &[&data.source, &data.target])?;
+    let tokenizer = Tokenizer::train(parts.texts(), data.vocabulary, &[&data.source, &data.target])?;
+    let sentences = [&train[..], &validation, &test];
+    with_narrowed(recipe, &parts, tokenizer, |tokenizer| encoded(recipe, &parts, sentences, tokenizer))
+}
+
+/// The tagged sentences for training, validation and test in a tokenizer's ids.
+fn encoded(
+    recipe: &Recipe,
+    parts: &Parts,
+    [train, validation, test]: [&[TermSentence]; 3],
+    tokenizer: Tokenizer,
+) -> Result<Corpus> {
+    let (data, count) = (&recipe.data, train.len() + validation.len() + test.len());
     let stream = |name: &str, sentences: &[TermSentence], side: Side| -> Result<Stream> {
         let mut stream = Stream { name: name.into(), ..Stream::default() };
         for sentence in sentences {
@@ -53,16 +64,16 @@ pub(super) fn prepare(recipe: &Recipe, count: usize) -> Result<Corpus> {
         }
         Ok(stream)
     };
-    let shared = labelled(&train, data.target_share, recipe.seed);
-    let source = stream("source language", &train, english)?;
+    let shared = labelled(train, data.target_share, recipe.seed);
+    let source = stream("source language", train, english)?;
     let target = stream("target language", &shared, chinese)?;
     let held_out = [(&data.source, english as Side), (&data.target, chinese as Side)].map(|(language, side)| {
         let sentence = |example: Example| Sentence { example, reference: String::new() };
         Ok(HeldOut {
             name: language.clone(),
             target_language: language.clone(),
-            validation: stream("validation", &validation, side)?.examples,
-            test: stream("test", &test, side)?.examples.into_iter().map(sentence).collect(),
+            validation: stream("validation", validation, side)?.examples,
+            test: stream("test", test, side)?.examples.into_iter().map(sentence).collect(),
         })
     });
     let notes = vec![format!(
@@ -84,7 +95,8 @@ pub(super) fn prepare(recipe: &Recipe, count: usize) -> Result<Corpus> {
         source,
         target,
         notes,
+        narrowed: None,
     };
-    corpus.check_survivors(recipe, &parts, shared.len())?;
+    corpus.check_survivors(recipe, parts, shared.len())?;
     Ok(corpus)
 }

@@ -5,6 +5,8 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::{Draft, Imported, parse, value};
+use crate::compress::structure::gates::Absolute;
+use crate::compress::structure::{Heads, Neurons, Objective, Order, Score};
 use crate::error::{Error, Result};
 
 #[derive(Deserialize)]
@@ -46,7 +48,7 @@ struct Transformer {
     head_even_masking: bool,
     n_iters: usize,
     multiple_of: usize,
-    pruning_order: Option<Order>,
+    pruning_order: Option<Direction>,
     use_logits: bool,
 }
 
@@ -75,7 +77,7 @@ enum Method {
 
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum Order {
+enum Direction {
     HeadFirst,
     FfnFirst,
 }
@@ -93,63 +95,69 @@ pub(super) fn import(path: &Path, bytes: &[u8], mut draft: Draft) -> Result<Impo
             }
         }
         Config::Vocabulary(Vocabulary { min_count, prune_lm_head }) => {
-            let (count, head) = (min_count.unwrap_or(1), prune_lm_head.unwrap_or("auto".into()));
-            let rule = format!("no stage prunes vocabularies yet (min_count {count}, prune_lm_head {head})");
-            return Err(Error::file(path, "config_class", rule));
+            if prune_lm_head == Some(false.into()) {
+                draft.ignore("prune_lm_head", false, "the head's rows go with the embedding's");
+            }
+            let mut section = toml::Table::new();
+            let vocabulary = toml::Table::from_iter([("min_count".to_string(), value(&min_count.unwrap_or(1))?)]);
+            section.insert("vocabulary".into(), toml::Value::Table(vocabulary));
+            draft.stage("structure", section, true)?;
         }
         Config::Transformer(transformer) => structure(path, &transformer, &mut draft)?,
     }
     draft.finish(path)
 }
 
-/// TextPruner takes whole heads and neurons out; `[structure]` narrows every head and, in the same ratio, the FFN. What comes
-/// over is the attention width, and everything that this changes is reported.
+/// Whole heads and neurons go by TextPruner's importance; what it does otherwise is reported.
 fn structure(path: &Path, config: &Transformer, draft: &mut Draft) -> Result<()> {
     let model = draft.base.model;
-    let heads = config.target_num_of_heads.unwrap_or(model.heads);
-    if heads == 0 || heads > model.heads {
-        let rule = format!("{heads} where the base recipe's model has {} heads", model.heads);
-        return Err(Error::file(path, "target_num_of_heads", rule));
-    }
-    let ffn = config.target_ffn_size.unwrap_or(model.ffn_width);
-    if ffn == 0 || ffn > model.ffn_width {
-        let rule = format!("{ffn} where the base recipe's model has {} neurons", model.ffn_width);
-        return Err(Error::file(path, "target_ffn_size", rule));
-    }
-    // Rotary pairs of both halves stay whole in multiples of 4.
-    let head_size = (model.head_size * heads / model.heads / 4 * 4).max(4);
-    let kept = format!("{heads} of {} heads", model.heads);
-    let reason = format!(
-        "all {} heads stay, each with {head_size} of {} dimensions: an attention width of {} where whole heads give {}",
-        model.heads,
-        model.head_size,
-        model.heads * head_size,
-        heads * model.head_size
-    );
-    draft.ignore("target_num_of_heads", kept, &reason);
-    let width = crate::compress::structure::scaled_ffn(model.ffn_width, model.head_size, head_size);
-    if config.target_ffn_size.is_some() {
-        draft.ignore("target_ffn_size", ffn, &format!("the FFN follows the heads' ratio: {width} neurons"));
-    }
-    for (key, set, reason) in [
-        (
-            "pruning_method",
-            matches!(config.pruning_method, Method::Masks),
-            "structures are chosen by importance on calibration text",
-        ),
-        ("ffn_even_masking", !config.ffn_even_masking, "every block keeps as many neurons"),
-        ("head_even_masking", !config.head_even_masking, "every block keeps as many dimensions"),
-        ("n_iters", config.n_iters != 1, "structures go in one round, then the student recovers by training"),
-        ("multiple_of", config.multiple_of != 1, "FFN widths are multiples of 16, head sizes of 4"),
-        ("pruning_order", config.pruning_order.is_some(), "heads and neurons are chosen together"),
-        ("use_logits", config.use_logits, "importance is that of the labels' loss"),
-    ] {
-        if set {
-            draft.ignore(key, "set", reason);
-        }
-    }
     let mut section = toml::Table::new();
-    section.insert("layers".into(), value(&model.layers)?);
-    section.insert("head_size".into(), value(&head_size)?);
+    if let Some(keep) = config.target_num_of_heads {
+        if keep == 0 || keep > model.heads {
+            let rule = format!("{keep} where the base recipe's model has {} heads", model.heads);
+            return Err(Error::file(path, "target_num_of_heads", rule));
+        }
+        let heads = Heads {
+            keep,
+            score: Score::Weights,
+            absolute: Absolute::Batch,
+            normalise: false,
+            even: config.head_even_masking,
+            floor: 1,
+            per_round: None,
+        };
+        section.insert("heads".into(), value(&heads)?);
+    }
+    if let Some(keep) = config.target_ffn_size {
+        if keep == 0 || keep > model.ffn_width {
+            let rule = format!("{keep} where the base recipe's model has {} neurons", model.ffn_width);
+            return Err(Error::file(path, "target_ffn_size", rule));
+        }
+        let ffn = Neurons {
+            keep,
+            score: Score::Weights,
+            absolute: Absolute::Batch,
+            normalise: false,
+            even: config.ffn_even_masking,
+            floor: config.multiple_of.clamp(1, keep),
+            multiple_of: config.multiple_of,
+        };
+        section.insert("ffn".into(), value(&ffn)?);
+    }
+    section.insert("rounds".into(), value(&config.n_iters)?);
+    let order = match config.pruning_order {
+        None => Order::Together,
+        Some(Direction::HeadFirst) => Order::HeadsFirst,
+        Some(Direction::FfnFirst) => Order::FfnFirst,
+    };
+    section.insert("order".into(), value(&order)?);
+    if config.use_logits {
+        section.insert("loss".into(), value(&Objective::DenseKl)?);
+        let reason = "the first round, where its gradient is 0, goes by the entropy of the model's own answers";
+        draft.ignore("use_logits", true, reason);
+    }
+    if matches!(config.pruning_method, Method::Masks) {
+        draft.ignore("pruning_method", "masks", "structures are chosen by importance on calibration text");
+    }
     draft.stage("structure", section, true)
 }

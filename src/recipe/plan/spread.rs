@@ -28,13 +28,18 @@ const TRAINED: usize = 16;
 impl PlannedSpread {
     /// # Errors
     /// `Recipe` for stages that the model cannot be cut into; those of the schedule.
-    pub(super) fn new(pipeline: &Pipeline, size: Size, recipe: &Recipe, training: &Training) -> Result<Self> {
+    pub(super) fn new(
+        pipeline: &Pipeline,
+        (size, width): (Size, usize),
+        recipe: &Recipe,
+        training: &Training,
+    ) -> Result<Self> {
         let micro_batches = training.accumulate * pipeline.micro_batches;
         let schedule = pipeline.schedule;
         let Stages::Count(stages) = pipeline.stages else {
             return Ok(Self { schedule, micro_batches, replicas: Vec::new(), memory: Vec::new() });
         };
-        let config = Config::glm(size, recipe.data.vocabulary);
+        let config = Config { width, ..Config::glm(size, recipe.data.vocabulary) };
         let order = Schedule::new(schedule, stages, micro_batches)?;
         let timeline = simulate(&order, &Costs::uniform(order.chunks(), 1.0, 1.0, 1.0))?;
         let cuts = cut::even(cut::pieces(&config), order.chunks());

@@ -228,8 +228,10 @@ impl Quantize {
         }
         let group = self.format().group;
         let mut widths = Vec::new();
-        for size in [recipe.model.size(), recipe.smallest()] {
-            widths.extend([size.heads * size.head_size, size.ffn_width]);
+        let teacher = recipe.model.size();
+        let width = teacher.heads * teacher.head_size;
+        for (size, width) in [(teacher, width), (recipe.smallest(), recipe.smallest_width())] {
+            widths.extend([width, size.heads * size.head_size, size.ffn_width]);
         }
         if let Some(experts) = recipe.experts.as_ref().filter(|_| before(Step::Experts)) {
             widths.push(experts.expert_size);
@@ -239,7 +241,7 @@ impl Quantize {
             }
         }
         // The teacher's own widths count only where it is quantized before it is cut.
-        let relevant = if before(Step::Structure) || recipe.structure.is_none() { &widths[..] } else { &widths[2..] };
+        let relevant = if before(Step::Structure) || recipe.structure.is_none() { &widths[..] } else { &widths[3..] };
         if let Some(width) = relevant.iter().find(|w| group > 0 && !w.is_multiple_of(group)) {
             return refuse(
                 "quantize.groups",

@@ -29,8 +29,8 @@ impl Tune {
         self.merge && matches!(self.method, Tuning::Lora(_))
     }
 
-    /// `size`: of the model that is tuned; `experts`: its FFNs are split by then.
-    pub(in crate::recipe) fn check(&self, size: Size, experts: bool, pipeline: bool) -> Result<()> {
+    /// `size`: of the model that is tuned, and its width; `experts`: its FFNs are split by then.
+    pub(in crate::recipe) fn check(&self, (size, width): (Size, usize), experts: bool, pipeline: bool) -> Result<()> {
         self.training.check("tune.training")?;
         if let Some(distil) = &self.distil {
             distil.check("tune.distil")?;
@@ -38,10 +38,9 @@ impl Tune {
         if pipeline {
             return refuse("tune", "with [pipeline]", "without it: what learns is too little to be spread over stages");
         }
-        let width = size.heads * size.head_size;
         match &self.method {
             Tuning::Lora(lora) => {
-                let smallest = width.min(size.ffn_width);
+                let smallest = width.min(size.heads * size.head_size).min(size.ffn_width);
                 if lora.rank == 0 || lora.rank > smallest {
                     return refuse("tune.method.rank", lora.rank, format!("1 to {smallest}"));
                 }

@@ -2,7 +2,7 @@
 
 use espalier::compress::freeze::{Form, freeze};
 use espalier::compress::structure::importance::rotary_pairs;
-use espalier::compress::structure::{self, Keep, KeepBlock, Target, largest, scaled_ffn, without_block};
+use espalier::compress::structure::{self, Keep, Target, largest, scaled_ffn, without_block};
 use espalier::nn::config::Size;
 use espalier::nn::{Config, Model, Pass, Positions};
 use espalier::recipe::corpus::upload;
@@ -33,18 +33,6 @@ fn close(want: &[f64], have: &[f64]) {
     assert!(want.len() == have.len() && want.iter().zip(have).all(|(a, b)| (a - b).abs() <= 1e-4 * scale));
 }
 
-/// Everything of a model.
-fn all(config: &Config) -> Keep {
-    let block = |(index, b): (usize, &espalier::nn::Block)| KeepBlock {
-        index,
-        query_key: (0..b.heads * b.head_size).collect(),
-        value: (0..b.heads * b.head_size).collect(),
-        neurons: (0..b.ffn_width).collect(),
-        inverse_frequencies: b.inverse_frequencies.clone(),
-    };
-    Keep { channels: (0..config.width).collect(), blocks: config.blocks.iter().enumerate().map(block).collect() }
-}
-
 #[test]
 fn exactly_so_many_are_largest_and_none_that_goes_is_larger() {
     holds("largest", |draw| {
@@ -65,7 +53,7 @@ fn a_pruned_model_has_the_shapes_that_its_config_says() {
         let teacher = model(draw);
         let layers = draw.size(teacher.config.blocks.len());
         let head_size = 4 * draw.size(teacher.config.blocks[0].head_size / 4);
-        let keep = structure::at_random(&teacher.config, Target { layers, head_size }, 3).unwrap();
+        let keep = structure::at_random(&teacher.config, Target::scaled(layers, head_size), 3).unwrap();
         let pruned = structure::prune(&teacher, &keep).unwrap();
         let config = &pruned.config;
         config.check(std::path::Path::new("pruned")).unwrap();
@@ -84,7 +72,7 @@ fn a_pruned_model_has_the_shapes_that_its_config_says() {
 fn keeping_everything_changes_no_bit() {
     holds("nothing pruned", |draw| {
         let teacher = model(draw);
-        let same = structure::prune(&teacher, &all(&teacher.config)).unwrap();
+        let same = structure::prune(&teacher, &Keep::all(&teacher.config)).unwrap();
         assert_eq!(same.config, teacher.config);
         assert_eq!(hidden(&same), hidden(&teacher));
     });
@@ -94,20 +82,21 @@ fn keeping_everything_changes_no_bit() {
 fn removed_neurons_are_zeroed_ones() {
     holds("removed neurons", |draw| {
         let teacher = model(draw);
-        let mut keep = all(&teacher.config);
+        let mut keep = Keep::all(&teacher.config);
         let mut zeroed = teacher.duplicate().unwrap();
         for (i, block) in keep.blocks.iter_mut().enumerate() {
-            let n = block.neurons.len();
+            let neurons = block.neurons.as_mut().unwrap();
+            let n = neurons.len();
             let left = draw.size(n);
-            draw.stream.shuffle(&mut block.neurons);
-            block.neurons.truncate(left);
-            block.neurons.sort_unstable();
+            draw.stream.shuffle(neurons);
+            neurons.truncate(left);
+            neurons.sort_unstable();
             let name = format!("blocks.{i}.ffn.out.weight");
             let mut values = teacher.values(&name).unwrap();
             values
                 .iter_mut()
                 .enumerate()
-                .filter(|(j, _)| !block.neurons.contains(&(j % n)))
+                .filter(|(j, _)| !neurons.contains(&(j % n)))
                 .for_each(|(_, w)| *w = 0.0);
             let dims = teacher.get(&name).unwrap().dims().to_vec();
             zeroed.tensors.insert(name, Tensor::from_slice(&draw.device, &dims, &values).unwrap());
@@ -143,9 +132,9 @@ fn rotary_pairs_stay_together_with_their_frequency() {
         let teacher = model(draw);
         let block = &teacher.config.blocks[0];
         let head_size = 4 * draw.size(block.head_size / 4);
-        let keep = structure::at_random(&teacher.config, Target { layers: 1, head_size }, 5).unwrap();
+        let keep = structure::at_random(&teacher.config, Target::scaled(1, head_size), 5).unwrap();
         let [old, new] = [block.head_size, head_size].map(|n| rotary_pairs(teacher.config.positions, n));
-        for head in keep.blocks[0].query_key.chunks(head_size) {
+        for head in keep.blocks[0].attention.as_ref().unwrap().query_key.chunks(head_size) {
             for (pair, frequency) in new.iter().zip(&keep.blocks[0].inverse_frequencies) {
                 let was = (head[pair.0] % block.head_size, head[pair.1] % block.head_size);
                 let place = old.iter().position(|p| *p == was).expect("a whole pair");
