@@ -220,10 +220,9 @@ impl<'a> Flow<'a> {
             let Some((record, model)) = self.folder.finished_elsewhere(run, name, fingerprint, &self.device)? else {
                 continue;
             };
-            let tokenizer = [("tokenizer.json", self.tokenizer.clone())];
             let deployed = freeze(&model, record.state.form())?;
-            self.folder.save_model(&self.folder.stage(name)?.join("deployed"), name, &deployed, &tokenizer)?;
-            self.folder.finish(name, &record, &model, &tokenizer)?;
+            self.folder.save_model(&self.folder.stage(name)?.join("deployed"), name, &deployed, &self.beside)?;
+            self.folder.finish(name, &record, &model, &self.beside)?;
             say(options, format!("{name}: taken from {}", run.display()));
             self.earlier_seconds += record.row.seconds.unwrap_or(0.0);
             self.adopt(&record);

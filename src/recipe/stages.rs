@@ -2,6 +2,7 @@
 //! measured. Here is what they share: the training that keeps what earlier stages promised.
 
 pub mod experts;
+pub mod gates;
 pub mod hybrid;
 pub mod quantize;
 pub mod sparsify;

@@ -8,6 +8,7 @@ mod data;
 mod device;
 mod distillation;
 mod encoder;
+mod gates;
 mod graphs;
 mod import;
 mod importance;

@@ -7,7 +7,7 @@ use super::cost::{Costs, Expectation};
 use super::decision::{Decision, decide, shrink};
 use super::hook::{Gates, Phase};
 use super::layout::{Layout, Level};
-use crate::compress::structure::Keep;
+use crate::compress::structure::{Keep, KeepBlock};
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -53,6 +53,14 @@ pub struct Small {
     pub decision: Decision,
     /// Of the cost, that stays.
     pub share: f64,
+}
+
+impl Small {
+    /// Blocks of the model before that have a sublayer yet.
+    pub fn blocks(&self) -> Vec<usize> {
+        let left = |b: &&KeepBlock| b.attention.is_some() || b.cross.is_some() || b.neurons.is_some();
+        self.keep.blocks.iter().filter(left).map(|b| b.index).collect()
+    }
 }
 
 /// log alphas live in [ln 0.01, ln 100]: where a gate is as good as decided its gradient is gone, and it could not come back.

@@ -14,6 +14,14 @@ use crate::rng::Stream;
 use crate::train::lifecycle::Invariant;
 
 pub fn run(flow: &mut Flow, settings: &Structure, student: &Student, cache: &TeacherCache) -> Result<Student> {
+    if let Some(l0) = &settings.l0 {
+        let small = super::gates::run(flow, settings, l0, student, cache)?;
+        let parts = [&small.fingerprint, &text(settings)?, "structure"];
+        return flow.stage("structure", &parts, false, |context| {
+            let small = (small.model.duplicate()?, small.state.clone());
+            recover(context, small, &settings.training, &settings.distil, cache, 0)
+        });
+    }
     if settings.compare_random && settings.selection == Selection::Importance {
         at_random(flow, settings, student)?;
     }
@@ -161,7 +169,8 @@ fn plan(settings: &Structure, seed: u64, random: bool) -> Plan {
     }
 }
 
-fn note(blocks: &[usize], model: &Model, before: &Model) -> String {
+/// What a change did to blocks, channels, heads and neurons.
+pub(super) fn note(blocks: &[usize], model: &Model, before: &Model) -> String {
     let (config, old) = (&model.config, &before.config);
     let mut note = format!("blocks kept {blocks:?}, {} of {} channels", config.width, old.width);
     for (kind, name) in [(Kind::Heads, "heads"), (Kind::Neurons, "neurons")] {
@@ -176,12 +185,16 @@ fn note(blocks: &[usize], model: &Model, before: &Model) -> String {
 
 /// The smaller model and what of the promises holds on it: channels count as the teacher's, blocks are numbered anew.
 fn pruned((model, state): &(Model, State), keep: &Keep) -> Result<(Model, State)> {
-    let pruned = prune(model, keep)?;
+    Ok((prune(model, keep)?, followed(state, keep)))
+}
+
+/// What of the promises holds on a model that is pruned so.
+pub(super) fn followed(state: &State, keep: &Keep) -> State {
     let renamed = state.renamed(|name| {
         let (block, part) = name.strip_prefix("blocks.")?.split_once('.')?;
         let place = keep.blocks.iter().position(|kept| kept.index.to_string() == block)?;
         Some(format!("blocks.{place}.{part}"))
     });
     let kept = keep.channels.iter().map(|&c| state.kept[c]).collect();
-    Ok((pruned, State { kept, ..renamed }))
+    State { kept, ..renamed }
 }
