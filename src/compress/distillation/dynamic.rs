@@ -159,7 +159,10 @@ impl Matcher {
             let teacher = taught(layer)?.reshape(&[rows, d])?.detach();
             let distance = |states: &Var| -> Result<Tensor> {
                 let states = states.tensor.reshape(&[rows, d])?;
-                dispatch::run_one(&op, &[&states, &teacher.tensor, &by_row.tensor])?.reshape(&[1, 1])
+                // The mean length comes second.
+                let outputs = dispatch::run(&op, &[&states, &teacher.tensor, &by_row.tensor])?;
+                let none = || Error::Shape { op: "dynamic matching", rule: "a distance", got: "none".into() };
+                outputs.first().ok_or_else(none)?.reshape(&[1, 1])
             };
             let distances = own.iter().map(|states| distance(states).map(Var::constant)).collect::<Result<Vec<_>>>()?;
             let distances = end_to_end(&mut Tape::inference(), distances)?.tensor.reshape(&[1, own.len()])?;

@@ -113,10 +113,14 @@ struct Candidate {
     mean: f64,
 }
 
-/// Opens the best closed ones until their number is a multiple, or closes down to the largest there can be.
+fn nearest(count: usize, multiple: usize) -> usize {
+    (count + multiple / 2) / multiple * multiple
+}
+
+/// The best ones are open, the nearest multiple of those that were, at least one.
 fn round_channels(open: &mut [bool], log_alphas: &[f64], multiple: usize) {
     let most = (open.len() / multiple * multiple).max(multiple.min(open.len()));
-    let wanted = open.iter().filter(|o| **o).count().next_multiple_of(multiple).clamp(multiple.min(most), most);
+    let wanted = nearest(open.iter().filter(|o| **o).count(), multiple).clamp(multiple.min(most), most);
     let order = ascending(log_alphas);
     open.fill(false);
     order.iter().rev().take(wanted).for_each(|&i| open[i] = true);
@@ -129,8 +133,7 @@ fn round_neurons(values: &mut [f64], log_alphas: &[f64], multiple: usize) {
         return;
     }
     let most = (values.len() / multiple * multiple).max(multiple.min(values.len()));
-    let nearest = (stay + multiple / 2) / multiple * multiple;
-    let wanted = nearest.clamp(multiple.min(most), most);
+    let wanted = nearest(stay, multiple).clamp(multiple.min(most), most);
     let order = ascending(log_alphas);
     for (rank, &i) in order.iter().rev().enumerate() {
         values[i] = if rank < wanted { soft(log_alphas[i]) } else { 0.0 };
