@@ -95,6 +95,7 @@ fn staged(model: &Model, kind: Kind, count: usize, profile: &Profile, teacher: O
                 cuts: cut::teacher(&t.config, 2),
                 hard: false,
             }),
+            direct: None,
             recompute: false,
             heartbeat: long,
             deadline: long,
@@ -102,13 +103,14 @@ fn staged(model: &Model, kind: Kind, count: usize, profile: &Profile, teacher: O
             run: "bench".into(),
             record: std::env::temp_dir().join("espalier-bench-flight-recorder.jsonl"),
             planted: Vec::new(),
+            timed: None,
         },
     )
 }
 
 /// With the other core as busy as it will be.
 fn measured(model: &Model, probe: &Micro) -> Result<Profile> {
-    measure::profile(model, probe, settings(), &|_| Ok(Vec::new()), &[device::open("cpu:1")?])
+    measure::profile(model, model.device(), probe, settings(), &|_| Ok(Vec::new()), &[device::open("cpu:1")?])
 }
 
 fn median(values: &[f64]) -> f64 {

@@ -4,6 +4,7 @@
     python3 scripts/experiments.py                      # all runs of recipes/experiments/claims.toml, then the tables
     python3 scripts/experiments.py --only 'obs-*' teacher
     python3 scripts/experiments.py --tables             # tables of what has been run so far
+    python3 scripts/experiments.py --tables --write docs/experiments.md
 
 A run that is finished under the same command is not repeated; one that was stopped goes on. Runs lie in
 runs/experiments/NAME-SEED. Python 3.11 or later, nothing else.
@@ -19,7 +20,9 @@ import subprocess
 import sys
 import tomllib
 
-LOWER_IS_BETTER = {"loss", "bytes", "KiB", "ms"}
+LOWER_IS_BETTER = {"loss", "KiB", "ms"}
+HOLDS = "holds"
+BEGIN, END = "<!-- experiments -->", "<!-- end of experiments -->"
 
 
 def main():
@@ -31,6 +34,7 @@ def main():
     parser.add_argument("--only", nargs="*", default=["*"], help="names of runs, with * and ?")
     parser.add_argument("--seeds", nargs="*", type=int, help="instead of the file's")
     parser.add_argument("--tables", action="store_true", help="run nothing")
+    parser.add_argument("--write", type=pathlib.Path, help=f"put the tables between {BEGIN} and {END} of this file")
     args = parser.parse_args()
     plan = tomllib.loads(args.claims.read_text())
     seeds = args.seeds or plan["seeds"]
@@ -40,7 +44,13 @@ def main():
             for run in plan["run"]:
                 if any(fnmatch.fnmatch(run["name"], only) for only in args.only):
                     carry_out(args, plan, run, seed)
-    print("\n\n".join(tables(claim, Results(args.out, seeds)) for claim in plan["claim"]))
+    results = Results(args.out, seeds)
+    text = "\n\n".join([summary(plan["claim"], results)] + [tables(claim, results) for claim in plan["claim"]])
+    if args.write:
+        before, rest = args.write.read_text().split(BEGIN)
+        args.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    else:
+        print(text)
 
 
 def carry_out(args, plan, run, seed):
@@ -127,38 +137,55 @@ def tables(claim, results):
     """A claim's rows and checks."""
     rows, checks = claim["rows"], claim["check"]
     measures = list(dict.fromkeys(["loss", "accuracy"] + claim.get("show", []) + [c["measure"] for c in checks]))
-    lines = [f"### {claim['name']}", "", f"({claim['source']})", "", "| | " + " | ".join(measures) + " |"]
+    lines = [f"### {claim['name']}", "", f"{claim['source']}.", "", "| | " + " | ".join(measures) + " |"]
     lines.append("| --- |" + " ---: |" * len(measures))
     for label, row in rows.items():
         cells = [shown(measure, [results.value(row, seed, measure) for seed in results.seeds]) for measure in measures]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines += ["", "| check | difference or value, seed by seed | verdict |", "| --- | --- | --- |"]
+    lines.append("")
     for check in checks:
-        lines += (judged(*c, results) for c in single(check, rows))
+        lines += (f"- {text}: {found}: **{verdict}**" for text, found, verdict in judgements(check, rows, results))
     return "\n".join(lines)
 
 
+def summary(claims, results):
+    """One line for each claim: how many of its checks hold."""
+    lines = ["| claim | source | holds |", "| --- | --- | --- |"]
+    for claim in claims:
+        judged = [j for check in claim["check"] for j in judgements(check, claim["rows"], results)]
+        held = sum(verdict == HOLDS for _, _, verdict in judged)
+        lines.append(f"| {claim['name']} | {claim['source']} | {'yes' if held == len(judged) else f'{held} of {len(judged)} checks'} |")
+    return "\n".join(lines)
+
+
+def judgements(check, rows, results):
+    return [judged(*comparison, results) for comparison in single(check, rows)]
+
+
 def single(check, rows):
-    """The comparisons that a check consists of: (text, measure, value of a seed, holds)."""
+    """The comparisons that a check consists of: (text, how its values are shown, value of a seed, whether it holds)."""
     measure = check["measure"]
-    sign = -1 if measure.split()[0] in LOWER_IS_BETTER else 1
+    difference = lambda value: number(measure, value, difference=True)
     if "order" in check:
+        sign = -1 if measure.split()[0] in LOWER_IS_BETTER else 1
         for better, worse in zip(check["order"], check["order"][1:]):
-            difference = lambda r, seed, a=rows[better], b=rows[worse]: minus(r, measure, seed, a, b)
-            yield f"{measure}: {better} before {worse}", measure, difference, lambda x: sign * x > 0
+            value = lambda r, seed, a=rows[better], b=rows[worse]: minus(r, measure, seed, a, b)
+            yield f"{measure}: {better} before {worse}", difference, value, lambda x: sign * x > 0
         return
     low, high = check.get("at_least", float("-inf")), check.get("at_most", float("inf"))
-    row, other = rows[check["row"]], check.get("of") or check.get("minus")
-    bounds = " and ".join(f"{word} {check[key]:g}" for key, word in [("at_least", "at least"), ("at_most", "at most")] if key in check)
+    holds = lambda x: low <= x <= high
+    words = [("at_least", "at least"), ("at_most", "at most")]
+    bounds = " and ".join(f"{word} {check[key]:g}" for key, word in words if key in check)
+    row = rows[check["row"]]
     if "of" in check:
-        value = lambda r, seed: quotient(r.value(row, seed, measure), r.value(rows[other], seed, measure))
-        yield f"{measure}: {check['row']} as a share of {other} {bounds}", "share", value, lambda x: low <= x <= high
+        value = lambda r, seed: quotient(r.value(row, seed, measure), r.value(rows[check["of"]], seed, measure))
+        yield f"{measure}: {check['row']}, share of {check['of']} {bounds}", lambda x: f"{x:.3f}", value, holds
     elif "minus" in check:
-        value = lambda r, seed: minus(r, measure, seed, row, rows[other])
-        yield f"{measure}: {check['row']} less {other} {bounds}", measure, value, lambda x: low <= x <= high
+        value = lambda r, seed: minus(r, measure, seed, row, rows[check["minus"]])
+        yield f"{measure}: {check['row']} less {check['minus']} {bounds}", difference, value, holds
     else:
         value = lambda r, seed: r.value(row, seed, measure)
-        yield f"{measure}: {check['row']} {bounds}", measure, value, lambda x: low <= x <= high
+        yield f"{measure}: {check['row']} {bounds}", lambda x: number(measure, x), value, holds
 
 
 def minus(results, measure, seed, row, other):
@@ -170,17 +197,17 @@ def quotient(a, b):
     return None if a is None or not b else a / b
 
 
-def judged(text, measure, value, holds, results):
+def judged(text, show, value, holds, results):
     values = [v for v in (value(results, seed) for seed in results.seeds) if v is not None]
     if not values:
-        return f"| {text} | - | not run |"
+        return text, "-", "not run"
     mean, held = sum(values) / len(values), sum(map(holds, values))
     verdict = (
-        "holds" if held == len(values) else
+        HOLDS if held == len(values) else
         f"in the mean, and in {held} of {len(values)} seeds" if holds(mean) else
         f"does not hold ({held} of {len(values)} seeds)"
     )
-    return f"| {text} | {', '.join(number(measure, v, True) for v in values)}; mean {number(measure, mean, True)} | {verdict} |"
+    return text, f"{', '.join(map(show, values))}; mean {show(mean)}", verdict
 
 
 def shown(measure, values):
@@ -193,14 +220,15 @@ def shown(measure, values):
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def number(measure, value, sign=False):
+def number(measure, value, difference=False):
+    sign = "+" if difference else ""
     if measure == "loss":
-        return f"{value:+.3f}" if sign else f"{value:.3f}"
+        return f"{value:+.4f}" if difference else f"{value:.3f}"
     if measure.startswith("ms"):
-        return f"{value:.2f}"
+        return f"{value:{sign}.2f}"
     if measure == "KiB":
-        return f"{value:.0f}"
-    return f"{100 * value:+.1f} %" if sign and measure != "share" else f"{100 * value:.1f} %"
+        return f"{value:{sign}.0f}"
+    return f"{100 * value:+.1f} points" if difference else f"{100 * value:.1f} %"
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ impl Tokenizer {
             .iter()
             .map(|rule| parts(rule).ok_or_else(|| broken("merges pairs of tokens")))
             .collect::<Result<Vec<[String; 2]>>>()?;
-        let added: BTreeSet<u64> = json["added_tokens"].as_array().into_iter().flatten().filter_map(|token| token["id"].as_u64()).collect();
+        let added: BTreeSet<u64> =
+            json["added_tokens"].as_array().into_iter().flatten().filter_map(|token| token["id"].as_u64()).collect();
         let merged: BTreeSet<String> = merges.iter().map(|pair| pair.concat()).collect();
         let wanted = |(name, id): (&String, &u32)| {
             let counted = counts.get(*id as usize).is_some_and(|&count| count >= min_count.max(1));
@@ -88,10 +89,8 @@ impl Tokenizer {
         map.kept.extend(added.iter().map(|&id| id as u32));
         map.kept.sort_unstable();
         map.kept.dedup();
-        let names: serde_json::Map<String, Value> = vocabulary
-            .iter()
-            .filter_map(|(name, id)| Some((name.clone(), Value::from(map.id(*id)?))))
-            .collect();
+        let names: serde_json::Map<String, Value> =
+            vocabulary.iter().filter_map(|(name, id)| Some((name.clone(), Value::from(map.id(*id)?)))).collect();
         json["model"]["vocab"] = Value::Object(names);
         let stays = |(_, pair): &(&Value, &[String; 2])| {
             kept.contains(&pair.concat()) && pair.iter().all(|part| kept.contains(part))

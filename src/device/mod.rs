@@ -6,6 +6,7 @@ pub mod cuda;
 mod null;
 mod pool;
 mod reference;
+pub mod road;
 mod wgpu;
 
 use std::any::Any;
@@ -265,6 +266,15 @@ pub trait Device: Send + Sync {
         work()?;
         self.sync()?;
         Ok(start.elapsed().as_secs_f64())
+    }
+
+    /// One end of a road to another device; `ticket` is the same at both ends. May wait until the other end has come.
+    ///
+    /// # Errors
+    /// `NotAvailable` where a device has no roads.
+    fn road(&self, _ticket: &road::Ticket, _end: road::End) -> Result<Box<dyn road::Road>> {
+        let reason = "its tensors go through the host: only CUDA devices have NCCL".into();
+        Err(Error::NotAvailable { device: self.info().id.clone(), reason })
     }
 
     fn stats(&self) -> Stats;

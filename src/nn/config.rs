@@ -274,7 +274,10 @@ impl Config {
             }
             let first = &self.blocks[self.stack(i)];
             if relative && b.attends() && !b.own_distances && b.heads != first.heads {
-                return rule(format!("blocks[{i}].heads"), "as many as its stack's first block, whose distances it reads");
+                return rule(
+                    format!("blocks[{i}].heads"),
+                    "as many as its stack's first block, whose distances it reads",
+                );
             }
             let pairs = if self.positions.rotary() { b.head_size / 2 } else { 0 };
             if b.inverse_frequencies.len() != pairs {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::config::{Activation, AttentionKind, Head, Positions};
+use super::config::{Activation, AttentionKind, Positions};
 use super::encoder::Memory;
 use super::model::{GATE, Model, missing};
 use super::taps::Taps;
@@ -573,22 +573,5 @@ impl<'m> Pass<'m> {
         let inputs: Vec<&Var> =
             [&q[0], &q[1], &weight, &scale].into_iter().chain(&bias).chain([order, offsets]).collect();
         self.tape.first(op, &inputs)
-    }
-
-    /// The head's weight: `[V, d]` (the embedding when tied) or `[labels, d]`.
-    pub fn head_weight(&mut self) -> Result<Var> {
-        match self.model.config.head {
-            Head::Language { tied: true } => self.parameter("embedding.tokens"),
-            _ => self.parameter("head.weight"),
-        }
-    }
-
-    /// Logits `[.., V]` (or labels) of hidden states.
-    pub fn logits(&mut self, hidden: &Var) -> Result<Var> {
-        if matches!(self.model.config.head, Head::Language { tied: true }) {
-            let weight = self.head_weight()?;
-            return self.tape.first(crate::ops::matmul::Matmul::linear(), &[hidden, &weight]);
-        }
-        self.linear("head", hidden)
     }
 }

@@ -1,5 +1,6 @@
 //! A linear layer in whatever representation its tensors have.
 
+use super::config::Head;
 use super::forward::Pass;
 use super::model::missing;
 use crate::error::Result;
@@ -122,6 +123,23 @@ impl Pass<'_> {
         let k = weight.tensor.count() / (e * n).max(1);
         let weight = weight.reshape(&[e, n, k])?;
         self.entering(weight)
+    }
+
+    /// The head's weight: `[V, d]` (the embedding when tied) or `[labels, d]`.
+    pub fn head_weight(&mut self) -> Result<Var> {
+        match self.model.config.head {
+            Head::Language { tied: true } => self.parameter("embedding.tokens"),
+            _ => self.parameter("head.weight"),
+        }
+    }
+
+    /// Logits `[.., V]` (or labels) of hidden states.
+    pub fn logits(&mut self, hidden: &Var) -> Result<Var> {
+        if matches!(self.model.config.head, Head::Language { tied: true }) {
+            let weight = self.head_weight()?;
+            return self.tape.first(Matmul::linear(), &[hidden, &weight]);
+        }
+        self.linear("head", hidden)
     }
 
     /// `[.., k]` as `[rows, k]`.

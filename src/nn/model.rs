@@ -197,7 +197,8 @@ impl Config {
             let (inner, across) = (b.heads * b.head_size, b.heads_across() * b.head_size);
             norm(&mut list, format!("blocks.{i}.norm_attention"));
             norm(&mut list, format!("blocks.{i}.norm_ffn"));
-            let shapes = |inner| [[inner, d], [inner, d], [inner, d], [d, inner], [Self::ffn_rows(b), d], [d, b.ffn_width]];
+            let shapes =
+                |inner| [[inner, d], [inner, d], [inner, d], [d, inner], [Self::ffn_rows(b), d], [d, b.ffn_width]];
             let linears = Self::linears(i).into_iter().zip(shapes(inner));
             // A sublayer that the block lacks would have empty ones.
             for (name, dims) in linears.filter(|(_, dims)| !dims.contains(&0)) {

@@ -1,5 +1,7 @@
 //! Runs a model in stages: a thread or a process per worker, one step at a time, all of them watched.
 
+mod fault;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -8,6 +10,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::direct::Direct;
 use super::fault::Injection;
 use super::life::{Answer, Command, run_worker};
 use super::part::{Part, Training};
@@ -17,8 +20,8 @@ use super::route::{Route, Routes};
 use super::schedule::{Event, Kind, Work};
 use super::simulate::{self, Span, StageUse, Timeline};
 use super::transport::{Channels, Transport};
-use super::watch::{Glance, Judge, State, Watch};
-use super::worker::{Order, Report, Stop};
+use super::watch::{Judge, Watch};
+use super::worker::{Order, Report};
 use crate::console;
 use crate::device::Device;
 use crate::dtype::DType;
@@ -42,6 +45,8 @@ pub struct Setup {
     pub optimizer: Settings,
     pub methods: Arc<MakeMethods>,
     pub teacher: Option<TeacherSetup>,
+    /// Roads between the devices; without them tensors go through the hosts.
+    pub direct: Option<Direct>,
     pub recompute: bool,
     /// No sign of progress for so long within an event is a fault: longer than the longest kernel.
     pub heartbeat: Duration,
@@ -54,6 +59,9 @@ pub struct Setup {
     /// Where the last events of all stages go when one fails.
     pub record: PathBuf,
     pub planted: Vec<Injection>,
+    /// The step, counted from the start of this pipeline, in which every event waits for its device, so that spans are the
+    /// device's work and not its queueing.
+    pub timed: Option<u64>,
 }
 
 /// A teacher that runs in the same stages, a step ahead of the student.
@@ -90,13 +98,10 @@ impl StepReport {
         let moved = |s: &Span| Span { start: s.start - begin, end: s.end - begin, ..*s };
         let spans: Vec<Vec<Span>> =
             self.workers.iter().map(|w| w.spans.iter().filter(works).map(moved).collect()).collect();
-        let stages = spans.iter().zip(&self.workers).map(|(spans, worker)| StageUse {
-            busy: spans.iter().map(|s| s.end - s.start).sum(),
-            first: spans.first().map_or(0.0, |s| s.start),
-            last: spans.last().map_or(0.0, |s| s.end),
-            peak_activation_bytes: worker.held_bytes as f64,
-            peak_activations: 0,
-        });
+        let stages = spans
+            .iter()
+            .zip(&self.workers)
+            .map(|(spans, worker)| StageUse { peak_activation_bytes: worker.held_bytes as f64, ..StageUse::of(spans) });
         let workers = simulate::places(replicas);
         Timeline { name: name.into(), workers, stages: stages.collect(), spans, seconds: (end - begin).max(0.0) }
     }
@@ -117,6 +122,8 @@ pub struct Pipeline {
     current: Arc<Route>,
     compute: Option<DType>,
     step: u64,
+    /// Since the start of this pipeline.
+    taken: u64,
     failed: bool,
 }
 
@@ -165,6 +172,7 @@ impl Pipeline {
             routes: Routes::new(model.config.clone(), setup.kind, route.clone()),
             current: route.clone(),
             step: 0,
+            taken: 0,
             failed: false,
             setup,
             commands: Vec::new(),
@@ -183,7 +191,7 @@ impl Pipeline {
             pipeline.threads.push(Some(thread.map_err(|e| Error::io("stage thread", e))?));
             pipeline.commands.push(command);
         }
-        pipeline.gather()?;
+        pipeline.gather(Some(Instant::now() + pipeline.setup.deadline))?;
         Ok(pipeline)
     }
 
@@ -224,7 +232,9 @@ impl Pipeline {
         let (compute, recompute, split) = (self.compute, self.setup.recompute, self.routes.splits_backward());
         let training = Training { compute, dropout, seed, recompute, split };
         let (micros, next) = (Arc::new(micros.to_vec()), Arc::new(next.to_vec()));
-        let order = Order { training, weight, total_steps };
+        self.taken += 1;
+        let timed = self.setup.timed == Some(self.taken);
+        let order = Order { training, weight, total_steps, timed };
         let answers = self.ask(&Command::Step(route.clone(), micros, next, order))?;
         let workers: Vec<Report> =
             answers.into_iter().map(|a| if let Answer::Stepped(r) = a { r } else { Report::default() }).collect();
@@ -289,7 +299,7 @@ impl Pipeline {
         if let Some(ranks) = &self.ranks {
             let mut others = 1..self.setup.route.workers.len();
             if let Err(e) = others.try_for_each(|worker| ranks.tell(worker, command)) {
-                self.shut();
+                self.shut(None);
                 return Err(e);
             }
         }
@@ -297,11 +307,11 @@ impl Pipeline {
             // A worker that is gone shows when its answer stays away.
             let _ = orders.send(command.clone());
         }
-        self.gather()
+        self.gather(None)
     }
 
-    /// One answer of every worker; watches them meanwhile.
-    fn gather(&mut self) -> Result<Vec<Answer>> {
+    /// One answer of every worker; watches them meanwhile. `until`: for answers to no work that could be watched.
+    fn gather(&mut self, until: Option<Instant>) -> Result<Vec<Answer>> {
         let count = self.setup.route.workers.len();
         let mut answers: Vec<Option<Answer>> = (0..count).map(|_| None).collect();
         let mut look = remote::show_every(self.setup.heartbeat);
@@ -332,6 +342,10 @@ impl Pipeline {
                     console::warn(format_args!("rank {worker}: {what}"));
                     return Err(self.fault(worker, what));
                 }
+                if answers[worker].is_none() && until.is_some_and(|until| Instant::now() > until) {
+                    let what = format!("it has not started within {:.1} s", self.setup.deadline.as_secs_f64());
+                    return Err(self.fault(worker, what));
+                }
                 if let Some(what) = self.judge.look(worker, &self.watch.glance(worker)) {
                     return Err(self.fault(worker, what));
                 }
@@ -345,92 +359,10 @@ impl Pipeline {
         let ended = |thread: &Option<JoinHandle<()>>| thread.as_ref().is_none_or(JoinHandle::is_finished);
         self.threads.get(worker).is_some_and(ended)
     }
-
-    fn stopped(&mut self, worker: usize, stop: Stop) -> Error {
-        match stop {
-            Stop::Fault(what) => self.fault(worker, what),
-            Stop::Error(error) => {
-                let error = self.most_telling(error);
-                self.shut();
-                error
-            }
-            Stop::Late(what) => self.late(worker, what),
-            Stop::Gone(other) => self.fault(other, "it is gone without a word".into()),
-            Stop::Cancelled | Stop::Vanish => self.fault(worker, "it is gone without a word".into()),
-        }
-    }
-
-    /// `worker` waited too long for a message that is not lost. The one that has computed longest keeps it back, or keeps up
-    /// whoever should send it.
-    fn late(&mut self, worker: usize, what: String) -> Error {
-        let glances = (0..self.setup.route.workers.len()).map(|other| (other, self.watch.glance(other)));
-        let computing = glances.filter(|(_, glance)| glance.state == State::Computing);
-        match computing.max_by(|(_, a), (_, b)| a.seconds.total_cmp(&b.seconds)) {
-            Some((slow, Glance { seconds, .. })) => {
-                let waiting = format!("worker {worker} waits: {what}");
-                self.fault(slow, format!("it is slow: {seconds:.1} s in one event so far; {waiting}"))
-            }
-            None => self.fault(worker, what),
-        }
-    }
-
-    /// A gradient that is not finite stops all stages at once; only the one that holds it can name it.
-    fn most_telling(&mut self, first: Error) -> Error {
-        let names = |e: &Error| !matches!(e, Error::NonFinite { layer, .. } if layer == "model");
-        let mut told = first;
-        let mut left = self.setup.route.workers.len() - 1;
-        while left > 0 && !names(&told) {
-            match self.answers.recv_timeout(2 * self.setup.heartbeat) {
-                Ok((_, Answer::Stopped(Stop::Error(error)))) => told = error,
-                Ok(_) => {}
-                Err(_) => return told,
-            }
-            left -= 1;
-        }
-        told
-    }
-
-    fn fault(&mut self, worker: usize, what: String) -> Error {
-        let glance = self.watch.glance(worker);
-        let record = self.setup.record.clone();
-        let (stage, replica) = self.setup.route.workers[worker];
-        let copy = if self.setup.route.replicas[stage] > 1 { format!(" (replica {replica})") } else { String::new() };
-        self.shut();
-        let what = match self.watch.write(&record) {
-            Ok(()) => format!("{what}{copy}"),
-            Err(e) => format!("{what}{copy}; the record could not be written: {e}"),
-        };
-        Error::Fault { stage, step: glance.step, position: glance.position, event: glance.event, what, record }
-    }
-
-    /// Stops all workers. One that does not listen within two heartbeats is left behind: a thread cannot be killed.
-    fn shut(&mut self) {
-        self.failed = true;
-        self.watch.cancel();
-        self.commands.clear();
-        if let Some(ranks) = &self.ranks {
-            ranks.stop(None);
-        }
-        let began = Instant::now();
-        let usual = 2 * self.setup.heartbeat;
-        let limit = self.ranks.as_ref().map_or(usual, |ranks| ranks.patience(usual));
-        for thread in &mut self.threads {
-            while thread.as_ref().is_some_and(|t| !t.is_finished()) && began.elapsed() < limit {
-                std::thread::sleep(Duration::from_millis(2));
-            }
-            if let Some(thread) = thread.take_if(|t| t.is_finished()) {
-                // A panic was reported where it happened.
-                let _ = thread.join();
-            }
-        }
-        if let Some(mut ranks) = self.ranks.take() {
-            ranks.join(limit);
-        }
-    }
 }
 
 impl Drop for Pipeline {
     fn drop(&mut self) {
-        self.shut();
+        self.shut(None);
     }
 }

@@ -9,6 +9,8 @@ pub enum Planted {
     /// The worker is gone without a word.
     Exit,
     Stall,
+    /// As a kernel that never ends: it does not stop when told to, either.
+    Freeze,
     Slow,
     /// The event's message is not sent, sent twice, or changed on the way.
     Drop,
@@ -17,6 +19,7 @@ pub enum Planted {
 }
 
 impl Planted {
+    /// All that leave nothing behind: what froze keeps its thread until the program ends.
     pub const ALL: [Planted; 7] = [
         Planted::Panic,
         Planted::Exit,

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 
+use super::direct::Roads;
 use super::executor::{Setup, TeacherSetup};
 use super::message;
 use super::part::Part;
@@ -13,6 +14,7 @@ use super::route::Route;
 use super::teacher::TeacherPart;
 use super::transport::Transport;
 use super::watch::{State, Watch};
+use super::words::parameter_of;
 use super::worker::{Order, Report, Stop, Worker};
 use crate::error::Result;
 use crate::nn::Model;
@@ -96,6 +98,9 @@ fn start_worker(
     let run = message::run_number(&setup.run);
     let times = (setup.heartbeat, setup.deadline);
     let mut worker = Worker::new(index, run, part, optimizer, setup.route.clone(), transport, watch, times);
+    if let Some(direct) = &setup.direct {
+        worker.roads = Roads::lay(direct, index, worker.part.model.device())?;
+    }
     if let Some(TeacherSetup { model, cuts, hard }) = &setup.teacher {
         let (stage, _) = setup.route.workers[index];
         let chunk = setup.route.teacher_stages().iter().position(|&s| s == stage).unwrap_or_default();
@@ -169,8 +174,7 @@ fn carry_out(worker: &mut Worker, command: Command) -> Result<Answer, Stop> {
             let device = worker.part.model.device().clone();
             let mut own = BTreeMap::new();
             for (name, (meta, bytes)) in state.iter() {
-                let parameter = name.split_once('/').map_or("", |(_, parameter)| parameter);
-                if parameter.is_empty() || worker.part.model.tensors.contains_key(parameter) {
+                if parameter_of(name).is_none_or(|parameter| worker.part.model.tensors.contains_key(parameter)) {
                     own.insert(name.clone(), Tensor::from_bytes(&device, *meta, bytes)?);
                 }
             }

@@ -1,6 +1,7 @@
 //! Takes a profile: every piece of a model run by itself on the device where a stage would run it.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -13,8 +14,14 @@ use super::reads::Reads;
 use super::simulate::{ChunkCost, Link};
 use super::transport::{Channels, Transport};
 use crate::device::Device;
-use crate::error::Result;
-use crate::nn::Model;
+use crate::dispatch;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::nn::pieces;
+use crate::nn::{Head, Model};
+use crate::ops::unary::Cast;
+use crate::rng::Stream;
+use crate::shape::Meta;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Method, Micro};
 use crate::train::optimizer::{Optimizer, Settings};
@@ -35,54 +42,56 @@ struct Sample {
 /// Makes a training's hooks from the model.
 type Make<'a> = dyn Fn(&Model) -> Result<Vec<Box<dyn Method>>> + 'a;
 
-/// Profiles `model` for micro-batches like `micro`, which lies on `device` as `model` does, under the hooks of its training:
-/// a teacher's loss costs at the head what gold labels do or more, fake quantization costs in every block. Meanwhile each of
-/// the `neighbours` does the same work without hooks, because stages that share memory and clock slow each other.
+/// Profiles `model` on `device` for micro-batches like `micro`, which lies there, under the hooks of its training: a teacher's
+/// loss costs at the head what gold labels do or more, fake quantization costs in every block. Meanwhile each of the
+/// `neighbours` does work like a stage's, without hooks, because stages that share memory and clock slow each other. Nobody
+/// holds more of the model than its share of the pieces, so what fits in stages can be measured.
 ///
 /// # Errors
 /// Those of the ops and hooks.
 pub fn profile(
     model: &Model,
+    device: &Arc<dyn Device>,
     micro: &Micro,
     settings: Settings,
     methods: &Make,
     neighbours: &[Arc<dyn Device>],
 ) -> Result<Profile> {
-    let device = model.device().clone();
-    let count = cut::pieces(&model.config);
-    let mut subject = Subject::new(model, settings)?;
-    subject.part.methods = methods(&subject.part.model)?;
-    let (mut wholes, mut splits) = (vec![Vec::new(); count], vec![Vec::new(); count]);
-    let mut updates = Vec::new();
-    let finished = AtomicBool::new(false);
+    let count = pieces::pieces(&model.config);
+    let shares = shares(model, 1 + neighbours.len());
+    let mut taken = Taken { wholes: vec![Vec::new(); count], splits: vec![Vec::new(); count], update: 0.0 };
+    let finished = Finished::default();
     std::thread::scope(|scope| {
-        let work = |device| {
-            let mut neighbour = Subject::new(&model.to_device(device)?, settings)?;
+        // Whatever ends the measurement ends them too.
+        let _end = finished.at_the_end();
+        let work = |device: &Arc<dyn Device>, share: &Range<usize>| {
+            let mut neighbour = Subject::new(model, device, share.clone(), settings)?;
             let micro = Reads::ALL.bring(micro, device)?;
-            while !finished.load(Ordering::Relaxed) {
-                neighbour.round(&micro)?;
+            let inputs = neighbour.stand_in(&micro)?;
+            while !finished.is_set() {
+                neighbour.round(&micro, &inputs)?;
             }
             Ok(())
         };
-        let busy: Vec<_> = neighbours.iter().map(|device| scope.spawn(move || work(device))).collect();
-        let measured = (0..=ROUNDS).try_for_each(|round| {
-            let (whole, split, update) = subject.round(micro)?;
-            if round > 0 {
-                wholes.iter_mut().zip(whole).for_each(|(list, sample)| list.push(sample));
-                splits.iter_mut().zip(split).for_each(|(list, sample)| list.push(sample));
-                updates.push(update);
-            }
+        let others = neighbours.iter().zip(shares.iter().cycle().skip(1));
+        let busy: Vec<_> = others.map(|(device, share)| scope.spawn(move || work(device, share))).collect();
+        let mut inputs = Vec::new();
+        let measured = shares.iter().try_for_each(|share| {
+            let mut subject = Subject::new(model, device, share.clone(), settings)?;
+            subject.part.methods = methods(&subject.part.model)?;
+            inputs = subject.measure(micro, &inputs, &mut taken)?;
             Ok(())
         });
-        finished.store(true, Ordering::Relaxed);
-        let ended: Vec<Result<()>> = busy.into_iter().filter_map(|thread| thread.join().ok()).collect();
-        ended.into_iter().fold(measured, Result::and)
+        finished.set();
+        let panicked =
+            |_| Error::NotAvailable { device: device.info().id.clone(), reason: "a neighbour panicked".into() };
+        let ended = busy.into_iter().map(|thread| thread.join().map_err(panicked).and_then(|ended| ended));
+        ended.fold(measured, Result::and)
     })?;
-    let part = &subject.part;
     let bytes: Vec<f64> = (0..count)
         .map(|p| {
-            let names = cut::tensors_of(&part.model, &(p..p + 1));
-            names.iter().filter_map(|n| part.model.tensors.get(n)).map(|t| t.meta().bytes() as f64).sum()
+            let names = cut::tensors_of(model, &(p..p + 1));
+            names.iter().filter_map(|n| model.tensors.get(n)).map(|t| t.meta().bytes() as f64).sum()
         })
         .collect();
     let dims = micro.batch.tokens.dims();
@@ -98,92 +107,181 @@ pub fn profile(
         columns: dims.get(1).copied().unwrap_or(1),
         pieces: (0..count)
             .map(|p| {
-                let two = cost_of(&splits[p]);
-                let mut one = cost_of(&wholes[p]);
+                let two = cost_of(&taken.splits[p]);
+                let mut one = cost_of(&taken.wholes[p]);
                 // Shares of what was measured in one go.
                 let share = two.backward_input / (two.backward_input + two.backward_weight).max(f64::MIN_POSITIVE);
                 (one.backward_input, one.backward_weight) =
                     (one.backward_input * share, one.backward_input * (1.0 - share));
-                let name = cut::piece_name(&model.config, p);
+                let name = pieces::piece_name(&model.config, p);
                 PieceProfile { name, cost: one, split: Some(two), parameter_bytes: bytes[p] }
             })
             .collect(),
-        link: link(&device)?,
-        update_per_byte: mean(updates) / bytes.iter().sum::<f64>().max(1.0),
+        link: link(device)?,
+        update_per_byte: taken.update / bytes.iter().sum::<f64>().max(1.0),
     })
 }
 
-/// What is measured, or works beside it.
+/// Pieces that are measured together: those of an even cut over so many workers. A head that is tied to the embedding is
+/// not taken from it.
+fn shares(model: &Model, workers: usize) -> Vec<Range<usize>> {
+    let pieces = pieces::pieces(&model.config);
+    let tied = matches!(model.config.head, Head::Language { tied: true });
+    cut::even(pieces, if tied { 1 } else { workers.clamp(1, pieces) })
+}
+
+/// Tells the neighbours that the measurement is over, also where it ends by a panic.
+#[derive(Default)]
+struct Finished(AtomicBool);
+
+impl Finished {
+    fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn at_the_end(&self) -> impl Drop {
+        struct End<'a>(&'a Finished);
+        impl Drop for End<'_> {
+            fn drop(&mut self) {
+                self.0.set();
+            }
+        }
+        End(self)
+    }
+}
+
+/// What was measured so far, by piece; the seconds of an update of all.
+struct Taken {
+    wholes: Vec<Vec<Sample>>,
+    splits: Vec<Vec<Sample>>,
+    update: f64,
+}
+
+/// What is measured, or works beside it: some pieces in a row.
 struct Subject {
     part: Part,
+    pieces: Range<usize>,
     optimizer: Optimizer,
     settings: Settings,
 }
 
+/// Samples of pieces with backward in one go, in two parts, and the seconds of an update.
+type Round = (Vec<Sample>, Vec<Sample>, f64);
+
 impl Subject {
-    fn new(model: &Model, settings: Settings) -> Result<Self> {
-        let count = cut::pieces(&model.config);
-        let chunks: BTreeMap<u32, _> = (0..count).map(|p| (p as u32, p..p + 1)).collect();
-        let mut own = Part::model_of(model, model.device(), &chunks)?;
+    fn new(model: &Model, device: &Arc<dyn Device>, pieces: Range<usize>, settings: Settings) -> Result<Self> {
+        let chunks: BTreeMap<u32, _> = pieces.clone().map(|p| (p as u32, p..p + 1)).collect();
+        let mut own = Part::model_of(model, device, &chunks)?;
         let optimizer = Optimizer::new(&mut own, settings, |_| true)?;
-        Ok(Self { part: Part::new(own, chunks, &optimizer)?, optimizer, settings })
+        Ok(Self { part: Part::new(own, chunks, &optimizer)?, pieces, optimizer, settings })
+    }
+
+    /// Takes all rounds and returns what the next piece takes in.
+    fn measure(&mut self, micro: &Micro, inputs: &[Tensor], taken: &mut Taken) -> Result<Vec<Tensor>> {
+        let mut updates = Vec::new();
+        let mut outputs = Vec::new();
+        for round in 0..=ROUNDS {
+            let ((whole, split, update), left) = self.round(micro, inputs)?;
+            outputs = left;
+            if round == 0 {
+                continue;
+            }
+            for (piece, (whole, split)) in self.pieces.clone().zip(whole.into_iter().zip(split)) {
+                taken.wholes[piece].push(whole);
+                taken.splits[piece].push(split);
+            }
+            updates.push(update);
+        }
+        taken.update += mean(updates);
+        Ok(outputs)
     }
 
     /// Every piece with backward in one go, then in two parts, in turns so that what disturbs the machine disturbs both; and
-    /// the seconds of an update.
-    fn round(&mut self, micro: &Micro) -> Result<(Vec<Sample>, Vec<Sample>, f64)> {
+    /// the seconds of an update. Also what goes on to the next piece.
+    fn round(&mut self, micro: &Micro, inputs: &[Tensor]) -> Result<(Round, Vec<Tensor>)> {
         let device = self.part.model.device().clone();
         let compute = self.settings.precision.compute();
         let whole = Training { compute, dropout: 0.0, seed: 0, recompute: false, split: false };
-        let wholes = run(&mut self.part, micro, whole)?;
-        let splits = run(&mut self.part, micro, Training { split: true, ..whole })?;
+        let (wholes, outputs) = self.run(micro, inputs, whole)?;
+        let (splits, _) = self.run(micro, inputs, Training { split: true, ..whole })?;
         self.optimizer.begin(1.0, 1)?;
         let zero = Tensor::from_slice(&device, &[1], &[0.0f32])?;
         let update = device.elapsed(&mut || self.optimizer.update(&zero))?;
-        Ok((wholes, splits, update))
+        Ok(((wholes, splits, update), outputs))
+    }
+
+    /// All pieces forward, then backward, each by itself.
+    fn run(&mut self, micro: &Micro, inputs: &[Tensor], training: Training) -> Result<(Vec<Sample>, Vec<Tensor>)> {
+        let device = self.part.model.device().clone();
+        let part = &mut self.part;
+        let mut samples = vec![Sample::default(); self.pieces.len()];
+        let mut states = inputs.to_vec();
+        let head = pieces::pieces(&part.model.config) - 1;
+        for (piece, sample) in self.pieces.clone().zip(&mut samples) {
+            let inputs = std::mem::take(&mut states);
+            let before = device.stats().bytes_live;
+            let mut outputs = Vec::new();
+            sample.forward = device.elapsed(&mut || {
+                outputs = part.forward((piece as u32, 0), micro, inputs.clone(), training)?;
+                Ok(())
+            })?;
+            sample.held = device.stats().bytes_live.saturating_sub(before) as f64;
+            if piece < head {
+                sample.output = outputs.iter().map(|t| t.meta().bytes() as f64).sum();
+                states = outputs;
+            }
+        }
+        // Gradients of the last piece's outputs: the loss has none, else any numbers of a usual size will do.
+        let mut flowed = states.iter().map(numbers_like).collect::<Result<Vec<_>>>()?;
+        for (piece, sample) in self.pieces.clone().zip(&mut samples).rev() {
+            let at = (piece as u32, 0);
+            let grads = std::mem::take(&mut flowed);
+            sample.backward_input = device.elapsed(&mut || {
+                flowed = if training.split {
+                    part.backward_input(at, micro, grads.clone(), training)?
+                } else {
+                    part.backward(at, micro, grads.clone(), training)?.0
+                };
+                Ok(())
+            })?;
+        }
+        if training.split {
+            // After all inputs' gradients, as in a schedule: what they read has left the caches by then.
+            for (piece, sample) in self.pieces.clone().zip(&mut samples).rev() {
+                sample.backward_weight = device.elapsed(&mut || part.backward_weight((piece as u32, 0)).map(drop))?;
+            }
+        }
+        Ok((samples, states))
+    }
+
+    /// In place of what the pieces before these would send.
+    fn stand_in(&self, micro: &Micro) -> Result<Vec<Tensor>> {
+        if self.pieces.start == 0 {
+            return Ok(Vec::new());
+        }
+        let dims = micro.batch.tokens.dims();
+        let width = self.part.model.config.width;
+        let dtype = self.settings.precision.compute().unwrap_or(DType::F32);
+        let like = Tensor::zeros(self.part.model.device(), Meta::new(&[dims, &[width]].concat(), dtype)?)?;
+        let (count, _) = self.part.crossings(self.pieces.start as u32)?;
+        (0..count).map(|_| numbers_like(&like)).collect()
     }
 }
 
-/// All pieces forward, then backward, each by itself.
-fn run(part: &mut Part, micro: &Micro, training: Training) -> Result<Vec<Sample>> {
-    let device = part.model.device().clone();
-    let count = cut::pieces(&part.model.config);
-    let mut samples = vec![Sample::default(); count];
-    let mut states = Vec::new();
-    for (piece, sample) in samples.iter_mut().enumerate() {
-        let inputs = std::mem::take(&mut states);
-        let before = device.stats().bytes_live;
-        let mut outputs = Vec::new();
-        sample.forward = device.elapsed(&mut || {
-            outputs = part.forward((piece as u32, 0), micro, inputs.clone(), training)?;
-            Ok(())
-        })?;
-        sample.held = device.stats().bytes_live.saturating_sub(before) as f64;
-        if piece + 1 < count {
-            sample.output = outputs.iter().map(|t| t.meta().bytes() as f64).sum();
-            states = outputs;
-        }
+/// Normal numbers in the shape and type of a tensor: zeros may be faster than numbers.
+fn numbers_like(tensor: &Tensor) -> Result<Tensor> {
+    let mut stream = Stream::new(0, 0);
+    let values: Vec<f32> = (0..tensor.meta().count()).map(|_| stream.normal() as f32).collect();
+    let numbers = Tensor::from_slice(tensor.device(), tensor.dims(), &values)?;
+    if tensor.dtype() == DType::F32 {
+        Ok(numbers)
+    } else {
+        dispatch::run_one(&Cast { to: tensor.dtype() }, &[&numbers])
     }
-    let mut flowed = Vec::new();
-    for (piece, sample) in samples.iter_mut().enumerate().rev() {
-        let at = (piece as u32, 0);
-        let grads = std::mem::take(&mut flowed);
-        sample.backward_input = device.elapsed(&mut || {
-            flowed = if training.split {
-                part.backward_input(at, micro, grads.clone(), training)?
-            } else {
-                part.backward(at, micro, grads.clone(), training)?.0
-            };
-            Ok(())
-        })?;
-    }
-    if training.split {
-        // After all inputs' gradients, as in a schedule: what they read has left the caches by then.
-        for (piece, sample) in samples.iter_mut().enumerate().rev() {
-            sample.backward_weight = device.elapsed(&mut || part.backward_weight((piece as u32, 0)).map(drop))?;
-        }
-    }
-    Ok(samples)
 }
 
 /// Without the smallest and the largest: a step's time is a sum, whose parts are sometimes slow, so their mean counts.

@@ -65,7 +65,9 @@ struct Header {
     micro: u32,
     part: u32,
     dtype: u32,
-    rank: u32,
+    rank: u16,
+    /// 1: the payload comes by a road of the devices' own, behind this header.
+    direct: u16,
     dims: [u32; MAX_RANK],
 }
 
@@ -82,6 +84,8 @@ pub struct Message {
     pub tag: Tag,
     pub sequence: u64,
     pub meta: Meta,
+    /// Whether the payload comes by a road of the devices' own.
+    pub direct: bool,
     frame: Vec<u8>,
 }
 
@@ -102,9 +106,30 @@ pub fn encode(
     meta: Meta,
     fill: impl FnOnce(&mut [u8]) -> Result<()>,
 ) -> Result<Vec<u8>> {
+    let mut frame = vec![0; HEADER + meta.bytes()];
+    fill(&mut frame[HEADER..])?;
+    seal(&mut frame, header_of(run, tag, sequence, meta));
+    Ok(frame)
+}
+
+/// What announces a tensor that goes by a road.
+pub fn announce(run: u64, tag: Tag, sequence: u64, meta: Meta) -> Vec<u8> {
+    let mut frame = vec![0; HEADER];
+    seal(&mut frame, Header { direct: 1, ..header_of(run, tag, sequence, meta) });
+    frame
+}
+
+/// Writes the header, with the checksum of all that follows it.
+fn seal(frame: &mut [u8], mut header: Header) {
+    frame[..HEADER].copy_from_slice(bytemuck::bytes_of(&header));
+    header.checksum = crc32c::crc32c(&frame[CHECKED..]);
+    frame[..HEADER].copy_from_slice(bytemuck::bytes_of(&header));
+}
+
+fn header_of(run: u64, tag: Tag, sequence: u64, meta: Meta) -> Header {
     let mut dims = [0; MAX_RANK];
     dims.iter_mut().zip(meta.dims()).for_each(|(to, &from)| *to = from as u32);
-    let mut header = Header {
+    Header {
         magic: MAGIC,
         checksum: 0,
         run,
@@ -116,15 +141,10 @@ pub fn encode(
         micro: tag.micro,
         part: tag.part,
         dtype: TYPES.iter().position(|t| *t == meta.dtype).unwrap_or_default() as u32,
-        rank: meta.dims().len() as u32,
+        rank: meta.dims().len() as u16,
+        direct: 0,
         dims,
-    };
-    let mut frame = vec![0; HEADER + meta.bytes()];
-    fill(&mut frame[HEADER..])?;
-    frame[..HEADER].copy_from_slice(bytemuck::bytes_of(&header));
-    header.checksum = crc32c::crc32c(&frame[CHECKED..]);
-    frame[..HEADER].copy_from_slice(bytemuck::bytes_of(&header));
-    Ok(frame)
+    }
 }
 
 /// Holds a frame against its checksum and its own figures.
@@ -150,11 +170,13 @@ pub fn decode(run: u64, frame: Vec<u8>) -> Result<Message, String> {
     let (Some(meta), Some(purpose)) = (meta, purpose) else {
         return Err(format!("a message of unknown purpose {} or type {}", header.purpose, header.dtype));
     };
-    if meta.bytes() != frame.len() - HEADER || header.length != meta.bytes() as u64 {
+    let direct = header.direct == 1;
+    let here = if direct { 0 } else { meta.bytes() };
+    if here != frame.len() - HEADER || header.length != meta.bytes() as u64 {
         return Err(format!("a message of {} bytes where its shape {meta} has {}", header.length, meta.bytes()));
     }
     let Header { step, chunk, micro, part, sequence, .. } = header;
-    Ok(Message { tag: Tag { step, purpose, chunk, micro, part }, sequence, meta, frame })
+    Ok(Message { tag: Tag { step, purpose, chunk, micro, part }, sequence, meta, direct, frame })
 }
 
 /// The run's number in messages, from its name.
@@ -181,15 +203,18 @@ mod tests {
             Ok(())
         };
         let frame = encode(42, tag, 9, meta, fill).unwrap();
-        let message = decode(42, frame.clone()).unwrap();
-        assert_eq!((message.tag, message.sequence, message.meta), (tag, 9, meta));
-        assert_eq!(message.payload(), (0..12).collect::<Vec<u8>>());
-        assert!(decode(43, frame.clone()).is_err());
-        for at in 0..frame.len() {
-            let mut damaged = frame.clone();
-            damaged[at] ^= 0x10;
-            assert!(decode(42, damaged).is_err(), "byte {at}");
-            assert!(decode(42, frame[..at].to_vec()).is_err(), "cut at {at}");
+        let announced = announce(42, tag, 9, meta);
+        for (frame, payload) in [(frame, (0..12).collect::<Vec<u8>>()), (announced, Vec::new())] {
+            let message = decode(42, frame.clone()).unwrap();
+            assert_eq!((message.tag, message.sequence, message.meta), (tag, 9, meta));
+            assert_eq!((message.payload(), message.direct), (&payload[..], payload.is_empty()));
+            assert!(decode(43, frame.clone()).is_err());
+            for at in 0..frame.len() {
+                let mut damaged = frame.clone();
+                damaged[at] ^= 0x10;
+                assert!(decode(42, damaged).is_err(), "byte {at}");
+                assert!(decode(42, frame[..at].to_vec()).is_err(), "cut at {at}");
+            }
         }
     }
 }

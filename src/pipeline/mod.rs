@@ -3,6 +3,7 @@
 pub mod choose;
 pub mod csv;
 pub mod cut;
+pub mod direct;
 pub mod executor;
 pub mod fault;
 pub mod life;

@@ -9,6 +9,7 @@ use super::reads::Reads;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::nn::pieces;
 use crate::nn::{Model, Pass, Residual, States};
 use crate::tape::{Deferred, Grads, Tape, Var};
 use crate::tensor::Tensor;
@@ -139,7 +140,7 @@ impl Part {
             pass.computing(training.compute).hooks(hooks).dropout(dropout, &self.counter).split_ffn(training.split);
         let inputs: Vec<Var> = inputs.iter().map(|t| pass.tape.leaf(t)).collect();
         let mut states = entering(&inputs);
-        let head = cut::pieces(&self.model.config) - 1;
+        let head = pieces::pieces(&self.model.config) - 1;
         let mut loss = None;
         for piece in pieces {
             states = match (piece, states) {
@@ -240,7 +241,7 @@ impl Part {
 /// the normalised states.
 pub fn crossing(model: &Model, piece: usize) -> usize {
     let same = matches!(model.config.residual, Residual::Normalised { .. });
-    if same || piece + 1 == cut::pieces(&model.config) { 1 } else { 2 }
+    if same || piece + 1 == pieces::pieces(&model.config) { 1 } else { 2 }
 }
 
 fn no_input() -> Error {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::direct::Direct;
 use super::executor::Setup;
 use super::life::{Answer, Command, run_worker};
 use super::packet::{self, Loose};
@@ -128,11 +129,11 @@ fn lost(device: &str, reason: &str) -> Error {
     Error::DeviceLost { device: device.into(), reason: reason.into() }
 }
 
-fn open(devices: &mut Devices, [name, home]: [String; 2]) -> Result<Arc<dyn Device>> {
+fn open(devices: &mut Devices, (name, other): (String, Option<String>)) -> Result<Arc<dyn Device>> {
     if let Some(device) = devices.get(&name) {
         return Ok(device.clone());
     }
-    let device = device::open(&name).or_else(|_| device::open(&home))?;
+    let device = device::open(&name).or_else(|missing| other.map_or(Err(missing), |name| device::open(&name)))?;
     devices.insert(name, device.clone());
     Ok(device)
 }
@@ -147,7 +148,7 @@ impl Running {
         devices: &mut Devices,
     ) -> Result<Self> {
         let worker = post.rank();
-        let device = open(devices, start.devices)?;
+        let device = open(devices, start.device)?;
         let mut loose = tensors.iter().cloned();
         let mut own = BTreeMap::new();
         for (name, (meta, bytes)) in start.tensors.into_iter().zip(loose.by_ref()) {
@@ -177,7 +178,9 @@ impl Running {
             run: start.run,
             record: start.record,
             planted: start.planted,
+            timed: None,
             teacher: None,
+            direct: (!start.roads.is_empty()).then(|| Direct::new(start.roads.into_iter().collect())),
         };
         let watch = Arc::new(Watch::new(&route.replicas));
         let told = Mutex::new(0);
@@ -200,7 +203,7 @@ impl Running {
 
     fn order(&mut self, word: Word, tensors: &[Loose]) -> Result<()> {
         let command = match word {
-            Word::Step { micros, dropout, seed, weight, total_steps } => {
+            Word::Step { micros, dropout, seed, weight, total_steps, timed } => {
                 let route = self.routes.get(micros.len())?;
                 let training = Training {
                     compute: self.setup.optimizer.precision.compute(),
@@ -210,7 +213,7 @@ impl Running {
                     split: self.routes.splits_backward(),
                 };
                 let micros = Arc::new(words::micros_of(&micros, tensors, &self.device)?);
-                Command::Step(route, micros, Arc::default(), Order { training, weight, total_steps })
+                Command::Step(route, micros, Arc::default(), Order { training, weight, total_steps, timed })
             }
             Word::Hooks(step) => Command::Hooks(step),
             Word::Collect(state) => Command::Collect(state),
@@ -250,8 +253,9 @@ impl Running {
 fn tell(shown: &Shown, answers: &Receiver<(usize, Answer)>) {
     let mut ended = false;
     let say = |word: Result<Vec<u8>>| {
-        // What cannot be said is missed by the controller, who names this worker then.
-        if let (Ok(()), Ok(word)) = (shown.show(), word) {
+        // What cannot be said is a mistake of this program, and that can be.
+        let word = shown.show().and(word).or_else(|e| words::plain(&Word::Fault(e.to_string())));
+        if let Ok(word) = word {
             shown.post.send(0, Lane::Control, shown.generation, word);
         }
     };

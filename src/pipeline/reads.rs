@@ -3,11 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::cut;
 use crate::device::Device;
 use crate::error::Result;
 use crate::nn::Config;
 use crate::nn::config::{AttentionKind, Positions};
+use crate::nn::pieces;
 use crate::train::lifecycle::Micro;
 
 /// Which of [`Micro::tensors`], by their places.
@@ -19,7 +19,7 @@ impl Reads {
 
     /// Of these pieces of a model: what `Pass::enter`, `Pass::pass_block` and the losses ask of a batch.
     pub fn of<'a>(config: &Config, chunks: impl IntoIterator<Item = &'a Range<usize>>) -> Self {
-        let head = cut::pieces(config) - 1;
+        let head = pieces::pieces(config) - 1;
         let (mut enters, mut passes, mut ends) = (false, false, false);
         for piece in chunks.into_iter().flat_map(Range::clone) {
             enters |= piece == 0;

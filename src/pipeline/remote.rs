@@ -3,12 +3,14 @@
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::cut;
 use super::executor::Setup;
 use super::life::{Answer, Command, Encoded};
 use super::packet;
@@ -28,6 +30,8 @@ pub struct Across {
     pub post: Arc<Post>,
     /// Of all workers, by their command-line names.
     pub devices: Vec<String>,
+    /// Whether somebody chose these devices: others will not do then.
+    pub named: bool,
     pub methods: Described,
 }
 
@@ -93,8 +97,9 @@ pub(super) struct Ranks {
     ended: Arc<Vec<AtomicBool>>,
     stop: Arc<AtomicBool>,
     reader: Option<JoinHandle<()>>,
-    /// Of each worker.
+    /// Of each worker: what it reads, and its parameters.
     reads: Vec<Reads>,
+    holds: Vec<BTreeSet<String>>,
 }
 
 /// A number for the next pipeline.
@@ -124,6 +129,7 @@ impl Ranks {
             return Err(Error::Parameter { op: "pipeline", parameter: "workers", value, allowed });
         }
         let reads = |rank| Reads::of(&model.config, route.chunks_of(rank).values());
+        let holds = |rank| route.chunks_of(rank).values().flat_map(|pieces| cut::tensors_of(model, pieces)).collect();
         let shown = Shown { post, generation, watch: watch.clone(), worker: 0, count, told: Mutex::new(0) };
         let mut ranks = Self {
             post: across.post.clone(),
@@ -134,6 +140,7 @@ impl Ranks {
             stop: Arc::default(),
             reader: None,
             reads: (0..count).map(reads).collect(),
+            holds: (0..count).map(holds).collect(),
         };
         let started = (1..count).try_for_each(|rank| ranks.begin(model, setup, across, rank)).and_then(|()| {
             let (every, over, done) = (show_every(setup.heartbeat), ranks.stop.clone(), ranks.ended.clone());
@@ -166,8 +173,9 @@ impl Ranks {
             cuts: route.cuts.clone(),
             replicas: route.replicas.clone(),
             kind: setup.kind,
-            devices: [across.devices[rank].clone(), model.device().info().id.clone()],
+            device: (across.devices[rank].clone(), (!across.named).then(|| model.device().info().id.clone())),
             optimizer: setup.optimizer,
+            roads: setup.direct.iter().flat_map(|direct| direct.tickets.clone()).collect(),
             recompute: setup.recompute,
             times: [setup.heartbeat, setup.deadline, setup.slow].map(|t| t.as_secs_f64()),
             run: setup.run.clone(),
@@ -187,7 +195,7 @@ impl Ranks {
 
     /// Passes an order on to worker `rank`.
     pub fn tell(&self, rank: usize, command: &Command) -> Result<()> {
-        let word = words::of_command(command, rank, self.reads[rank])?;
+        let word = words::of_command(command, rank, self.reads[rank], |name| self.holds[rank].contains(name))?;
         self.post.send(rank, Lane::Control, self.generation, word);
         Ok(())
     }

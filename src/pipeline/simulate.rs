@@ -1,5 +1,7 @@
 //! What a schedule costs: every event priced, stages and links as machines that do one thing at a time.
 
+use std::collections::HashMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::schedule::{Event, Schedule, Work};
@@ -99,6 +101,18 @@ impl std::fmt::Display for Activity {
     }
 }
 
+impl std::str::FromStr for Activity {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        if text == "update" {
+            return Ok(Self::Update);
+        }
+        let teacher = text.split_once('T').and_then(|(c, m)| Some((c.parse().ok()?, m.parse().ok()?)));
+        teacher.map_or_else(|| text.parse().map(Self::Event), |(chunk, micro)| Ok(Self::Teacher { chunk, micro }))
+    }
+}
+
 /// What a worker was busy with.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Span {
@@ -119,6 +133,18 @@ pub struct StageUse {
     pub peak_activation_bytes: f64,
     /// Micro-batches of chunks held at most.
     pub peak_activations: usize,
+}
+
+impl StageUse {
+    /// Of what a worker was busy with, activations left out.
+    pub fn of(spans: &[Span]) -> Self {
+        Self {
+            busy: spans.iter().map(|s| s.end - s.start).sum(),
+            first: spans.first().map_or(0.0, |s| s.start),
+            last: spans.last().map_or(0.0, |s| s.end),
+            ..Self::default()
+        }
+    }
 }
 
 /// A step, simulated or measured: a row for each worker, which is a stage or, where it has several, one of its replicas.
@@ -149,6 +175,18 @@ impl std::fmt::Display for Place {
             None => write!(f, "stage {stage}"),
             Some(replica) => write!(f, "stage {stage} replica {replica}"),
         }
+    }
+}
+
+impl std::str::FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let wrong = || format!("{text:?} where \"stage 0\" or \"stage 0 replica 0\" is meant");
+        let rest = text.strip_prefix("stage ").ok_or_else(wrong)?;
+        let (stage, replica) = rest.split_once(" replica ").map_or((rest, None), |(s, r)| (s, Some(r)));
+        let number = |text: &str| text.parse().map_err(|_| wrong());
+        Ok(Self { stage: number(stage)?, replica: replica.map(number).transpose()? })
     }
 }
 
@@ -222,8 +260,8 @@ pub fn simulate_replicas(schedule: &Schedule, replicas: &[usize], costs: &Costs,
     let mut held = vec![(0.0, 0usize); count];
     let mut stages = vec![StageUse { first: f64::INFINITY, ..StageUse::default() }; count];
     let mut spans: Vec<Vec<Span>> = vec![Vec::new(); count];
-    // When the link from a worker to those of its neighbour is free, per direction.
-    let mut links = [vec![0.0; count], vec![0.0; count]];
+    // When the link from one worker to another is free.
+    let mut links: HashMap<(usize, usize), f64> = HashMap::new();
     walk(schedule, |stage, event| {
         let (chunk, micro) = (event.chunk as usize, event.micro as usize);
         let worker = first[stage] + micro % replicas[stage];
@@ -237,13 +275,14 @@ pub fn simulate_replicas(schedule: &Schedule, replicas: &[usize], costs: &Costs,
             Work::BackwardWeight => (cost.backward_weight, true),
             Work::SendForward | Work::SendBackward => {
                 let (way, target) = if event.work == Work::SendForward { (0, chunk + 1) } else { (1, chunk - 1) };
-                let bytes = costs.chunks[chunk.min(target)].output_bytes * size;
-                let handled = start + costs.link.handling * bytes;
-                let begins = f64::max(handled, links[way][worker]);
-                let moved = costs.link.seconds(bytes);
-                links[way][worker] = begins + moved - costs.link.latency;
+                let edge = &costs.chunks[chunk.min(target)];
+                let taker = schedule.homes[target];
+                let link = links.entry((worker, first[taker] + micro % replicas[taker])).or_insert(0.0);
+                let begins = f64::max(start + costs.link.handling * edge.output_bytes * size, *link);
+                let moved = costs.link.seconds(edge.output_bytes * size);
+                *link = begins + moved - costs.link.latency;
                 arrivals[way][target * micros + micro] = begins + moved;
-                (costs.link.handling * bytes / size, false)
+                (costs.link.handling * edge.output_bytes, false)
             }
             Work::ReceiveForward | Work::ReceiveBackward => {
                 let (way, edge) = if event.work == Work::ReceiveForward { (0, chunk - 1) } else { (1, chunk) };

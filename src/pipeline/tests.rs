@@ -207,6 +207,17 @@ fn planted_faults_are_refused_with_the_reason() {
         s.stages[0].push(again);
     };
     with_messages(&twice, "sent twice");
+    let early = |s: &mut Schedule| {
+        let at = position(s, 2, Work::SendBackward);
+        s.stages[2].swap(at, at - 1);
+    };
+    with_messages(&early, "computed before");
+    let again = |s: &mut Schedule| {
+        let at = position(s, 1, Work::ReceiveForward);
+        let received = s.stages[1][at];
+        s.stages[1].insert(at, received);
+    };
+    with_messages(&again, "received twice");
 }
 
 #[test]
@@ -222,6 +233,33 @@ fn names_come_back() {
     for wrong in ["", "F", "0F", "F1", "0X1", "99999999999F0", "0F-1"] {
         assert!(wrong.parse::<Event>().is_err(), "{wrong}");
     }
+}
+
+/// In a V the middle stage sends forward to both neighbours: each way is a link of its own.
+#[test]
+fn every_pair_of_stages_has_a_link_of_its_own() {
+    let chunks = [0, 1, 2, 2, 1, 0];
+    let forward = |stage: usize| {
+        let own = (0..6).filter(move |c| chunks[*c] == stage).map(|c| c as u32);
+        own.clone()
+            .flat_map(|chunk| (0..2).map(move |micro| Event { work: Work::Forward, chunk, micro }))
+            .chain(own.rev().flat_map(|chunk| (0..2).map(move |micro| Event { work: Work::Backward, chunk, micro })))
+            .collect::<Vec<_>>()
+    };
+    let schedule =
+        Schedule { name: "v".into(), stages: (0..3).map(forward).collect(), homes: chunks.to_vec(), micros: 2 };
+    let mut costs = Costs::uniform(6, 1.0, 1.0, 1.0);
+    costs.link = Link { latency: 0.0, bytes_per_second: 1.0, handling: 0.0 };
+    costs.chunks.iter_mut().for_each(|c| c.output_bytes = 10.0);
+    let timeline = simulate(&schedule, &costs).unwrap();
+    let span =
+        |stage: usize, name: &str| *timeline.spans[stage].iter().find(|s| s.activity.to_string() == name).unwrap();
+    // Down the V: 1 s of work and 10 s of message for each of two links, the second micro-batch 10 s behind the first.
+    assert_eq!((span(1, "1F0").start, span(2, "2F0").start), (11.0, 22.0));
+    assert_eq!((span(1, "1F1").start, span(2, "2F1").start), (21.0, 32.0));
+    // And up again: chunk 4 of micro-batch 0 waits for chunk 3's message alone.
+    assert_eq!(span(1, "4F0").start, span(2, "3F0").end + 10.0);
+    assert_eq!(span(0, "5F0").start, span(1, "4F0").end + 10.0);
 }
 
 /// Two workers of a stage take its micro-batches in turns: it is as fast as one twice its speed, and each of them has a row.

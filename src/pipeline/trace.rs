@@ -1,15 +1,20 @@
 //! A step as a trace that Perfetto and Chrome's tracing page open (the Trace Event Format): one thread per worker, a complete
 //! event for each piece of work, an arrow from each result to the worker that takes it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::schedule::Work;
-use super::simulate::{Activity, Span, Timeline};
+use super::simulate::{Activity, Place, Span, StageUse, Timeline};
 use crate::atomic::write_atomic;
 use crate::error::{Error, Result};
+
+/// Names of a training's traces in its folder.
+pub const MEASURED: &str = "pipeline-trace.json";
+pub const PREDICTED: &str = "pipeline-predicted-trace.json";
 
 /// Events at most: a viewer holds all of them in memory.
 pub const MAX_EVENTS: usize = 2_000_000;
@@ -142,6 +147,72 @@ pub fn write(path: impl AsRef<Path>, timeline: &Timeline) -> Result<()> {
     write_atomic(path, render(timeline)?.as_bytes())
 }
 
+/// Reads a trace that [`write`] wrote. What was held in memory is not in it.
+///
+/// # Errors
+/// `Io`, and `File` for another file.
+pub fn read(path: impl AsRef<Path>) -> Result<Timeline> {
+    let path = path.as_ref();
+    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    let trace: Trace = crate::json::read(path, &bytes)?;
+    let wrong =
+        |event: &Entry, rule: String| Error::file(path, format!("event {:?} of row {}", event.name, event.tid), rule);
+    let mut name = String::new();
+    let mut rows: BTreeMap<u64, (Option<Place>, Vec<Span>)> = BTreeMap::new();
+    for event in &trace.events {
+        let said = event.args.as_ref().and_then(|args| args["name"].as_str()).unwrap_or_default();
+        match (event.ph.as_str(), event.name.as_str()) {
+            ("M", "process_name") => name = said.into(),
+            ("M", "thread_name") => {
+                let place = said.parse().map_err(|rule| wrong(event, rule))?;
+                rows.entry(event.tid).or_default().0 = Some(place);
+            }
+            ("X", _) => {
+                let activity = event.name.parse().map_err(|rule| wrong(event, rule))?;
+                if !(event.ts >= 0.0 && event.dur >= 0.0) {
+                    return Err(wrong(event, format!("times from 0 on, not {} and {}", event.ts, event.dur)));
+                }
+                let (start, end) = (event.ts / 1e6, (event.ts + event.dur) / 1e6);
+                rows.entry(event.tid).or_default().1.push(Span { activity, start, end });
+            }
+            _ => {}
+        }
+    }
+    let (mut workers, mut spans) = (Vec::new(), Vec::new());
+    for (row, (place, own)) in rows {
+        let rule = "every row has a thread_name such as \"stage 0\"";
+        workers.push(place.ok_or_else(|| Error::file(path, format!("row {row}"), rule))?);
+        spans.push(own);
+    }
+    if workers.is_empty() {
+        return Err(Error::file(path, "traceEvents", "a row for each worker of a step"));
+    }
+    let stages: Vec<StageUse> = spans.iter().map(|own| StageUse::of(own)).collect();
+    let seconds = stages.iter().map(|s| s.last).fold(0.0, f64::max);
+    Ok(Timeline { name, workers, spans, stages, seconds })
+}
+
+/// The part of the format that is written here.
+#[derive(Deserialize)]
+struct Trace {
+    #[serde(rename = "traceEvents")]
+    events: Vec<Entry>,
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    ph: String,
+    name: String,
+    #[serde(default)]
+    tid: u64,
+    #[serde(default)]
+    ts: f64,
+    #[serde(default)]
+    dur: f64,
+    #[serde(default)]
+    args: Option<Value>,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -169,6 +240,34 @@ mod tests {
                 .map(|e| e["ts"].as_f64().unwrap() + e["dur"].as_f64().unwrap());
             assert!((end.fold(0.0, f64::max) - timeline.seconds * 1e6).abs() < 1e-6);
         }
+    }
+
+    #[test]
+    fn traces_come_back_and_other_files_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("trace.json");
+        let schedule = Schedule::new(Kind::ZeroBubbleH1, 3, 4).unwrap();
+        let mut costs = Costs::uniform(3, 1e-3, 2e-3, 3e-3);
+        costs.updates = vec![2e-3; 3];
+        let mut timeline = simulate(&schedule, &costs).unwrap();
+        timeline.spans[1].push(Span { activity: Activity::Teacher { chunk: 1, micro: 3 }, start: 0.1, end: 0.2 });
+        timeline.stages = timeline.spans.iter().map(|own| StageUse::of(own)).collect();
+        write(&path, &timeline).unwrap();
+        let back = read(&path).unwrap();
+        assert_eq!((&back.name, &back.workers), (&timeline.name, &timeline.workers));
+        for (back, own) in back.spans.iter().flatten().zip(timeline.spans.iter().flatten()) {
+            assert!(back.activity == own.activity && (back.start - own.start).abs() < 1e-12);
+        }
+        assert!((back.seconds - 0.2).abs() < 1e-12);
+        let whole = std::fs::read_to_string(&path).unwrap();
+        for (from, to) in
+            [("stage 1", "stage x"), ("\"0F0\"", "\"0Q0\""), ("\"dur\":", "\"dur\":-"), ("traceEvents", "events")]
+        {
+            std::fs::write(&path, whole.replace(from, to)).unwrap();
+            assert!(read(&path).is_err(), "{from} as {to}");
+        }
+        std::fs::write(&path, "{\"traceEvents\":[]}").unwrap();
+        assert!(read(&path).is_err());
     }
 
     #[test]

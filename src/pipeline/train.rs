@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::executor::{Pipeline, StepReport};
-use crate::device::Device;
+use crate::device::{CpuDevice, Device};
 use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::tensor::Tensor;
@@ -17,7 +17,8 @@ pub type OnStep = dyn FnMut(u64, &Pipeline, &[Micro], &StepReport) -> Result<()>
 
 pub struct Staged {
     pipeline: Pipeline,
-    /// Where state is brought to.
+    /// Where state is brought to on its way to a file: memory of the host, because a device that holds one stage may not
+    /// hold the optimizer of all.
     home: Arc<dyn Device>,
     last: Outcome,
     /// Whether the teacher has begun: its states are a step ahead from then on.
@@ -26,14 +27,16 @@ pub struct Staged {
 }
 
 impl Staged {
-    pub fn new(pipeline: Pipeline, home: &Arc<dyn Device>, on_step: Box<OnStep>) -> Self {
-        Self {
+    /// # Errors
+    /// Those of opening the host's memory.
+    pub fn new(pipeline: Pipeline, on_step: Box<OnStep>) -> Result<Self> {
+        Ok(Self {
             pipeline,
-            home: home.clone(),
+            home: Arc::new(CpuDevice::new(Some(1))?),
             last: Outcome { loss: 0.0, norm: 0.0, failed: None },
             taught: false,
             on_step,
-        }
+        })
     }
 }
 

@@ -95,6 +95,8 @@ pub fn walk(schedule: &Schedule, mut visit: impl FnMut(usize, Event)) -> Result<
     // Results that are at hand: sent to the stage that asks, or computed on it.
     let mut sent = [vec![false; schedule.chunks() * micros], vec![false; schedule.chunks() * micros]];
     let mut taken = [vec![false; schedule.chunks() * micros], vec![false; schedule.chunks() * micros]];
+    // What a chunk has computed itself: its output, the gradient of its input.
+    let mut made = [vec![false; schedule.chunks() * micros], vec![false; schedule.chunks() * micros]];
     let mut next = vec![0; schedule.stages.len()];
     let mut queue: Vec<usize> = (0..schedule.stages.len()).rev().collect();
     let last = schedule.chunks() as u32 - 1;
@@ -107,7 +109,9 @@ pub fn walk(schedule: &Schedule, mut visit: impl FnMut(usize, Event)) -> Result<
                     if !sent[way][at] {
                         break;
                     }
-                    taken[way][at] = true;
+                    if std::mem::replace(&mut taken[way][at], true) {
+                        return refuse(schedule, stage, next[stage], "the message is received twice".into());
+                    }
                 }
                 Work::SendForward | Work::SendBackward => {
                     let (way, chunk) = if event.work == Work::SendForward {
@@ -117,6 +121,9 @@ pub fn walk(schedule: &Schedule, mut visit: impl FnMut(usize, Event)) -> Result<
                     };
                     if chunk > last {
                         return refuse(schedule, stage, next[stage], "no chunk takes this message".into());
+                    }
+                    if !made[way][at] {
+                        return refuse(schedule, stage, next[stage], "what it sends is computed before".into());
                     }
                     let target = index(Event { chunk, ..event });
                     if std::mem::replace(&mut sent[way][target], true) {
@@ -147,6 +154,9 @@ pub fn walk(schedule: &Schedule, mut visit: impl FnMut(usize, Event)) -> Result<
                         Work::Forward => (DOWN, event.chunk + 1, event.chunk < last),
                         _ => (UP, event.chunk.wrapping_sub(1), event.chunk > 0),
                     };
+                    if work != Work::BackwardWeight {
+                        made[way][at] = true;
+                    }
                     if exists && work != Work::BackwardWeight && schedule.homes[neighbour as usize] == stage {
                         sent[way][index(Event { chunk: neighbour, ..event })] = true;
                     }

@@ -5,14 +5,16 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::direct::Way;
 use super::fault::Injection;
 use super::life::{Answer, Command, Encoded};
 use super::packet::{self, Loose};
 use super::reads::Reads;
 use super::schedule::{Kind, Schedule};
 use super::watch::{Glance, Record};
-use super::worker::{Report, Stop};
+use super::worker::{Order, Report, Stop};
 use crate::device::Device;
+use crate::device::road::Ticket;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{Batch, Config};
@@ -37,9 +39,11 @@ pub(super) struct Start {
     pub cuts: Vec<Range<usize>>,
     pub replicas: Vec<usize>,
     pub kind: Option<Kind>,
-    /// Its name, and that of the controller's own where there is none of that name.
-    pub devices: [String; 2],
+    /// Its name, and where the recipe names none that of the controller's own, in case there is none of that name.
+    pub device: (String, Option<String>),
     pub optimizer: Settings,
+    /// Tickets of the roads between workers.
+    pub roads: Vec<(Way, Ticket)>,
     pub recompute: bool,
     /// Heartbeat, deadline and slow, in seconds.
     pub times: [f64; 3],
@@ -71,6 +75,7 @@ pub(super) enum Word {
         seed: u64,
         weight: f64,
         total_steps: u64,
+        timed: bool,
     },
     Hooks(u64),
     Collect(bool),
@@ -91,6 +96,12 @@ pub(super) enum Word {
         tensor: String,
         count: usize,
         index: usize,
+    },
+    OutOfMemory {
+        device: String,
+        requested: u64,
+        live: u64,
+        cap: u64,
     },
     Late(String),
     Gone(usize),
@@ -117,8 +128,13 @@ pub(super) fn with_tensors<'a>(word: &Word, tensors: impl Iterator<Item = &'a Lo
     packet::encode(word, tensors).map_err(unsaid)
 }
 
-/// For `worker`, which reads so much of its micro-batches and nothing of others.
-pub(super) fn of_command(command: &Command, worker: usize, reads: Reads) -> Result<Vec<u8>> {
+/// For `worker`, which reads so much of its micro-batches and nothing of others, and holds these parameters.
+pub(super) fn of_command(
+    command: &Command,
+    worker: usize,
+    reads: Reads,
+    holds: impl Fn(&str) -> bool,
+) -> Result<Vec<u8>> {
     match command {
         // A teacher beside the student stays in one process.
         Command::Teach(..) => Err(unsaid("a teacher beside the student runs in one process".into())),
@@ -134,17 +150,24 @@ pub(super) fn of_command(command: &Command, worker: usize, reads: Reads) -> Resu
                     tensors.push((tensor.meta(), tensor.to_bytes()?));
                 }
             }
-            let (training, weight, total_steps) = (order.training, order.weight, order.total_steps);
+            let Order { training, weight, total_steps, timed } = *order;
             let (dropout, seed) = (training.dropout, training.seed);
-            with_tensors(&Word::Step { micros: heads, dropout, seed, weight, total_steps }, tensors.iter())
+            with_tensors(&Word::Step { micros: heads, dropout, seed, weight, total_steps, timed }, tensors.iter())
         }
         Command::Hooks(step) => plain(&Word::Hooks(*step)),
         Command::Collect(state) => plain(&Word::Collect(*state)),
         Command::Restore(state, step) => {
-            with_tensors(&Word::Restore(state.keys().cloned().collect(), *step), state.values())
+            let own = state.iter().filter(|(name, _)| parameter_of(name).is_none_or(&holds));
+            let names = own.clone().map(|(name, _)| name.clone()).collect();
+            with_tensors(&Word::Restore(names, *step), own.map(|(_, tensor)| tensor))
         }
         Command::CheckFinite => plain(&Word::CheckFinite),
     }
+}
+
+/// The parameter that a tensor of the optimizer's state belongs to; `None`: to all.
+pub(super) fn parameter_of(state: &str) -> Option<&str> {
+    state.split_once('/').map(|(_, parameter)| parameter).filter(|parameter| !parameter.is_empty())
 }
 
 pub(super) fn of_answer(answer: &Answer) -> Result<Vec<u8>> {
@@ -161,6 +184,9 @@ pub(super) fn of_answer(answer: &Answer) -> Result<Vec<u8>> {
                 count: *count,
                 index: *index,
             },
+            Stop::Error(Error::OutOfMemory { device, requested, live, cap }) => {
+                Word::OutOfMemory { device: device.clone(), requested: *requested, live: *live, cap: *cap }
+            }
             Stop::Error(e) => Word::Fault(format!("error[{}]: {e}", e.code())),
             Stop::Late(what) => Word::Late(what.clone()),
             Stop::Gone(other) => Word::Gone(*other),
@@ -178,6 +204,9 @@ pub(super) fn answer_of(word: Word, tensors: Vec<Loose>) -> Option<Answer> {
         Word::Fault(what) => Answer::Stopped(Stop::Fault(what)),
         Word::NonFinite { step, layer, tensor, count, index } => {
             Answer::Stopped(Stop::Error(Error::NonFinite { step, layer, tensor, count, index }))
+        }
+        Word::OutOfMemory { device, requested, live, cap } => {
+            Answer::Stopped(Stop::Error(Error::OutOfMemory { device, requested, live, cap }))
         }
         Word::Late(what) => Answer::Stopped(Stop::Late(what)),
         Word::Gone(other) => Answer::Stopped(Stop::Gone(other)),

@@ -112,7 +112,9 @@ const MAX_TEXT: u64 = 1 << 30;
 
 fn read_text(path: &Path) -> Result<String> {
     let text = String::from_utf8(read_capped(path, MAX_TEXT)?);
-    text.map_err(|e| Error::file(path, "text", format!("is not UTF-8 from byte {} on", e.utf8_error().valid_up_to() + 1)))
+    text.map_err(|e| {
+        Error::file(path, "text", format!("is not UTF-8 from byte {} on", e.utf8_error().valid_up_to() + 1))
+    })
 }
 
 impl Corpus {

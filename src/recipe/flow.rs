@@ -54,6 +54,8 @@ pub(super) struct Flow<'a> {
 pub fn run(recipe: &Recipe, device: &Arc<dyn Device>, options: &Options) -> Result<PathBuf> {
     let started = Instant::now();
     super::plan::check_memory(recipe, device)?;
+    let ranks = options.ranks.as_ref().map(|post| post.ranks()).filter(|ranks| *ranks > 1);
+    super::plan::check_devices(recipe, device, ranks)?;
     let resolved = recipe.to_toml()?;
     let folder = RunFolder::open(&options.out, &resolved, options.overwrite)?;
     say(options, format!("run folder {}  device {} ({})", folder.path.display(), device.info().id, device.info().name));
@@ -238,6 +240,11 @@ impl<'a> Flow<'a> {
             self.pruned = Pruned::of(model, state)?;
         }
         Ok(())
+    }
+
+    /// What was pruned before goes by other names or sizes from here on.
+    pub(super) fn forget(&mut self) {
+        self.pruned = Pruned::default();
     }
 
     fn adopt(&mut self, record: &StageRecord) {

@@ -9,8 +9,8 @@ use super::stages;
 use crate::compress::distillation::{Distillation, Projection, Weights};
 use crate::error::{Error, Result};
 use crate::nn::Model;
+use crate::nn::pieces;
 use crate::ops::distill::Reduction;
-use crate::pipeline::cut;
 use crate::pipeline::executor::Encoded;
 use crate::pipeline::rank::Make;
 use crate::pipeline::words::Described;
@@ -57,8 +57,8 @@ impl Promises {
     /// Hooks of the stage that has the weights in `part`.
     pub fn methods(&self, part: &Model, distillation: Option<&Distillation>) -> Result<Vec<Box<dyn Method>>> {
         let mut methods = stages::held(part, &self.state)?;
-        let last = cut::pieces(&part.config);
-        let head = part.tensors.keys().any(|name| cut::piece_of(&part.config, name) + 1 == last);
+        let last = pieces::pieces(&part.config);
+        let head = part.tensors.keys().any(|name| pieces::piece_of(&part.config, name) + 1 == last);
         if let Some(distillation) = distillation.filter(|_| head) {
             methods.push(Box::new(distillation.on(part.device())?));
         }

@@ -82,13 +82,16 @@ fn shown(value: Option<&Value>) -> String {
 }
 
 /// What of a pipeline decides in which order sums are taken and by which kernels. Where it is cut does not.
-fn rounding(pipeline: Option<&Table>) -> [(&'static str, String); 4] {
+fn rounding(pipeline: Option<&Table>) -> [(&'static str, String); 5] {
     let get = |key: &str| pipeline.and_then(|p| p.get(key));
     let list = |key: &str| get(key).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let split = get("schedule").and_then(Value::as_str).and_then(|name| name.parse::<Kind>().ok());
     let kinds: BTreeSet<&str> = list("devices").iter().filter_map(|d| d.as_str()?.split(':').next()).collect();
     let backward = if split.is_some_and(Kind::splits_backward) { "one with backward in two parts" } else { "another" };
+    // What is chosen by measured times may be one device, whose batches are whole, or stages with replicas.
+    let stages = if get("stages").is_some_and(|n| n.is_integer()) { "fixed" } else { "\"auto\"" };
     [
+        ("stages", pipeline.map_or("absent", |_| stages).into()),
         ("micro_batches", get("micro_batches").map_or("absent".into(), Value::to_string)),
         ("schedule", backward.into()),
         ("replicas", get("replicas").map_or("absent".into(), Value::to_string)),
@@ -128,8 +131,8 @@ mod tests {
     fn another_order_of_sums_is_said() {
         let plain = recipe(&[]);
         for (set, said) in [
-            ("pipeline={ micro_batches = 4 }", "pipeline.micro_batches was absent and is 4"),
-            ("pipeline={ micro_batches = 4, schedule = \"zb-h1\" }", "pipeline.micro_batches was absent and is 4"),
+            ("pipeline={ micro_batches = 4 }", "pipeline.stages was absent and is \"auto\""),
+            ("pipeline={ micro_batches = 4, stages = 3 }", "pipeline.stages was absent and is fixed"),
         ] {
             assert_eq!(difference(&plain, &recipe(&[set])).unwrap(), Difference::Rounding(said.into()));
         }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::schema::Recipe;
+use crate::compress::pruning::Pattern;
 use crate::error::{Error, Result};
 
 /// A stage after the teacher's training.
@@ -28,7 +29,7 @@ const IMPOSSIBLE: [(Step, Step, &str); 4] = [
     (
         Step::Sparsify,
         Step::Structure,
-        "removing channels and neurons breaks up the masks' groups, so they would be lost",
+        "removing channels and neurons breaks up the masks' groups, so they would be lost (layers and heads may go)",
     ),
     (Step::Experts, Step::Structure, "structured pruning needs dense FFNs"),
     (Step::Experts, Step::Sparsify, "routers are trained for the final weights, which a mask changes"),
@@ -69,6 +70,16 @@ impl Recipe {
         }
     }
 
+    /// Whether structured pruning leaves the groups of masks whole: blocks and heads go, and each head has whole groups of four.
+    fn moves_masks(&self) -> bool {
+        let size = self.model.size();
+        let whole = self.structure.as_ref().is_some_and(|s| {
+            let width = size.heads * size.head_size;
+            s.ffn.is_none() && s.head_size(size) == size.head_size && s.width(size) == width
+        });
+        whole && self.sparsify.as_ref().is_some_and(|s| !matches!(s.pattern, Pattern::Block { .. }))
+    }
+
     pub(super) fn check_order(&self) -> Result<()> {
         let Some(order) = &self.order else {
             return Ok(());
@@ -90,6 +101,7 @@ impl Recipe {
         for (first, second, reason) in IMPOSSIBLE {
             if let (Some(a), Some(b)) = (place(first), place(second))
                 && a < b
+                && !(first == Step::Sparsify && second == Step::Structure && self.moves_masks())
             {
                 return refuse(format!("{} before {}: {reason}", second.name(), first.name()));
             }

@@ -42,6 +42,10 @@ pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
         match step {
             Step::Structure => {
                 let Some(s) = &recipe.structure else { continue };
+                if s.vocabulary.is_some() {
+                    // How many tokens the text needs is known when it is read: at most all.
+                    stages.push(planned("vocabulary", size, recipe, None));
+                }
                 if let Some(l0) = &s.l0 {
                     // What stays is not known before: sizes after it are the most that there can be.
                     stages.push(planned("gates", size, recipe, Some(&l0.training)));

@@ -21,7 +21,7 @@ pub use distil::{Distil, HiddenProjection};
 pub use experts::Experts;
 pub use hybrid::Hybrid;
 pub use model::{Architecture, Family, layout};
-pub use pipeline::{Auto, Pipeline, Replicas, Stages};
+pub use pipeline::{Auto, Messages, Pipeline, Replicas, Stages};
 pub use quantize::{Inputs, Method, Observer, Quantize};
 pub use sparsify::{PruningMethod, Sparsify};
 pub use structure::{Cost as GateCost, L0, Selection, Structure, Vocabulary};

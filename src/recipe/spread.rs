@@ -8,10 +8,11 @@ use crate::console;
 use crate::device::{self, Device, Kind as DeviceKind};
 use crate::error::{Error, Result};
 use crate::nn::Model;
+use crate::nn::pieces;
 use crate::pipeline::predict::predict;
 use crate::pipeline::profile::Profile;
 use crate::pipeline::route::Route;
-use crate::pipeline::{Kind, Schedule, choose, cut};
+use crate::pipeline::{Kind, Schedule, choose};
 use crate::train::lifecycle::Micro;
 
 /// A training in stages.
@@ -62,22 +63,26 @@ struct Search<'a> {
 impl Search<'_> {
     /// Of the model on one of so many devices.
     fn profile(&self, workers: usize, micro: &Micro) -> Result<Profile> {
-        let path = self.context.folder.join(format!("pipeline-profile-{workers}.json"));
-        if path.exists() {
-            let pieces = cut::pieces(&self.model.config);
-            let reason = match Profile::read(&path) {
-                Ok(profile) if profile.pieces.len() == pieces => return Ok(profile),
-                Ok(other) => format!("{}: {} pieces where this model has {pieces}", path.display(), other.pieces.len()),
-                Err(e) => e.to_string(),
-            };
-            console::warn(format_args!("{reason}; the model is measured anew and may be cut elsewhere"));
-        }
         let home = self.model.device();
         // One stage keeps the whole device, which is faster than a share of it.
         let names = (workers > 1).then(|| self.pipeline.devices(home, workers)).transpose()?.unwrap_or_default();
         let mut devices = names.iter().map(|name| self.pipeline.open(home, name)).collect::<Result<Vec<_>>>()?;
         if devices.is_empty() {
             devices.push(home.clone());
+        }
+        let device = &devices[0].info().name;
+        let path = self.context.folder.join(format!("pipeline-profile-{workers}.json"));
+        if path.exists() {
+            let pieces = pieces::pieces(&self.model.config);
+            let reason = match Profile::read(&path) {
+                Ok(profile) if profile.pieces.len() == pieces && profile.device == *device => return Ok(profile),
+                Ok(other) if other.device != *device => {
+                    format!("{}: of {}, where this is {device}", path.display(), other.device)
+                }
+                Ok(other) => format!("{}: {} pieces where this model has {pieces}", path.display(), other.pieces.len()),
+                Err(e) => e.to_string(),
+            };
+            console::warn(format_args!("{reason}; the model is measured anew and may be cut elsewhere"));
         }
         // Other processes may have machines of their own.
         let beside = if self.context.ranks.is_some() { &[] } else { &devices[1..] };
@@ -87,7 +92,7 @@ impl Search<'_> {
     }
 
     fn fixed(&self, stages: usize, micros: &[Micro]) -> Result<Spread> {
-        let (kind, pieces) = (self.pipeline.schedule, cut::pieces(&self.model.config));
+        let (kind, pieces) = (self.pipeline.schedule, pieces::pieces(&self.model.config));
         if kind.chunks(stages) > pieces {
             let value = format!("{stages} stages of schedule {kind} need {} pieces", kind.chunks(stages));
             let allowed = format!("at most the model's {pieces} pieces: embedding, blocks and head");
@@ -141,7 +146,7 @@ impl Search<'_> {
     fn alone(&self, micros: &[Micro]) -> Result<f64> {
         let profile = self.profile(1, &micros[0])?;
         let schedule = Schedule::new(Kind::OneForwardOneBackward, 1, micros.len())?;
-        let whole = 0..cut::pieces(&self.model.config);
+        let whole = 0..pieces::pieces(&self.model.config);
         let route = Route::new(&self.model.config, &schedule, vec![whole], vec![1])?;
         Ok(predict(&profile, &route, sizes(&profile, micros))?.seconds)
     }

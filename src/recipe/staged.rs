@@ -1,21 +1,24 @@
 //! What takes the steps of a training: a pipeline as the recipe's `[pipeline]` asks for, or one device.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::hooks::Promises;
 use super::run_folder::State;
-use super::schema::{Pipeline, Stages};
+use super::schema::{Messages, Pipeline, Stages};
 use super::spread::{Probe, Spread, sizes, spread};
 use super::stages::Context;
 use crate::atomic::write_atomic;
 use crate::compress::distillation::Distillation;
 use crate::console;
 use crate::device::Device;
+use crate::device::cuda::ticket;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
+use crate::pipeline::direct::Direct;
 use crate::pipeline::executor::{Pipeline as Executor, Setup, StepReport, TeacherSetup};
 use crate::pipeline::predict::predict;
 use crate::pipeline::profile::Profile;
@@ -55,7 +58,7 @@ pub fn stepper(
         let micro = Reads::ALL.bring(micro, device)?;
         let micro = teacher.map_or(Ok(micro.clone()), |teacher| stood_in(&micro, teacher.config.width))?;
         let methods = |whole: &Model| promises.methods(whole, distillation.as_ref());
-        measure::profile(&model.to_device(device)?, &micro, settings, &methods, beside)
+        measure::profile(model, device, &micro, settings, &methods, beside)
     };
     let Some(spread) = spread((context, pipeline), model, probe, &profile)? else {
         // Where the recipe leaves it open that is a plain training on one device, whose batches are whole.
@@ -66,7 +69,7 @@ pub fn stepper(
     let (setup, across) = setup(context, pipeline, (model, settings), &spread, (promises, distillation, teacher))?;
     let executor = Executor::start_across(model, setup, across.as_ref())?;
     let draws = draw_warm_step(context, spread.profile);
-    Ok((Box::new(Staged::new(executor, model.device(), draws)), pipeline.micro_batches))
+    Ok((Box::new(Staged::new(executor, draws)?), pipeline.micro_batches))
 }
 
 fn tell(name: &str, pipeline: &Pipeline, spread: &Spread) {
@@ -115,10 +118,27 @@ fn setup(
     }
     let here = if ranks.is_some() { 1 } else { names.len() };
     let devices = names.iter().take(here).map(|name| pipeline.open(home, name)).collect::<Result<_>>()?;
+    let direct = match pipeline.messages {
+        Messages::Host => None,
+        Messages::Nccl => {
+            let distinct: BTreeSet<&String> = names.iter().filter(|name| name.starts_with("cuda:")).collect();
+            // GPUs of processes on several machines have the same names.
+            let enough = if ranks.is_some() {
+                names.iter().all(|n| n.starts_with("cuda:"))
+            } else {
+                distinct.len() == names.len()
+            };
+            if !enough {
+                let allowed = format!("\"host\" on {}: NCCL needs a GPU for each worker", names.join(", "));
+                return refuse("messages", "nccl".into(), allowed);
+            }
+            Some(Direct::new(Direct::along(route, ticket)?))
+        }
+    };
     let across = match ranks {
         Some(post) => {
             let methods = promises.described(distillation.as_ref())?;
-            Some(Across { post: post.clone(), devices: names, methods })
+            Some(Across { post: post.clone(), devices: names, named: !pipeline.devices.is_empty(), methods })
         }
         None => None,
     };
@@ -135,6 +155,7 @@ fn setup(
         optimizer: settings,
         methods: Arc::new(move |part: &Model| promises.methods(part, distillation.as_ref())),
         teacher,
+        direct,
         recompute: pipeline.recompute,
         heartbeat,
         deadline: 30 * heartbeat,
@@ -142,6 +163,7 @@ fn setup(
         run: format!("{}/{}", context.recipe.name, context.name),
         record: context.folder.join("flight-recorder.jsonl"),
         planted: Vec::new(),
+        timed: Some(WARM),
     };
     Ok((setup, across))
 }
@@ -180,7 +202,8 @@ fn draw_warm_step(context: &Context, profile: Profile) -> Box<OnStep> {
 fn compare(folder: &Path, name: &str, measured: &Timeline, predicted: &Timeline) -> Result<()> {
     write_atomic(folder.join("pipeline-measured.svg"), gantt(measured).as_bytes())?;
     write_atomic(folder.join("pipeline-predicted.svg"), gantt(predicted).as_bytes())?;
-    trace::write(folder.join("pipeline-trace.json"), measured)?;
+    trace::write(folder.join(trace::MEASURED), measured)?;
+    trace::write(folder.join(trace::PREDICTED), predicted)?;
     console::tell(format_args!(
         "{name}: a step took {:.1} ms where {:.1} ms were predicted, {:.0} % idle ({:.0} % predicted); charts in {}",
         1e3 * measured.seconds,

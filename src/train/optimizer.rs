@@ -15,11 +15,11 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::nn::model::GATE;
+use crate::nn::pieces;
 use crate::nn::tuning::TUNING;
 use crate::ops::binary::AccumulateScaled;
 use crate::ops::optim::{AdamW, Sgd, StepRates, UpdateFactor};
 use crate::ops::reduce::CountNonFinite;
-use crate::pipeline::cut;
 use crate::shape::Meta;
 use crate::tape::{Grads, Var};
 use crate::tensor::Tensor;
@@ -71,7 +71,7 @@ const ALIGNMENT: usize = 256;
 struct Slot {
     name: String,
     dims: Vec<usize>,
-    /// Of the model; see [`cut::piece_of`].
+    /// Of the model; see [`pieces::piece_of`].
     piece: usize,
     /// Byte offset in the flat buffers.
     offset: usize,
@@ -174,7 +174,7 @@ impl Optimizer {
             let mut names: Vec<String> =
                 model.tensors.iter().filter(|(n, t)| wanted(n, t)).map(|(n, _)| n.clone()).collect();
             // So that what a piece has lies together, alike on every device that trains it.
-            names.sort_by_key(|name| cut::piece_of(&model.config, name));
+            names.sort_by_key(|name| pieces::piece_of(&model.config, name));
             if !names.is_empty() {
                 let mut group = Group::new(model, names, &device, part, settings)?;
                 if part == Part::Gates {
@@ -187,7 +187,7 @@ impl Optimizer {
         let rates = Tensor::zeros(&device, Meta::new(&[StepRates::WORDS], DType::F32)?)?;
         let counter = Tensor::zeros(&device, Meta::new(&[1], DType::U32)?)?;
         let state = Tensor::zeros(&device, Meta::new(&[UpdateFactor::STATE], DType::F32)?)?;
-        let pieces = cut::pieces(&model.config);
+        let pieces = pieces::pieces(&model.config);
         let squares = Tensor::zeros(&device, Meta::new(&[2, pieces], DType::F32)?)?;
         let mut optimizer = Self {
             groups,
@@ -502,7 +502,7 @@ impl Group {
     ) -> Result<Self> {
         let mut slots: Vec<Slot> = Vec::new();
         for name in names {
-            let (dims, piece) = (model.get(&name)?.dims().to_vec(), cut::piece_of(&model.config, &name));
+            let (dims, piece) = (model.get(&name)?.dims().to_vec(), pieces::piece_of(&model.config, &name));
             let offset = slots.last().map_or(0, Slot::end);
             slots.push(Slot { name, dims, piece, offset, filled: false });
         }

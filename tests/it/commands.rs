@@ -107,6 +107,27 @@ fn what_a_command_does_not_use_is_refused() {
 }
 
 #[test]
+fn a_trace_is_shown_in_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("structure").join("pipeline-trace.json");
+    std::fs::create_dir(path.parent().unwrap()).unwrap();
+    let path = path.to_str().unwrap();
+    assert!(call(&["pipeline", "simulate", "--stages", "2", "--costs", "1,1,1", "--trace", path]).status.success());
+    let (svg, folder) = (folder.path().join("step.svg"), folder.path().to_str().unwrap());
+    let shown = text(&call(&["pipeline", "trace", folder, "--svg", svg.to_str().unwrap()]).stdout);
+    // 8 forwards of 1 s, 8 backwards of 2 s, and a bubble of 3 s.
+    assert!(shown.contains("structure: a step took 27") && shown.contains("stage 1"), "{shown}");
+    assert!(std::fs::read_to_string(&svg).unwrap().contains("<svg"));
+    let json: serde_json::Value =
+        serde_json::from_slice(&call(&["pipeline", "trace", path, "--format", "json"]).stdout).unwrap();
+    let worker = &json[0]["workers"][1];
+    let seconds = |key: &str| worker[key].as_f64().unwrap().round();
+    assert_eq!((seconds("forward"), seconds("backward"), seconds("idle")), (8.0, 16.0, 3.0), "{json}");
+    refused(&["pipeline", "trace", RUN.0.path().to_str().unwrap()], 3, &["pipeline-trace.json", "[pipeline]"]);
+    refused(&["pipeline", "trace", "no such run"], 3, &["no such run"]);
+}
+
+#[test]
 fn a_dry_run_plans_the_stages_and_refuses_what_the_run_would() {
     let recipe = RUN.0.path().join("tiny.toml");
     let recipe = recipe.to_str().unwrap();

@@ -114,9 +114,8 @@ fn a_gates_gradient_per_token_is_the_contexts_product_with_its_gradient() {
     let whole = model(Config::glm(SIZE, VOCABULARY), &oracle(), 3);
     let micro = batch(&whole, 7);
     let sites = Site::of(&whole.config, Kind::Heads);
-    let scores = |absolute| {
-        gates::scores(&whole, std::slice::from_ref(&micro), &sites, (&Judge::LABELS, absolute)).unwrap()
-    };
+    let scores =
+        |absolute| gates::scores(&whole, std::slice::from_ref(&micro), &sites, (&Judge::LABELS, absolute)).unwrap();
     let [token, example, all] = [Absolute::Token, Absolute::Example, Absolute::Batch].map(scores);
     for block in 0..2 {
         let contexts = Contexts(RefCell::default(), block);

@@ -24,6 +24,7 @@ mod pruning;
 mod pruning_recipes;
 mod quantization;
 mod report;
+mod roads;
 mod run_folder;
 mod second_order;
 mod shaders;

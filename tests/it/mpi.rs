@@ -238,7 +238,8 @@ fn every_fault_in_a_process_is_named_and_none_hangs() {
     let device = cpu();
     let model = Model::init(config.clone(), &device, 3).unwrap();
     let micros = micros(&device, &[1, 2, 1, 1], None);
-    let across = Across { post: post.clone(), devices: vec!["cpu:1".into(); RANKS], methods: Described::default() };
+    let across =
+        Across { post: post.clone(), devices: vec!["cpu:1".into(); RANKS], named: true, methods: Described::default() };
     let record = folder.path().join("flight-recorder.jsonl");
     let made = || Setup {
         heartbeat: HEARTBEAT,

@@ -10,6 +10,7 @@ use espalier::data::batch::IGNORE;
 use espalier::device::{self, Device};
 use espalier::dispatch;
 use espalier::nn::config::Size;
+use espalier::nn::pieces;
 use espalier::nn::{Config, Model, Pass};
 use espalier::ops::distill::Reduction;
 use espalier::ops::unary::Cast;
@@ -61,7 +62,7 @@ pub fn setup(
     folder: &Path,
 ) -> Setup {
     let schedule = Schedule::new(kind, stages, micros).unwrap();
-    let cuts = cut::even(cut::pieces(config), schedule.chunks());
+    let cuts = cut::even(pieces::pieces(config), schedule.chunks());
     let route = Arc::new(Route::new(config, &schedule, cuts, replicas).unwrap());
     let devices = route.workers.iter().map(|_| device::open("cpu:1").unwrap()).collect();
     Setup {
@@ -71,6 +72,7 @@ pub fn setup(
         optimizer: clipping(),
         methods: Arc::new(|_: &Model| Ok(Vec::<Box<dyn Method>>::new())),
         teacher: None,
+        direct: None,
         recompute: false,
         heartbeat: Duration::from_secs(5),
         deadline: Duration::from_secs(20),
@@ -78,11 +80,12 @@ pub fn setup(
         run: "test".into(),
         record: folder.join("flight-recorder.jsonl"),
         planted: Vec::new(),
+        timed: None,
     }
 }
 
 /// Losses and norms of each step, and the model after the last.
-type Trained = (Vec<(f64, f64)>, Model);
+pub type Trained = (Vec<(f64, f64)>, Model);
 
 fn in_one_piece(config: &Config, rows: &[usize], labels: Option<u32>, dropout: f32) -> Trained {
     let device = cpu();
@@ -94,7 +97,7 @@ fn in_one_piece(config: &Config, rows: &[usize], labels: Option<u32>, dropout: f
     (losses, model)
 }
 
-fn in_stages(config: &Config, setup: Setup, rows: &[usize], labels: Option<u32>, dropout: f32) -> Trained {
+pub fn in_stages(config: &Config, setup: Setup, rows: &[usize], labels: Option<u32>, dropout: f32) -> Trained {
     let device = cpu();
     let mut model = Model::init(config.clone(), &device, 3).unwrap();
     let micros = micros(&device, rows, labels);
@@ -108,7 +111,7 @@ fn in_stages(config: &Config, setup: Setup, rows: &[usize], labels: Option<u32>,
     (losses, model)
 }
 
-fn assert_equal_bits((losses, want): &Trained, (others, have): &Trained, case: &str) {
+pub fn assert_equal_bits((losses, want): &Trained, (others, have): &Trained, case: &str) {
     for (want, have) in losses.iter().zip(others) {
         assert!(want == have, "{case}: loss and norm {have:?} where {want:?} are right");
     }
@@ -150,6 +153,22 @@ fn every_schedule_trains_as_one_piece_does() {
                 }
             }
         }
+    }
+}
+
+/// Two queues of one adapter beside a CPU: the losses of one device, to the tolerance of their kernels.
+#[test]
+fn devices_of_different_kinds_work_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, rows) = (Config::glm(SIZE, VOCABULARY), [2, 1, 2, 1]);
+    let want = in_one_piece(&config, &rows, None, 0.1);
+    let made = setup(&config, (Kind::OneForwardOneBackward, 3, rows.len()), vec![1; 3], folder.path());
+    let devices = ["wgpu:0", "cpu:1", "wgpu:0"].map(|name| device::open(name).unwrap()).to_vec();
+    let long = Duration::from_secs(60);
+    let times = Setup { heartbeat: long, deadline: long, slow: long, ..made };
+    let have = in_stages(&config, Setup { devices, timed: Some(2), ..times }, &rows, None, 0.1);
+    for ((want, _), (have, _)) in want.0.iter().zip(&have.0) {
+        assert!((want - have).abs() <= 1e-3 * want.abs(), "loss {have} where {want} is right");
     }
 }
 
@@ -489,7 +508,7 @@ fn a_profile_sees_what_hooks_cost_at_the_head() {
     let micro = Micro { gold: false, ..micros(&device, &[2], None).remove(0) };
     let pause = Duration::from_millis(20);
     let costly = |_: &Model| Ok(vec![Box::new(Costly(pause)) as Box<dyn Method>]);
-    let profile = measure::profile(&model, &micro, clipping(), &costly, &[]).unwrap();
+    let profile = measure::profile(&model, model.device(), &micro, clipping(), &costly, &[]).unwrap();
     let (head, others) = profile.pieces.split_last().unwrap();
     assert!(head.cost.forward >= pause.as_secs_f64(), "{head:?}");
     assert!(others.iter().all(|piece| piece.cost.forward < head.cost.forward), "{profile:?}");
@@ -507,7 +526,7 @@ pub fn word(what: Planted) -> &'static str {
     match what {
         Planted::Panic => "panicked: planted",
         Planted::Exit => "gone",
-        Planted::Stall => "stalls",
+        Planted::Stall | Planted::Freeze => "stalls",
         Planted::Slow => "slow",
         Planted::Drop => "lost",
         Planted::Duplicate => "twice",
@@ -573,6 +592,36 @@ fn every_fault_is_named_and_none_hangs() {
         }
     }
     assert!(injected >= 64, "{injected}");
+}
+
+/// A stage that hangs in its driver cannot be stopped. It is named and recorded before it is waited for, and waited for once.
+#[test]
+fn one_that_cannot_be_stopped_is_named_all_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config::glm(SIZE, VOCABULARY);
+    let model = Model::init(config.clone(), &cpu(), 3).unwrap();
+    let heartbeat = Duration::from_millis(400);
+    let planted = vec![Injection { worker: 1, step: 0, position: 1, what: Planted::Freeze }];
+    let setup = setup(&config, (Kind::OneForwardOneBackward, 3, 4), vec![1; 3], folder.path());
+    let record = setup.record.clone();
+    let mut pipeline = Pipeline::start(&model, Setup { heartbeat, planted, ..setup }).unwrap();
+    let watched = record.clone();
+    let recorded = std::thread::spawn(move || {
+        let began = Instant::now();
+        while !watched.exists() && began.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Instant::now()
+    });
+    let outcome = pipeline.step(&micros(&cpu(), &[1, 2, 1, 1], None), &[], (0.0, 1, STEPS)).map(drop);
+    let named = Instant::now();
+    let Err(Error::Fault { stage: 1, what: said, .. }) = outcome else { panic!("{outcome:?}") };
+    assert!(said.contains("stalls"), "{said}");
+    let before = named.saturating_duration_since(recorded.join().unwrap());
+    assert!(before > heartbeat, "recorded {before:?} before the hanging stage was given up");
+    let began = Instant::now();
+    drop(pipeline);
+    assert!(began.elapsed() < heartbeat, "it is waited for again: {:?}", began.elapsed());
 }
 
 #[test]

@@ -36,7 +36,7 @@ fn uneven(sets: &[&str]) -> Recipe {
 
 #[test]
 fn uneven_blocks_and_fewer_tokens_go_through_every_stage() {
-    let sets = ["structure.vocabulary={ min_count = 2 }", "structure.distil={ preset = \"tiny_bert\" }"];
+    let sets = ["structure.vocabulary={ min_count = 40 }", "structure.distil={ preset = \"tiny_bert\" }"];
     let recipe = uneven(&[&sets[..1], &["model.heads=4", "structure.heads={ keep = 2 }"]].concat());
     let (report, model, folder) = run(&recipe);
     let names: Vec<&str> = report.stages.iter().map(|s| s.name.as_str()).collect();
@@ -106,7 +106,37 @@ fn a_taggers_structures_go_by_every_rule() {
     let block = &model.config.blocks[0];
     assert_eq!((model.config.blocks.len(), model.config.width), (1, 24));
     assert_eq!((block.heads, block.head_size, block.ffn_width), (1, 12, 48));
-    assert!(report.notes.iter().any(|note| note.starts_with("structure: blocks kept [0], 24 of 32 channels, heads [1]")));
+    assert!(
+        report.notes.iter().any(|note| note.starts_with("structure: blocks kept [0], 24 of 32 channels, heads [1]"))
+    );
+}
+
+/// Blocks and heads take their masks along: zeros of what stays are held, in groups of four too.
+#[test]
+fn masks_go_with_blocks_and_heads() {
+    for pattern in ["two_four", "unstructured"] {
+        let pattern = format!("sparsify.pattern={pattern}");
+        let sets = [
+            "structure.ffn=false",
+            "structure.layers=1",
+            "structure.compare_random=false",
+            "order=[\"sparsify\", \"structure\", \"quantize\"]",
+            "experts=false",
+            "hybrid=false",
+            &pattern,
+        ];
+        let (report, model, _folder) = run(&uneven(&sets));
+        let structure = report.stages.iter().find(|s| s.name == "structure").unwrap();
+        let zeros = structure.invariants.iter().find(|i| i.name.contains("2:4") || i.name.contains("zero"));
+        assert!(zeros.is_some(), "{:?}", structure.invariants);
+        assert_eq!((model.config.blocks.len(), model.config.blocks[0].heads), (1, 1));
+        assert_eq!(model.tensors.contains_key("blocks.0.attention.output.metadata"), pattern.ends_with("two_four"));
+    }
+    let refused =
+        uneven(&["order=[\"structure\", \"sparsify\", \"quantize\", \"experts\", \"hybrid\"]"]).to_toml().unwrap();
+    let order = "order=[\"sparsify\", \"structure\", \"quantize\", \"experts\", \"hybrid\"]".to_string();
+    let error = Recipe::parse(std::path::Path::new("r.toml"), &refused, &[order]).unwrap_err().to_string();
+    assert!(error.contains("groups"), "{error}");
 }
 
 #[test]
@@ -126,6 +156,7 @@ fn what_structure_cannot_do_is_refused_with_its_key() {
         ("structure.layers_method={ subset = [0, 7] }", "structure.layers_method.subset"),
         ("structure.vocabulary={ min_count = 0 }", "structure.vocabulary.min_count"),
         ("structure.loss=entropy", "structure.loss"),
+        ("structure.distil={ preset = \"tiny_bert\" }", "structure.distil.matches[3].feature"),
         ("experts.expert_size=32", "experts.expert_size"),
     ] {
         let mut table: toml::Table = toml::from_str(&uneven(&[]).to_toml().unwrap()).unwrap();

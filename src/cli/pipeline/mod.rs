@@ -3,6 +3,7 @@
 mod plan;
 mod profile;
 mod simulate;
+mod trace;
 
 use clap::Subcommand;
 
@@ -21,6 +22,8 @@ pub enum Pipeline {
     Plan(plan::Args),
     /// Time, idle share and memory of a schedule, with a chart and a trace of it
     Simulate(simulate::Args),
+    /// What a step of a run's trainings took, stage by stage, beside what was predicted
+    Trace(trace::Args),
     /// A schedule as a grid: a line per time step, a column per stage
     Schedule(Grid),
 }
@@ -30,6 +33,7 @@ pub fn run(global: &Global, command: Pipeline) -> Result<()> {
         Pipeline::Profile(args) => profile::run(global, &args),
         Pipeline::Plan(args) => plan::run(global, &args),
         Pipeline::Simulate(args) => simulate::run(global, &args),
+        Pipeline::Trace(args) => trace::run(global, &args),
         Pipeline::Schedule(args) => grid(global, &args),
     }
 }

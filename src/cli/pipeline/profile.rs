@@ -3,13 +3,15 @@
 use std::path::PathBuf;
 
 use super::super::{Global, refuse_collisions, say, say_json};
-use crate::data::batch::{Batch, Example, GmaskPosition};
+use crate::data::batch::Example;
+use crate::data::layout::Layout;
 use crate::data::tokenizer::SpecialIds;
 use crate::error::{Error, Result};
-use crate::nn::{Config, Model};
+use crate::nn::{Head, Model};
 use crate::pipeline::measure;
 use crate::recipe::Recipe;
-use crate::recipe::corpus::upload;
+use crate::recipe::corpus::{tagging, upload};
+use crate::recipe::schema::layout;
 use crate::report::{Alignment, Table};
 use crate::rng::Stream;
 use crate::tensor::Tensor;
@@ -43,16 +45,30 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
         return Err(Error::Usage { argument: "--columns", value: columns.to_string(), rule });
     }
     let device = global.open()?;
-    let config = Config::glm(recipe.model.size(), recipe.data.vocabulary);
-    let model = Model::init(config, &device, recipe.seed)?;
+    let config = recipe.model.config(recipe.model.size(), recipe.data.vocabulary, &tagging::labels()?);
+    if config.encoder > 0 {
+        let allowed = "glm or tagger: an encoder-decoder is not one chain of blocks".into();
+        return Err(Error::Recipe { key: "model.family".into(), value: "t5".into(), allowed });
+    }
+    let model = Model::init(config.clone(), &device, recipe.seed)?;
     let special = SpecialIds { pad: 0, unk: 1, bos: 2, eos: 3, gmask: 4 };
     let mut stream = Stream::new(recipe.seed, 0);
     let mut tokens = |n: usize| -> Vec<u32> {
         (0..n).map(|_| 5 + stream.below(recipe.data.vocabulary.saturating_sub(5).max(1)) as u32).collect()
     };
-    let mut example = || Example { context: tokens(columns / 2), labels: tokens(columns - columns / 2) };
+    let labels = if let Head::Tagging { labels } = &config.head { labels.len() as u32 } else { u32::MAX };
+    let layout = layout(&config);
+    // A tagger has a label for each token, a language model a text and its continuation.
+    let mut example = || match layout {
+        Layout::Tagging => {
+            let context = tokens(columns);
+            let labels = context.iter().map(|token| token % labels).collect();
+            Example { context, labels }
+        }
+        _ => Example { context: tokens(columns / 2), labels: tokens(columns - columns / 2) },
+    };
     let examples: Vec<Example> = (0..args.rows).map(|_| example()).collect();
-    let batch = Batch::assemble(&examples.iter().collect::<Vec<_>>(), special, GmaskPosition::MaskIndex);
+    let batch = layout.assemble(&examples.iter().collect::<Vec<_>>(), special);
     let n = batch.targets.len();
     let micro = Micro {
         batch: upload(&device, &batch)?,
@@ -64,7 +80,8 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
         teacher: None,
     };
     let neighbours = (0..args.beside).map(|_| global.open()).collect::<Result<Vec<_>>>()?;
-    let profile = measure::profile(&model, &micro, recipe.teacher.settings(), &|_| Ok(Vec::new()), &neighbours)?;
+    let profile =
+        measure::profile(&model, &device, &micro, recipe.teacher.settings(), &|_| Ok(Vec::new()), &neighbours)?;
     profile.write(&args.out)?;
     if global.json() {
         say_json(&profile);

@@ -115,7 +115,8 @@ impl Keep {
     }
 
     fn check(&self, teacher: &Config) -> Result<()> {
-        let refuse = |parameter, value: String, allowed| Err(Error::Parameter { op: "prune", parameter, value, allowed });
+        let refuse =
+            |parameter, value: String, allowed| Err(Error::Parameter { op: "prune", parameter, value, allowed });
         let ascending = |of: &[usize], n: usize| {
             !of.is_empty() && of.windows(2).all(|pair| pair[0] < pair[1]) && of.iter().all(|&i| i < n)
         };
@@ -136,7 +137,8 @@ impl Keep {
                 return refuse("neurons", value(), "dense FFNs: those of experts are not pruned");
             }
             let decodes = teacher.decodes(kept.index);
-            let attentions = [(&kept.attention, old.heads), (&kept.cross, if decodes { old.heads_across() } else { 0 })];
+            let attentions =
+                [(&kept.attention, old.heads), (&kept.cross, if decodes { old.heads_across() } else { 0 })];
             for (kept, heads) in attentions.iter().filter_map(|(kept, heads)| Some((kept.as_ref()?, *heads))) {
                 let size = kept.head_size();
                 let whole = |rows: &[usize]| {
@@ -150,7 +152,8 @@ impl Keep {
                         })
                 };
                 if !ascending(&kept.heads, heads) || size == 0 || !whole(&kept.query_key) || !whole(&kept.value) {
-                    let allowed = "heads of the block, each once, ascending, with as many rows of each; none: no attention";
+                    let allowed =
+                        "heads of the block, each once, ascending, with as many rows of each; none: no attention";
                     return refuse("heads", value(), allowed);
                 }
             }

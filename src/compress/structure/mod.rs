@@ -20,8 +20,8 @@ pub use keep::{Keep, KeepBlock, KeepHeads};
 pub use layers::LayersMethod;
 pub use prune::{prune, without_block};
 pub use select::largest;
-pub use vocabulary::prune_vocabulary;
 pub use shrink::{Heads, Neurons, Order, Plan, Progress, Score, normalise, shrink};
+pub use vocabulary::prune_vocabulary;
 
 use crate::error::{Error, Result};
 use crate::nn::{Config, Positions};
@@ -65,10 +65,7 @@ pub fn scaled_ffn(ffn_width: usize, head_size: usize, target: usize) -> usize {
 pub fn by_importance(config: &Config, scores: &Scores, kept: &[usize], target: Target) -> Result<Keep> {
     check(config, target)?;
     let choose = |&i: &usize| keep_block(config, i, &scores.blocks[i], target);
-    Ok(Keep {
-        channels: largest(&scores.channels, target.channels(config)),
-        blocks: kept.iter().map(choose).collect(),
-    })
+    Ok(Keep { channels: largest(&scores.channels, target.channels(config)), blocks: kept.iter().map(choose).collect() })
 }
 
 /// The baseline of LightChatGLM's Fig. 4: the same shapes, chosen at random.

@@ -58,7 +58,8 @@ pub fn choose(scores: &[Vec<f64>], groups: usize, even: bool, floor: usize, grou
         (0..scores.len()).map(|site| floor.min(most(site))).collect()
     };
     if !even {
-        let sum = |site: usize, g: usize| orders[site][g * group..(g + 1) * group].iter().map(|&u| scores[site][u]).sum();
+        let sum =
+            |site: usize, g: usize| orders[site][g * group..(g + 1) * group].iter().map(|&u| scores[site][u]).sum();
         let mut rest: Vec<(f64, usize, usize)> = (0..scores.len())
             .flat_map(|site| (counts[site]..most(site)).map(move |g| (site, g)))
             .map(|(site, g)| (sum(site, g), site, g))

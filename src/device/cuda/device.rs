@@ -11,8 +11,10 @@ use cudarc::driver::sys;
 use super::compile::{compile, nvrtc};
 use super::driver::cuda_driver;
 use super::graph::Executable;
+use super::nccl::NcclRoad;
 use crate::device::capture::{Recorder, Recording};
 use crate::device::pool::{Held, Loan, Pool, Stats};
+use crate::device::road::{End, Road, Ticket};
 use crate::device::{Binding, Buffer, Class, Device, Features, Graph, Info, Kind, Limits};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Uncapturable};
@@ -145,6 +147,13 @@ struct Captured {
     _memory: Held<Memory>,
 }
 
+/// Where a part of a buffer of the device that `info` describes lies.
+pub(super) fn address(info: &Info, buffer: &Buffer, offset: usize, bytes: usize) -> Result<sys::CUdeviceptr> {
+    let memory: &Loan<Memory> = buffer.leaf(info)?;
+    memory.check(offset, bytes)?;
+    Ok(memory.address + offset as u64)
+}
+
 impl CudaDevice {
     /// Opens the GPU with this ordinal.
     ///
@@ -256,9 +265,7 @@ impl CudaDevice {
     }
 
     fn address(&self, buffer: &Buffer, offset: usize, bytes: usize) -> Result<sys::CUdeviceptr> {
-        let memory: &Loan<Memory> = buffer.leaf(&self.info)?;
-        memory.check(offset, bytes)?;
-        Ok(memory.address + offset as u64)
+        address(&self.info, buffer, offset, bytes)
     }
 
     /// Memory lent in a capture is the pool's to keep; what was there before is pinned.
@@ -424,6 +431,10 @@ impl Device for CudaDevice {
             result::event::destroy(end).map_err(failed)?;
             done.map(|()| f64::from(milliseconds) * 1e-3)
         }
+    }
+
+    fn road(&self, ticket: &Ticket, end: End) -> Result<Box<dyn Road>> {
+        Ok(Box::new(NcclRoad::new(&self.info, &self.gpu, ticket, end)?))
     }
 
     fn stats(&self) -> Stats {

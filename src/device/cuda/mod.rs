@@ -7,8 +7,10 @@ mod driver;
 mod graph;
 #[cfg(unix)]
 mod host;
+mod nccl;
 
 pub use device::CudaDevice;
 pub use driver::{CudaDriver, cuda_driver};
 #[cfg(unix)]
 pub use host::CudaHostDevice;
+pub use nccl::ticket;

@@ -5,6 +5,7 @@ use std::sync::mpsc::{Receiver, channel};
 use super::*;
 use crate::device;
 use crate::nn::config::Size;
+use crate::nn::pieces;
 use crate::nn::{Batch, Config};
 use crate::pipeline::part::Training;
 use crate::pipeline::post::Letter;
@@ -19,7 +20,7 @@ const SIZE: Size = Size { layers: 2, heads: 1, head_size: 8, ffn_width: 16, max_
 
 fn setup(config: &Config, stages: usize) -> Setup {
     let schedule = Schedule::new(Kind::OneForwardOneBackward, stages, 2).unwrap();
-    let cuts = cut::even(cut::pieces(config), stages);
+    let cuts = cut::even(pieces::pieces(config), stages);
     let peak = Rates { peak: 1e-3, warmup: 1, shape: Shape::Constant };
     let precision = crate::train::precision::Precision::F32;
     Setup {
@@ -35,6 +36,7 @@ fn setup(config: &Config, stages: usize) -> Setup {
         },
         methods: Arc::new(|_: &Model| Ok(Vec::new())),
         teacher: None,
+        direct: None,
         recompute: false,
         heartbeat: Duration::from_secs(5),
         deadline: Duration::from_secs(20),
@@ -42,6 +44,7 @@ fn setup(config: &Config, stages: usize) -> Setup {
         run: "test".into(),
         record: "unused".into(),
         planted: Vec::new(),
+        timed: None,
     }
 }
 
@@ -74,7 +77,8 @@ fn ranks_are_told_when_another_one_cannot_start() {
         served.map_err(|e| e.to_string())
     });
     let first = Arc::new(first);
-    let across = Across { post: first.clone(), devices: vec!["cpu:1".into(); 3], methods: Described::default() };
+    let across =
+        Across { post: first.clone(), devices: vec!["cpu:1".into(); 3], named: true, methods: Described::default() };
     let setup = setup(&config, 3);
     let watch = Arc::new(Watch::new(&setup.route.replicas));
     let failed = Ranks::start(&model, &setup, &across, 7, &watch, channel().0).err().unwrap();
@@ -121,11 +125,12 @@ fn a_worker_is_sent_what_it_reads() {
         teacher: None,
     };
     let training = Training { compute: None, dropout: 0.0, seed: 0, recompute: false, split: false };
-    let order = Order { training, weight: 1.0, total_steps: 1 };
+    let order = Order { training, weight: 1.0, total_steps: 1, timed: false };
     let command = Command::Step(setup.route.clone(), Arc::new(vec![micro; 2]), Arc::default(), order);
     let sent = |worker: usize| {
         let reads = Reads::of(&config, setup.route.chunks_of(worker).values());
-        let (word, tensors) = packet::decode::<Word>(&words::of_command(&command, worker, reads).unwrap()).unwrap();
+        let (word, tensors) =
+            packet::decode::<Word>(&words::of_command(&command, worker, reads, |_| true).unwrap()).unwrap();
         let Word::Step { micros, .. } = word else { panic!("{word:?}") };
         let micros = words::micros_of(&micros, &tensors, &device).unwrap();
         assert!(micros.len() == 2 && micros[1].weight == 16.0);

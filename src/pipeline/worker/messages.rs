@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Stop, Worker};
+use super::{Arrived, Stop, Worker};
 use crate::pipeline::fault::Planted;
 use crate::pipeline::message::{self, Purpose, Tag};
 use crate::pipeline::transport::Gone;
@@ -19,7 +19,11 @@ pub(super) fn lost(worker: usize, tag: &Tag) -> String {
 
 impl Worker {
     pub(super) fn send(&mut self, to: usize, tag: Tag, tensor: &Tensor) -> Result<(), Stop> {
-        let mut frame = message::frame_of(self.run, tag, self.sent[to], tensor)?;
+        let mut frame = if self.roads.to(to, tag.purpose).is_some() {
+            message::announce(self.run, tag, self.sent[to], tensor.meta())
+        } else {
+            message::frame_of(self.run, tag, self.sent[to], tensor)?
+        };
         self.sent[to] += 1;
         let planted = self.planted(|p| matches!(p, Planted::Drop | Planted::Duplicate | Planted::Corrupt));
         match planted {
@@ -31,7 +35,11 @@ impl Worker {
             }
             _ => {}
         }
-        self.transport.send(to, frame).map_err(|Gone| Stop::Gone(to))
+        self.transport.send(to, frame).map_err(|Gone| Stop::Gone(to))?;
+        if let Some(road) = self.roads.to(to, tag.purpose) {
+            road.send(tensor.buffer(), tensor.offset(), tensor.meta().bytes())?;
+        }
+        Ok(())
     }
 
     /// The tensor that `tag` names. `sender`: who sends it, and where that stands in the sender's schedule.
@@ -40,10 +48,13 @@ impl Worker {
         let mut passed: Option<Instant> = None;
         self.watch.state(self.index, State::Waiting);
         loop {
-            if let Some(message) = self.stash.remove(&tag) {
+            if let Some(arrived) = self.stash.remove(&tag) {
                 self.taken.insert(tag);
                 self.watch.state(self.index, State::Computing);
-                return Ok(Tensor::from_bytes(self.part.model.device(), message.meta, message.payload())?);
+                return match arrived {
+                    Arrived::Bytes(m) => Ok(Tensor::from_bytes(self.part.model.device(), m.meta, m.payload())?),
+                    Arrived::Tensor(tensor) => Ok(tensor),
+                };
             }
             if self.watch.cancelled() {
                 return Err(Stop::Cancelled);
@@ -101,7 +112,21 @@ impl Worker {
             return fault(format!("a message of another step than {}: {tag} from worker {from}", self.step));
         }
         self.received[from] = expected + 1;
-        self.stash.insert(tag, message);
+        let arrived = if message.direct {
+            let tensor = Tensor::empty(self.part.model.device(), message.meta)?;
+            match self.roads.receive(from, &tensor) {
+                Some(queued) => queued?,
+                None => {
+                    return fault(format!(
+                        "a tensor is announced by a road that is not there: {tag} from worker {from}"
+                    ));
+                }
+            }
+            Arrived::Tensor(tensor)
+        } else {
+            Arrived::Bytes(message)
+        };
+        self.stash.insert(tag, arrived);
         Ok(())
     }
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::direct::Roads;
 use super::fault::Injection;
 use super::message::{Message, Purpose, Tag};
 use super::part::{Part, Training};
@@ -57,6 +58,8 @@ pub struct Order {
     /// What the loss is divided by.
     pub weight: f64,
     pub total_steps: u64,
+    /// Whether every event waits for the device.
+    pub timed: bool,
 }
 
 /// What a step gave.
@@ -74,6 +77,13 @@ pub struct Report {
     pub peak_bytes: u64,
 }
 
+/// What has come and is not asked for yet.
+enum Arrived {
+    Bytes(Message),
+    /// Queued to be there before whatever uses it.
+    Tensor(Tensor),
+}
+
 pub struct Worker {
     pub index: usize,
     pub run: u64,
@@ -86,7 +96,8 @@ pub struct Worker {
     pub deadline: Duration,
     pub planted: Vec<Injection>,
     pub teacher: Option<TeacherPart>,
-    stash: HashMap<Tag, Message>,
+    pub roads: Roads,
+    stash: HashMap<Tag, Arrived>,
     /// Tags of the running step that have been taken.
     taken: HashSet<Tag>,
     sent: Vec<u64>,
@@ -135,6 +146,7 @@ impl Worker {
             deadline,
             planted: Vec::new(),
             teacher: None,
+            roads: Roads::default(),
             stash: HashMap::new(),
             taken: HashSet::new(),
             sent: vec![0; workers],
@@ -240,6 +252,9 @@ impl Worker {
             }
             if work.computes() {
                 report.held_bytes = report.held_bytes.max(device.stats().bytes_live.saturating_sub(before));
+            }
+            if order.timed && work.computes() {
+                device.sync()?;
             }
             let end = self.watch.seconds();
             self.spans.push(Span { activity: Activity::Event(event), start, end });

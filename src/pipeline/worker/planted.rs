@@ -32,6 +32,9 @@ impl Worker {
                 nap(&self.watch, Duration::MAX);
                 Err(Stop::Cancelled)
             }
+            Some(Planted::Freeze) => loop {
+                std::thread::park();
+            },
             Some(Planted::Slow) => {
                 // Progress, but little: a launch now and then.
                 while !self.watch.cancelled() {

@@ -7,7 +7,9 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::nn::Config;
 use crate::nn::config::Size;
+use crate::nn::pieces;
 use crate::pipeline::{Costs, Kind, Schedule, cut, simulate};
+use crate::recipe::corpus::tagging;
 use crate::recipe::schema::{Pipeline, Recipe, Stages, Training};
 
 /// How a training is spread.
@@ -39,14 +41,15 @@ impl PlannedSpread {
         let Stages::Count(stages) = pipeline.stages else {
             return Ok(Self { schedule, micro_batches, replicas: Vec::new(), memory: Vec::new() });
         };
-        let config = Config { width, ..Config::glm(size, recipe.data.vocabulary) };
+        let labels = tagging::labels().unwrap_or_default();
+        let config = Config { width, ..recipe.model.config(size, recipe.data.vocabulary, &labels) };
         let order = Schedule::new(schedule, stages, micro_batches)?;
         let timeline = simulate(&order, &Costs::uniform(order.chunks(), 1.0, 1.0, 1.0))?;
-        let cuts = cut::even(cut::pieces(&config), order.chunks());
+        let cuts = cut::even(pieces::pieces(&config), order.chunks());
         let tokens = training.batch.div_ceil(pipeline.micro_batches) * recipe.data.max_length;
         let memory = (0..stages).map(|stage| {
             let chunks = || cuts.iter().zip(&order.homes).filter(|(_, home)| **home == stage).map(|(pieces, _)| pieces);
-            let own = |name: &str| chunks().any(|pieces| pieces.contains(&cut::piece_of(&config, name)));
+            let own = |name: &str| chunks().any(|pieces| pieces.contains(&pieces::piece_of(&config, name)));
             let parameters: usize = config
                 .parameters()
                 .iter()
@@ -89,6 +92,10 @@ pub fn check_devices(recipe: &Recipe, home: &Arc<dyn Device>, ranks: Option<usiz
     let Some(pipeline) = &recipe.pipeline else {
         return Ok(());
     };
+    if pipeline.teacher && ranks.is_some() {
+        let allowed = "false across processes: the teacher's states are computed beforehand there".into();
+        return Err(Error::Recipe { key: "pipeline.teacher".into(), value: "true".into(), allowed });
+    }
     let names = match pipeline.stages {
         Stages::Count(n) => {
             let workers: usize = pipeline.workers(n).iter().sum();

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::compress::distillation::{Dynamic, Lesson, Logits, Match, Preset, Weights};
+use crate::compress::distillation::{Dynamic, Feature, Lesson, Logits, Match, Preset, Weights};
 use crate::error::{Error, Result};
 use crate::nn::Config;
 use crate::nn::config::Size;
@@ -202,6 +202,14 @@ impl Distil {
             let other = if m.tutor == 0 { &own } else { &student };
             let checked = if m.tutor == 0 { *m } else { Match { teacher: m.student, ..*m } };
             checked.taps(other, &student).map_err(|e| named(&format!("matches[{index}]"), e))?;
+            let [heads, inner] = [student.blocks[0].heads, student.blocks[0].heads * student.blocks[0].head_size];
+            let apart = heads != own.blocks[0].heads && m.tutor == 0;
+            let whole = m.heads > 0 && inner.is_multiple_of(m.heads);
+            let of_heads = m.feature != Feature::Hidden && (m.feature == Feature::Attention || !whole);
+            if apart && of_heads {
+                let allowed = "hidden, or query, key and value with heads that every block can be split into: the student has other heads than its teacher";
+                return refuse(&format!("{key}.matches[{index}].feature"), format!("{:?}", m.feature), allowed);
+            }
         }
         if let Some(dynamic) = &lesson.dynamic {
             dynamic.numbers(&own).map_err(|e| named("dynamic", e))?;

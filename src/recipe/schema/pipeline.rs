@@ -49,6 +49,17 @@ impl Replicas {
     }
 }
 
+/// The way of a tensor from stage to stage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Messages {
+    /// Through the hosts, under a checksum; between any devices.
+    #[default]
+    Host,
+    /// From GPU to GPU by NCCL; each worker needs a GPU of its own.
+    Nccl,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Pipeline {
@@ -65,6 +76,9 @@ pub struct Pipeline {
     /// Devices of the workers, by their command-line names; empty: shares of the run's own device.
     #[serde(default)]
     pub devices: Vec<String>,
+    /// How tensors go from stage to stage.
+    #[serde(default)]
+    pub messages: Messages,
     /// Keep the inputs of stages only and run them again in backward.
     #[serde(default)]
     pub recompute: bool,
@@ -140,6 +154,17 @@ impl Pipeline {
             Stages::Auto(_) => (1, self.replicas.of(1) == [1]),
         };
         let counts = self.replicas.of(stages);
+        if matches!(self.stages, Stages::Count(_)) && counts == [1] && !self.devices.is_empty() {
+            let allowed = "devices of at least 2 workers; --device names the one of a single stage";
+            return refuse("devices", format!("{:?} with 1 stage", self.devices), allowed);
+        }
+        if self.teacher && layers < stages {
+            return refuse(
+                "teacher",
+                format!("true with {stages} stages"),
+                "a stage for each of the teacher's blocks at most",
+            );
+        }
         if !fixed || counts.len() != stages || counts.iter().any(|r| !(1..=MAX_STAGES).contains(r)) {
             let value = match &self.replicas {
                 Replicas::All(count) => count.to_string(),

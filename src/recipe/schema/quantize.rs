@@ -249,6 +249,10 @@ impl Quantize {
                 format!("a divisor of the inputs of every linear, {width} of some"),
             );
         }
+        if recipe.pipeline.is_some() && self.schedule.is_some() {
+            let allowed = "absent with [pipeline]: validation would not know the stages' bits";
+            return refuse("quantize.schedule", "a schedule of bits", allowed);
+        }
         if recipe.pipeline.is_some() && self.observer() == Observer::MovingAverage && self.method == Method::Qat {
             let allowed = "another one with [pipeline]: a stage's replicas would follow different inputs";
             return refuse("quantize.observer", "moving_average", allowed);

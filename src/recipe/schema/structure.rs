@@ -219,11 +219,7 @@ impl Structure {
             let allowed = "heads, ffn and vocabulary for model.family t5: its stacks keep their depth and widths";
             return refuse("structure", value, allowed);
         }
-        if layers == 0
-            || layers > m.layers
-            || head_size == 0
-            || head_size > m.head_size
-            || !head_size.is_multiple_of(4)
+        if layers == 0 || layers > m.layers || head_size == 0 || head_size > m.head_size || !head_size.is_multiple_of(4)
         {
             let allowed = format!("layers 1 to {}, head_size a multiple of 4 up to {}", m.layers, m.head_size);
             return refuse("structure", format!("layers {layers}, head_size {head_size}"), allowed);
@@ -339,8 +335,9 @@ impl Structure {
         if let Some(l0) = &self.l0 {
             return Size { heads: 1, ffn_width: l0.multiple_of, ..pruned };
         }
-        let heads = if self.heads.is_some_and(|h| !h.even) { 1 } else { pruned.heads };
-        let ffn_width = self.ffn.filter(|ffn| !ffn.even).map_or(pruned.ffn_width, |ffn| ffn.multiple_of);
+        let heads = if self.heads.is_some_and(|h| !h.even && h.keep < m.heads) { 1 } else { pruned.heads };
+        let ffn_width =
+            self.ffn.filter(|ffn| !ffn.even && ffn.keep < m.ffn_width).map_or(pruned.ffn_width, |ffn| ffn.multiple_of);
         Size { heads, ffn_width, ..pruned }
     }
 }

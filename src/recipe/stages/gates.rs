@@ -56,7 +56,7 @@ fn learned(
     let mut outcome =
         recover_with(context, (model, student.state.clone()), taught, cache, SALT, vec![Box::new(cofi)])?;
     let small = result.get().ok_or_else(|| Error::file("gates", "result", "the training ended without one"))?;
-    outcome.state = super::structure::followed(&student.state, &small.keep);
+    outcome.state = super::structure::followed(&student.state, &outcome.model, &small.keep)?;
     let note = super::structure::note(&small.blocks(), &outcome.model, &student.model);
     outcome.notes.push(format!("{note}; {:.1} % of the cost stays", 100.0 * small.share));
     Ok(outcome)

@@ -14,6 +14,8 @@ use crate::rng::Stream;
 use crate::train::lifecycle::Invariant;
 
 pub fn run(flow: &mut Flow, settings: &Structure, student: &Student, cache: &TeacherCache) -> Result<Student> {
+    // Blocks are numbered anew and weights are cut: masks are held by their own counts.
+    flow.forget();
     if let Some(l0) = &settings.l0 {
         let small = super::gates::run(flow, settings, l0, student, cache)?;
         let parts = [&small.fingerprint, &text(settings)?, "structure"];
@@ -60,7 +62,8 @@ fn declared(context: &Context, model: &Model, settings: &Structure, before: &Mod
         state(
             format!("{} heads in each attention on average, at least {}", heads.keep, heads.floor),
             format!("{counts:?}"),
-            even && counts.iter().sum::<usize>() == heads.keep * counts.len() && counts.iter().all(|&n| n >= heads.floor),
+            even && counts.iter().sum::<usize>() == heads.keep * counts.len()
+                && counts.iter().all(|&n| n >= heads.floor),
         );
     }
     if let Some(ffn) = &settings.ffn {
@@ -185,16 +188,24 @@ pub(super) fn note(blocks: &[usize], model: &Model, before: &Model) -> String {
 
 /// The smaller model and what of the promises holds on it: channels count as the teacher's, blocks are numbered anew.
 fn pruned((model, state): &(Model, State), keep: &Keep) -> Result<(Model, State)> {
-    Ok((prune(model, keep)?, followed(state, keep)))
+    let pruned = prune(model, keep)?;
+    let state = followed(state, &pruned, keep)?;
+    Ok((pruned, state))
 }
 
 /// What of the promises holds on a model that is pruned so.
-pub(super) fn followed(state: &State, keep: &Keep) -> State {
+pub(super) fn followed(state: &State, pruned: &Model, keep: &Keep) -> Result<State> {
     let renamed = state.renamed(|name| {
         let (block, part) = name.strip_prefix("blocks.")?.split_once('.')?;
         let place = keep.blocks.iter().position(|kept| kept.index.to_string() == block)?;
         Some(format!("blocks.{place}.{part}"))
     });
     let kept = keep.channels.iter().map(|&c| state.kept[c]).collect();
-    State { kept, ..renamed }
+    // Masks go with the weights; their zeros are counted anew.
+    let mut sparse = renamed.sparse;
+    sparse.retain(|name, _| pruned.tensors.contains_key(name));
+    for (name, zeros) in &mut sparse {
+        *zeros = pruned.values(name)?.iter().filter(|w| **w == 0.0).count();
+    }
+    Ok(State { kept, sparse, ..renamed })
 }

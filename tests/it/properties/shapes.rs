@@ -93,11 +93,7 @@ fn removed_neurons_are_zeroed_ones() {
             neurons.sort_unstable();
             let name = format!("blocks.{i}.ffn.out.weight");
             let mut values = teacher.values(&name).unwrap();
-            values
-                .iter_mut()
-                .enumerate()
-                .filter(|(j, _)| !neurons.contains(&(j % n)))
-                .for_each(|(_, w)| *w = 0.0);
+            values.iter_mut().enumerate().filter(|(j, _)| !neurons.contains(&(j % n))).for_each(|(_, w)| *w = 0.0);
             let dims = teacher.get(&name).unwrap().dims().to_vec();
             zeroed.tensors.insert(name, Tensor::from_slice(&draw.device, &dims, &values).unwrap());
         }

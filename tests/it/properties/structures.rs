@@ -124,7 +124,8 @@ fn chosen_units_are_exactly_so_many_in_whole_tiles_above_the_floor() {
             let gone = (0..scores.len()).filter(|u| !units.contains(u));
             for gone in gone {
                 // Within a site the better unit stays, among equals the lower one.
-                let beats = |&kept: &usize| scores[kept] > scores[gone] || (scores[kept] == scores[gone] && kept < gone);
+                let beats =
+                    |&kept: &usize| scores[kept] > scores[gone] || (scores[kept] == scores[gone] && kept < gone);
                 assert!(units.iter().all(beats));
             }
         }
@@ -163,7 +164,8 @@ fn shrunk_models_have_the_declared_sizes() {
     holds("shrunk models", |draw| {
         let whole = any(draw);
         let least = |kind| Site::of(&whole.config, kind).iter().map(|site| site.units).min().unwrap();
-        let heads: Heads = toml::from_str(&format!("keep = {}\nscore = \"random\"", draw.size(least(Kind::Heads)))).unwrap();
+        let heads: Heads =
+            toml::from_str(&format!("keep = {}\nscore = \"random\"", draw.size(least(Kind::Heads)))).unwrap();
         let tiles = draw.size(least(Kind::Neurons) / 4);
         let even = draw.below(2) == 0;
         let text = format!("keep = {}\nfloor = 4\nmultiple_of = 4\nscore = \"random\"\neven = {even}", 4 * tiles);
