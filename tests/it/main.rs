@@ -9,6 +9,7 @@ mod device;
 mod distillation;
 mod encoder;
 mod gates;
+mod faults;
 mod graphs;
 mod import;
 mod importance;

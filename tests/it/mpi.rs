@@ -17,9 +17,10 @@ use espalier::pipeline::words::Described;
 use espalier::pipeline::{Kind, Work, mpi, rank};
 use espalier::recipe::Recipe;
 
+use crate::faults::{places, word};
 use crate::model::cpu;
 use crate::run_folder::teacher;
-use crate::stages::{SIZE, STEPS, VOCABULARY, micros, places, setup, word};
+use crate::stages::{SIZE, STEPS, VOCABULARY, micros, setup};
 use crate::training::tiny;
 
 const RANKS: usize = 4;

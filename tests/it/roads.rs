@@ -14,8 +14,9 @@ use espalier::pipeline::fault::{Injection, Planted};
 use espalier::pipeline::{Kind, Work};
 use espalier::{Error, Result};
 
+use crate::faults::{places, word};
 use crate::model::cpu;
-use crate::stages::{self, SIZE, STEPS, VOCABULARY, places, word};
+use crate::stages::{self, SIZE, STEPS, VOCABULARY};
 
 #[derive(Default)]
 struct Way {

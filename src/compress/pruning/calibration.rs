@@ -4,13 +4,12 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
+use crate::compress::inputs::{self, Seen};
 use crate::dispatch;
 use crate::error::{Error, Result};
-use crate::nn::{Batch, Model, OutputHook, Pass, States};
-use crate::ops::layout::GatherRows;
+use crate::nn::{Batch, Model};
 use crate::ops::matmul::Matmul;
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
-use crate::tape::Var;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::Micro;
 
@@ -37,97 +36,53 @@ pub struct Sums {
 /// Sums of the linears of one block, by name.
 pub type BlockSums = BTreeMap<String, Sums>;
 
-struct Recorder<'m> {
-    model: &'m Model,
-    statistic: Statistic,
-    /// Rows of the flattened batch that hold tokens, u32; `None`: all.
-    valid: Option<Tensor>,
-    /// Valid tokens of each sequence.
-    lengths: Vec<usize>,
-    sums: RefCell<BlockSums>,
-}
-
 fn add(into: &mut Vec<f64>, values: &[f64]) {
     into.resize(values.len(), 0.0);
     into.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
 }
 
-impl Recorder<'_> {
-    fn record(&self, linear: &str, x: &Tensor, weight: &Tensor) -> Result<()> {
-        let tokens: usize = self.lengths.iter().sum();
-        let mut rows = x.reshape(&[x.shape().rows(), x.shape().last()])?;
-        if let Some(valid) = self.valid.as_ref().filter(|_| x.dims().len() > 2) {
-            rows = dispatch::run_one(&GatherRows, &[&rows, valid])?;
+/// Adds what a linear has seen to its sums.
+fn record(model: &Model, statistic: Statistic, seen: &Seen, sums: &mut BlockSums) -> Result<()> {
+    let Seen { linear, rows, weight, lengths } = *seen;
+    let sums = sums.entry(linear.to_string()).or_default();
+    sums.rows += rows.shape().rows();
+    match statistic {
+        Statistic::Squares => {
+            let op = Reduce { function: ReduceFunction::SumSquares, axis: Axis::Rows };
+            add(&mut sums.inputs, &dispatch::run_one(&op, &[rows])?.to_f64()?);
         }
-        if rows.count() == 0 {
-            return Ok(());
+        Statistic::Gram => {
+            add(&mut sums.inputs, &dispatch::run_one(&Matmul::plain(true, false), &[rows, rows])?.to_f64()?);
         }
-        let mut sums = self.sums.borrow_mut();
-        let sums = sums.entry(linear.to_string()).or_default();
-        sums.rows += rows.shape().rows();
-        match self.statistic {
-            Statistic::Squares => {
-                let op = Reduce { function: ReduceFunction::SumSquares, axis: Axis::Rows };
-                add(&mut sums.inputs, &dispatch::run_one(&op, &[&rows])?.to_f64()?);
+        Statistic::MeanActivation => {
+            let tokens: usize = lengths.iter().sum();
+            if rows.shape().rows() != tokens {
+                let got = format!("{} rows of {linear} for {tokens} tokens", rows.shape().rows());
+                return Err(Error::Shape { op: "activation", rule: "one row per token: no experts", got });
             }
-            Statistic::Gram => {
-                add(&mut sums.inputs, &dispatch::run_one(&Matmul::plain(true, false), &[&rows, &rows])?.to_f64()?);
-            }
-            Statistic::MeanActivation => {
-                if rows.shape().rows() != tokens {
-                    let got = format!("{} rows of {linear} for {tokens} tokens", rows.shape().rows());
-                    return Err(Error::Shape { op: "activation", rule: "one row per token: no experts", got });
-                }
-                add(&mut sums.inputs, &self.mean_activation(&rows)?);
-                let outputs = match self.model.tensors.get(&format!("{linear}.bias")) {
-                    Some(bias) => dispatch::run_one(&Matmul::linear_bias(), &[&rows, weight, bias])?,
-                    None => dispatch::run_one(&Matmul::linear(), &[&rows, weight])?,
-                };
-                add(&mut sums.outputs, &self.mean_activation(&outputs)?);
-            }
+            add(&mut sums.inputs, &mean_activation(rows, lengths)?);
+            let outputs = match model.tensors.get(&format!("{linear}.bias")) {
+                Some(bias) => dispatch::run_one(&Matmul::linear_bias(), &[rows, weight, bias])?,
+                None => dispatch::run_one(&Matmul::linear(), &[rows, weight])?,
+            };
+            add(&mut sums.outputs, &mean_activation(&outputs, lengths)?);
         }
-        Ok(())
     }
-
-    /// Of rows that hold tokens only, sequence by sequence.
-    fn mean_activation(&self, rows: &Tensor) -> Result<Vec<f64>> {
-        let (values, columns) = (rows.to_f64()?, rows.shape().last());
-        let (mut sums, mut rest) = (vec![0.0; columns], &values[..]);
-        for &length in self.lengths.iter().filter(|&&length| length > 0) {
-            let (sequence, others) = rest.split_at(length * columns);
-            let mut means = vec![0.0; columns];
-            sequence.chunks(columns).for_each(|row| means.iter_mut().zip(row).for_each(|(m, x)| *m += x.abs()));
-            sums.iter_mut().zip(&means).for_each(|(sum, mean)| *sum += (mean / length as f64).powi(2));
-            rest = others;
-        }
-        Ok(sums)
-    }
+    Ok(())
 }
 
-impl OutputHook for Recorder<'_> {
-    fn on_output(&self, _: &mut Pass, linear: &str, x: Var, weight: Var) -> Result<(Var, Var)> {
-        // Routers read a block's input too, but are not pruned.
-        if !linear.contains(".router.") {
-            self.record(linear, &x.tensor, &weight.tensor)?;
-        }
-        Ok((x, weight))
+/// Of rows that hold tokens only, sequence by sequence.
+fn mean_activation(rows: &Tensor, lengths: &[usize]) -> Result<Vec<f64>> {
+    let (values, columns) = (rows.to_f64()?, rows.shape().last());
+    let (mut sums, mut rest) = (vec![0.0; columns], &values[..]);
+    for &length in lengths.iter().filter(|&&length| length > 0) {
+        let (sequence, others) = rest.split_at(length * columns);
+        let mut means = vec![0.0; columns];
+        sequence.chunks(columns).for_each(|row| means.iter_mut().zip(row).for_each(|(m, x)| *m += x.abs()));
+        sums.iter_mut().zip(&means).for_each(|(sum, mean)| *sum += (mean / length as f64).powi(2));
+        rest = others;
     }
-}
-
-/// Sequence lengths of a batch `[B, T]`, and where its tokens lie among the B T rows when some rows are padding.
-fn tokens(batch: &Batch) -> Result<(Vec<usize>, Option<Tensor>)> {
-    let (b, t) = (batch.tokens.dims()[0], batch.tokens.dims()[1]);
-    let Some(lengths) = &batch.lengths else {
-        return Ok((vec![t; b], None));
-    };
-    let lengths: Vec<usize> = lengths.to_vec::<u32>()?.iter().map(|&length| (length as usize).min(t)).collect();
-    if lengths.iter().all(|&length| length == t) {
-        return Ok((lengths, None));
-    }
-    let rows = lengths.iter().enumerate().flat_map(|(i, &length)| (0..length).map(move |j| (i * t + j) as u32));
-    let rows: Vec<u32> = rows.collect();
-    let valid = Tensor::from_slice(batch.tokens.device(), &[rows.len()], &rows)?;
-    Ok((lengths, Some(valid)))
+    Ok(sums)
 }
 
 /// Takes `statistic` of every linear of one block after the other; `each` may change the block's weights in place (their
@@ -141,32 +96,8 @@ pub fn walk(
     statistic: Statistic,
     each: &mut dyn FnMut(BlockSums) -> Result<()>,
 ) -> Result<()> {
-    if micros.is_empty() {
-        let (key, value) = ("calibration_batches".into(), "0".into());
-        return Err(Error::Recipe {
-            key,
-            value,
-            allowed: "at least 1 for a criterion that looks at activations".into(),
-        });
-    }
-    let mut entered = Vec::with_capacity(micros.len());
-    for micro in micros {
-        entered.push(Pass::inference(model).enter(&micro.batch)?);
-    }
-    for block in 0..model.config.blocks.len() {
-        let mut sums = BlockSums::new();
-        for (micro, states) in micros.iter().zip(&entered) {
-            let (lengths, valid) = tokens(&micro.batch)?;
-            let recorder = Recorder { model, statistic, valid, lengths, sums: RefCell::new(sums) };
-            let states = States { normed: states.normed.clone(), residual: states.residual.clone() };
-            Pass::inference(model).hooks([&recorder as &dyn OutputHook]).pass_block(block, states, &micro.batch)?;
-            sums = recorder.sums.into_inner();
-        }
-        each(sums)?;
-        for (micro, states) in micros.iter().zip(&mut entered) {
-            let before = States { normed: states.normed.clone(), residual: states.residual.clone() };
-            *states = Pass::inference(model).pass_block(block, before, &micro.batch)?;
-        }
-    }
-    Ok(())
+    let batches: Vec<Batch> = micros.iter().map(|micro| micro.batch.clone()).collect();
+    let sums = RefCell::new(BlockSums::new());
+    let mut visit = |seen: &Seen| record(model, statistic, seen, &mut sums.borrow_mut());
+    inputs::walk(model, &batches, &mut visit, &mut |_| each(sums.take()))
 }

@@ -3,15 +3,15 @@
 
 use std::collections::BTreeMap;
 
-use faer::linalg::solvers::DenseSolveCore;
-use faer::{Mat, Side};
 use rayon::prelude::*;
 
 use super::calibration::{Statistic, walk};
 use super::pattern::{Pattern, matrix_dims};
 use super::pruner::{Criterion, Work};
 use super::selection::{Scope, pruned};
+use crate::compress::curvature::inverse_factor;
 use crate::error::{Error, Result};
+use crate::ops::quant::{Grid, Scheme};
 use crate::tensor::Tensor;
 use crate::train::lifecycle::Micro;
 
@@ -59,7 +59,8 @@ pub struct Pruned {
     pub scales: Vec<f64>,
 }
 
-/// Prunes w `[n, k]`, of which `before` is kept so far, for inputs with H = 2/rows X^T X, `gram` being X^T X `[k, k]`.
+/// Prunes w `[n, k]`, of which `before` is kept so far, for inputs whose X^T X `[k, k]` is `gram`; a factor before it
+/// changes nothing.
 ///
 /// # Errors
 /// `Error::Parameter` for settings out of range and where the damped H is not positive definite.
@@ -67,17 +68,26 @@ pub fn prune(
     [n, k]: [usize; 2],
     weights: &[f64],
     before: &[bool],
-    (gram, rows): (&[f64], usize),
+    gram: &[f64],
     target: Target,
     settings: &Settings,
 ) -> Result<Pruned> {
-    let upper = factor(k, gram, rows, settings)?;
+    let refuse =
+        |parameter, value: String, allowed| Err(Error::Parameter { op: "SparseGPT", parameter, value, allowed });
+    if settings.block == 0 || !settings.block.is_multiple_of(4) {
+        return refuse("block", settings.block.to_string(), "a multiple of 4 columns");
+    }
+    if let Some(bits) = settings.bits.filter(|bits| !(2..=8).contains(bits)) {
+        return refuse("bits", bits.to_string(), "2 to 8");
+    }
+    let upper = inverse_factor("SparseGPT", gram, k, settings.damping)?;
     let dead = |j: usize| gram[j * k + j] == 0.0;
     let mut w = weights.to_vec();
     w.iter_mut().enumerate().filter(|(i, _)| dead(i % k)).for_each(|(_, w)| *w = 0.0);
-    let levels = settings.bits.map_or(0.0, |bits| f64::from((1u32 << (bits - 1)) - 1));
-    let scale = |row: &[f64]| row.iter().fold(0.0f64, |most, w| most.max(w.abs())) / levels;
-    let scales: Vec<f64> = if levels > 0.0 { w.chunks(k).map(scale).collect() } else { Vec::new() };
+    let largest = |row: &[f64]| row.iter().fold(0.0f64, |most, w| most.max(w.abs()));
+    let grid_of =
+        |bits: u32| w.chunks(k).map(|row| Grid::symmetric(Scheme::SymmetricNarrow, bits, largest(row))).collect();
+    let grids: Vec<Grid> = settings.bits.map_or_else(Vec::new, grid_of);
     let mut kept = vec![true; n * k];
     for start in (0..k).step_by(settings.block) {
         let end = (start + settings.block).min(k);
@@ -86,19 +96,13 @@ pub fn prune(
         }
         // Rows are independent once it is known which of their weights go.
         w.par_chunks_mut(k).zip(kept.par_chunks_mut(k)).enumerate().for_each(|(row, (w, kept))| {
-            let step = scales.get(row).copied().unwrap_or(0.0);
+            let grid = grids.get(row);
             let mut errors = vec![0.0; end - start];
             for j in start..end {
                 if target.pattern == Pattern::TwoFour && j % 4 == 0 {
                     best_pair(&w[j..j + 4], &mut kept[j..j + 4], |i| upper[(j + i) * k + j + i]);
                 }
-                let to = if !kept[j] {
-                    0.0
-                } else if step > 0.0 {
-                    (w[j] / step).round_ties_even().clamp(-levels, levels) * step
-                } else {
-                    w[j]
-                };
+                let to = if kept[j] { grid.map_or(w[j], |grid| f64::from(grid.value(w[j]))) } else { 0.0 };
                 let error = (w[j] - to) / upper[j * k + j];
                 w[j] = to;
                 for l in j + 1..end {
@@ -114,34 +118,8 @@ pub fn prune(
             }
         });
     }
+    let scales = grids.iter().map(|grid| f64::from(grid.scale)).collect();
     Ok(Pruned { weights: w, kept, scales })
-}
-
-/// U with H^-1 = U^T U, upper triangular `[k, k]`, of the damped H.
-fn factor(k: usize, gram: &[f64], rows: usize, settings: &Settings) -> Result<Vec<f64>> {
-    let refuse =
-        |parameter, value: String, allowed| Err(Error::Parameter { op: "SparseGPT", parameter, value, allowed });
-    if !(settings.damping.is_finite() && settings.damping >= 0.0) {
-        return refuse("damping", settings.damping.to_string(), "a finite number, not negative");
-    }
-    if settings.block == 0 || !settings.block.is_multiple_of(4) {
-        return refuse("block", settings.block.to_string(), "a multiple of 4 columns");
-    }
-    if let Some(bits) = settings.bits.filter(|bits| !(2..=8).contains(bits)) {
-        return refuse("bits", bits.to_string(), "2 to 8");
-    }
-    let scale = 2.0 / rows.max(1) as f64;
-    let diagonal = |j: usize| if gram[j * k + j] == 0.0 { 1.0 } else { scale * gram[j * k + j] };
-    let damp = settings.damping * (0..k).map(diagonal).sum::<f64>() / k.max(1) as f64;
-    let h = Mat::from_fn(k, k, |i, j| if i == j { diagonal(i) + damp } else { scale * gram[i * k + j] });
-    let indefinite = || {
-        let value = format!("{}: the second moments of {k} inputs are not positive definite", settings.damping);
-        Error::Parameter { op: "SparseGPT", parameter: "damping", value, allowed: "larger, such as 0.05" }
-    };
-    let inverse = h.llt(Side::Lower).map_err(|_| indefinite())?.inverse();
-    let factor = inverse.llt(Side::Lower).map_err(|_| indefinite())?;
-    let lower = factor.L();
-    Ok((0..k * k).map(|i| if i % k >= i / k { lower[(i % k, i / k)] } else { 0.0 }).collect())
 }
 
 /// The smallest w^2 / U_jj^2 of columns `start .. end` go; what went before goes first. Counts over blocks add up to the
@@ -205,7 +183,7 @@ impl Criterion for SparseGpt {
                 }
                 let before: Vec<bool> = work.units[index].to_vec::<f32>()?.iter().map(|&kept| kept != 0.0).collect();
                 let dims = matrix_dims(&matrix);
-                let done = prune(dims, &matrix.to_f64()?, &before, (&sums.inputs, sums.rows), target, settings)?;
+                let done = prune(dims, &matrix.to_f64()?, &before, &sums.inputs, target, settings)?;
                 matrix.assign(&Tensor::from_f64(matrix.device(), &dims, matrix.dtype(), &done.weights)?)?;
                 let units: Vec<f32> = done.kept.iter().map(|&kept| f32::from(u8::from(kept))).collect();
                 found.insert(index, Tensor::from_slice(matrix.device(), &dims, &units)?);

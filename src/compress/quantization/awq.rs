@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 
+use super::STEP;
 use super::format::Format;
 use super::gptq::Grams;
 use super::smooth::{Site, apply, sites};
-use super::{STEP, inputs};
+use crate::compress::inputs;
 use crate::dispatch;
 use crate::error::Result;
 use crate::nn::{Batch, Model};
@@ -90,14 +91,14 @@ pub fn quantize(model: &mut Model, linears: &[String], format: &Format, batches:
     format.check_model(model, linears)?;
     let mut means: BTreeMap<String, (Vec<f64>, usize)> = BTreeMap::new();
     let mut grams = Grams::default();
-    inputs::pass(model, batches, &mut |linear, rows| {
-        let k = rows.shape().last();
-        let (sums, count) = means.entry(linear.to_string()).or_insert_with(|| (vec![0.0; k], 0));
-        for row in rows.to_f64()?.chunks(k) {
+    inputs::pass(model, batches, &mut |seen| {
+        let k = seen.rows.shape().last();
+        let (sums, count) = means.entry(seen.linear.to_string()).or_insert_with(|| (vec![0.0; k], 0));
+        for row in seen.rows.to_f64()?.chunks(k) {
             sums.iter_mut().zip(row).for_each(|(s, x)| *s += x.abs());
             *count += 1;
         }
-        grams.add(linear, rows)
+        grams.add(seen)
     })?;
     for i in 0..model.config.blocks.len() {
         let mut scaled: Vec<(Site, Vec<f64>)> = Vec::new();

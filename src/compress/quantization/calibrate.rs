@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::INPUT_STEP;
 use super::format::INPUT_BITS;
-use super::{INPUT_STEP, inputs};
+use crate::compress::inputs;
 use crate::error::{Error, Result};
 use crate::nn::{Batch, Model};
 use crate::ops::quant::{Grid, Scheme};
@@ -185,8 +186,8 @@ impl Observed {
 /// Gives every linear the step of its input, found on calibration data.
 pub fn input_steps(model: &mut Model, linears: &[String], batches: &[Batch], calibrator: Calibrator) -> Result<()> {
     let mut observed: BTreeMap<String, Observed> = BTreeMap::new();
-    inputs::pass(model, batches, &mut |linear, rows| {
-        observed.entry(linear.to_string()).or_default().add(linear, &rows.to_f64()?)
+    inputs::pass(model, batches, &mut |seen| {
+        observed.entry(seen.linear.to_string()).or_default().add(seen.linear, &seen.rows.to_f64()?)
     })?;
     for linear in linears {
         let range = observed.get(linear).map_or(0.0, |o| o.range(calibrator, INPUT_BITS));

@@ -3,8 +3,10 @@
 
 use std::collections::BTreeMap;
 
+use super::STEP;
 use super::format::{Format, Levels};
-use super::{STEP, inputs};
+use crate::compress::curvature::inverse_factor;
+use crate::compress::inputs::{self, Seen};
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::nn::{Batch, Config, Model};
@@ -14,56 +16,6 @@ use crate::tensor::Tensor;
 
 /// Share of the curvature's mean diagonal that is added to all of it.
 pub const DAMPING: f64 = 0.01;
-
-/// The upper factor U with U^T U = (H + damping mean(diag H) I)^-1, row-major `[k, k]`; a column that saw no input has
-/// curvature 1 (section 3.3 there).
-///
-/// With H = R R^T for an upper R (Cholesky from the last row up), U is the inverse of R transposed twice: U = R^-1 has
-/// U^T U = (R R^T)^-1.
-///
-/// # Errors
-/// `Parameter` for a curvature that is not positive definite or not finite.
-pub fn inverse_factor(gram: &[f64], k: usize, damping: f64) -> Result<Vec<f64>> {
-    let mut h = gram.to_vec();
-    for j in (0..k).filter(|j| gram[j * k + j] == 0.0) {
-        h[j * k + j] = 1.0;
-    }
-    let mean = (0..k).map(|j| h[j * k + j]).sum::<f64>() / k.max(1) as f64;
-    for j in 0..k {
-        h[j * k + j] += damping * mean;
-    }
-    // R in place of H's upper triangle, from the last column to the first.
-    for j in (0..k).rev() {
-        let pivot = h[j * k + j] - (j + 1..k).map(|m| h[j * k + m].powi(2)).sum::<f64>();
-        if !(pivot > 0.0 && pivot.is_finite()) {
-            let (parameter, value) = ("calibration", format!("pivot {pivot:e} in column {j} of {k}"));
-            let allowed = "inputs whose curvature is positive definite; more damping makes it so";
-            return Err(Error::Parameter { op: "gptq", parameter, value, allowed });
-        }
-        let root = pivot.sqrt();
-        h[j * k + j] = root;
-        for i in 0..j {
-            let (row_i, row_j) = (&h[i * k + j + 1..(i + 1) * k], &h[j * k + j + 1..(j + 1) * k]);
-            let sum: f64 = row_i.iter().zip(row_j).map(|(a, b)| a * b).sum();
-            h[i * k + j] = (h[i * k + j] - sum) / root;
-        }
-    }
-    // U = R^-1 by rows from the last: U R = I.
-    let mut u = vec![0.0; k * k];
-    for i in (0..k).rev() {
-        let pivot = h[i * k + i];
-        u[i * k + i] = 1.0 / pivot;
-        for m in i + 1..k {
-            let factor = h[i * k + m];
-            if factor != 0.0 {
-                let (head, tail) = u.split_at_mut(m * k);
-                let (row, below) = (&mut head[i * k + m..(i + 1) * k], &tail[m..k]);
-                row.iter_mut().zip(below).for_each(|(a, b)| *a -= factor / pivot * b);
-            }
-        }
-    }
-    Ok(u)
-}
 
 /// Rounds one row of weights in order, spreading each column's error over the later ones, and gives the steps of its groups.
 /// Weights that are 0 stay 0, whatever reaches them. `u` is the factor of [`inverse_factor`].
@@ -91,7 +43,7 @@ pub fn round_row(row: &mut [f64], u: &[f64], format: &Format) -> Vec<f32> {
 
 /// Rounds `weight [n, k]` to its format by the Gram matrix `[k, k]` of its inputs; gives weights on their grid, and steps.
 pub fn round(weight: &[f64], gram: &[f64], k: usize, format: &Format, damping: f64) -> Result<(Vec<f64>, Vec<f32>)> {
-    let u = inverse_factor(gram, k, damping)?;
+    let u = inverse_factor("gptq", gram, k, damping)?;
     let (mut rounded, mut steps) = (weight.to_vec(), Vec::new());
     for row in rounded.chunks_mut(k) {
         // Inputs that never came decide nothing, and their weights are taken out.
@@ -106,12 +58,12 @@ pub fn round(weight: &[f64], gram: &[f64], k: usize, format: &Format, damping: f
 pub struct Grams(BTreeMap<String, Vec<f64>>);
 
 impl Grams {
-    pub fn add(&mut self, linear: &str, rows: &Tensor) -> Result<()> {
-        let gram = dispatch::run_one(&Matmul::plain(true, false), &[rows, rows])?.to_f64()?;
-        match self.0.get_mut(linear) {
+    pub fn add(&mut self, seen: &Seen) -> Result<()> {
+        let gram = dispatch::run_one(&Matmul::plain(true, false), &[seen.rows, seen.rows])?.to_f64()?;
+        match self.0.get_mut(seen.linear) {
             Some(sum) => sum.iter_mut().zip(gram).for_each(|(sum, g)| *sum += g),
             None => {
-                self.0.insert(linear.to_string(), gram);
+                self.0.insert(seen.linear.to_string(), gram);
             }
         }
         Ok(())
@@ -140,7 +92,7 @@ pub fn quantize(model: &mut Model, linears: &[String], format: &Format, batches:
     let grams = std::cell::RefCell::new(Grams::default());
     let mut found: Vec<(String, Tensor)> = Vec::new();
     let here: &Model = model;
-    inputs::walk(here, batches, &mut |linear, rows| grams.borrow_mut().add(linear, rows), &mut |block| {
+    inputs::walk(here, batches, &mut |seen| grams.borrow_mut().add(seen), &mut |block| {
         let mut grams = grams.borrow_mut();
         for linear in Config::linears(block).iter().filter(|l| linears.contains(l)) {
             let weight = here.get(&format!("{linear}.weight"))?;
@@ -182,7 +134,7 @@ mod tests {
     fn the_factor_squares_to_the_inverse() {
         let k = 17;
         let (_, h) = gram(k, 40, 1);
-        let u = inverse_factor(&h, k, 0.0).unwrap();
+        let u = inverse_factor("gptq", &h, k, 0.0).unwrap();
         // U H^.. : (U^T U) H = I.
         for i in 0..k {
             for j in 0..k {
@@ -204,7 +156,7 @@ mod tests {
         let mut stream = Stream::new(5, 0);
         let row: Vec<f64> = (0..k).map(|_| stream.normal()).collect();
         let mut fast = row.clone();
-        let steps = round_row(&mut fast, &inverse_factor(&h, k, 0.0).unwrap(), &format);
+        let steps = round_row(&mut fast, &inverse_factor("gptq", &h, k, 0.0).unwrap(), &format);
         let largest = row.iter().fold(0.0f64, |m, w| m.max(w.abs()));
         let grid = Grid::symmetric(format.scheme(), 3, largest);
         assert_eq!(steps, [grid.scale]);
@@ -212,7 +164,7 @@ mod tests {
         for j in 0..k {
             let left = k - j;
             let rest: Vec<f64> = (0..left * left).map(|i| h[(j + i / left) * k + j + i % left]).collect();
-            let u = inverse_factor(&rest, left, 0.0).unwrap();
+            let u = inverse_factor("gptq", &rest, left, 0.0).unwrap();
             let inverse = |b: usize| (0..left).map(|m| u[m * left] * u[m * left + b]).sum::<f64>();
             let error = (slow[j] - f64::from(grid.value(slow[j]))) / inverse(0);
             for b in 0..left {
@@ -272,7 +224,7 @@ mod tests {
         let (rounded, steps) = round(&[1.0, 2.0], &[0.0; 4], 2, &format, DAMPING).unwrap();
         assert_eq!((rounded, steps), (vec![0.0, 0.0], vec![1.0]));
         for bad in [[1.0, 2.0, 2.0, 1.0], [f64::NAN, 0.0, 0.0, 1.0], [-1.0, 0.0, 0.0, 1.0]] {
-            assert_eq!(inverse_factor(&bad, 2, 0.0).unwrap_err().code(), "E-PARAMETER");
+            assert_eq!(inverse_factor("gptq", &bad, 2, 0.0).unwrap_err().code(), "E-PARAMETER");
         }
     }
 }

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::format::{Activations, Format, INPUT_BITS};
-use super::{INPUT_STEP, STEP, inputs};
+use super::{INPUT_STEP, STEP};
+use crate::compress::inputs;
 use crate::error::Result;
 use crate::nn::{Batch, Model};
 use crate::tensor::Tensor;
@@ -29,9 +30,9 @@ pub fn begin(model: &mut Model, linears: &[String], format: &Format, batches: &[
         return Ok(());
     }
     let mut sums: BTreeMap<String, (f64, usize)> = BTreeMap::new();
-    inputs::pass(model, batches, &mut |linear, rows| {
-        let values = rows.to_f64()?;
-        let (sum, count) = sums.entry(linear.to_string()).or_default();
+    inputs::pass(model, batches, &mut |seen| {
+        let values = seen.rows.to_f64()?;
+        let (sum, count) = sums.entry(seen.linear.to_string()).or_default();
         *sum += values.iter().map(|x| x.abs()).sum::<f64>();
         *count += values.len();
         Ok(())

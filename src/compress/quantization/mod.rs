@@ -11,7 +11,6 @@ pub mod calibrate;
 pub mod data_free;
 pub mod format;
 pub mod gptq;
-pub mod inputs;
 pub mod learned_step;
 pub mod schedule;
 pub mod smooth;

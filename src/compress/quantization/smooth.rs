@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{SMOOTH, inputs};
+use super::SMOOTH;
+use crate::compress::inputs;
 use crate::error::Result;
 use crate::nn::config::{Activation, NormKind, Residual};
 use crate::nn::{Batch, Config, Model};
@@ -132,10 +133,10 @@ pub fn smooth(model: &mut Model, batches: &[Batch], alpha: f64) -> Result<()> {
         return Err(crate::error::Error::Parameter { op: "smooth", parameter, value, allowed: "0 to 1" });
     }
     let mut largest: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    inputs::pass(model, batches, &mut |linear, rows| {
-        let k = rows.shape().last();
-        let largest = largest.entry(linear.to_string()).or_insert_with(|| vec![0.0; k]);
-        for row in rows.to_f64()?.chunks(k) {
+    inputs::pass(model, batches, &mut |seen| {
+        let k = seen.rows.shape().last();
+        let largest = largest.entry(seen.linear.to_string()).or_insert_with(|| vec![0.0; k]);
+        for row in seen.rows.to_f64()?.chunks(k) {
             largest.iter_mut().zip(row).for_each(|(m, x)| *m = m.max(x.abs()));
         }
         Ok(())

@@ -10,10 +10,21 @@ use crate::ops::layout::GatherRows;
 use crate::tape::Var;
 use crate::tensor::Tensor;
 
-/// Called with a linear's name and its input rows `[tokens, k]`, padding left out.
-pub type Visit<'v> = dyn FnMut(&str, &Tensor) -> Result<()> + 'v;
+/// What a linear of a block takes in.
+pub struct Seen<'s> {
+    pub linear: &'s str,
+    /// `[tokens, k]`, padding left out.
+    pub rows: &'s Tensor,
+    /// `[n, k]`; of experts `[E, n, k]`, and then the rows are those of their tokens.
+    pub weight: &'s Tensor,
+    /// Tokens of each sequence of the batch.
+    pub lengths: &'s [usize],
+}
+
+pub type Visit<'v> = dyn FnMut(&Seen) -> Result<()> + 'v;
 
 struct Recorder<'v, 'f> {
+    lengths: Vec<usize>,
     /// Rows of the flattened batch that hold tokens; `None`: all.
     valid: Option<Tensor>,
     visit: RefCell<&'v mut Visit<'f>>,
@@ -21,6 +32,7 @@ struct Recorder<'v, 'f> {
 
 impl OutputHook for Recorder<'_, '_> {
     fn on_output(&self, _: &mut Pass, linear: &str, x: Var, weight: Var) -> Result<(Var, Var)> {
+        // Routers read a block's input too, but are neither pruned nor quantized.
         if !linear.contains(".router.") && linear.starts_with("blocks.") {
             let mut rows = x.tensor.reshape(&[x.tensor.shape().rows(), x.tensor.shape().last()])?;
             // Experts see rows of their own, whose padding is not known any more.
@@ -28,32 +40,33 @@ impl OutputHook for Recorder<'_, '_> {
                 rows = dispatch::run_one(&GatherRows, &[&rows, valid])?;
             }
             if rows.count() > 0 {
-                (self.visit.borrow_mut())(linear, &rows)?;
+                let seen = Seen { linear, rows: &rows, weight: &weight.tensor, lengths: &self.lengths };
+                (self.visit.borrow_mut())(&seen)?;
             }
         }
         Ok((x, weight))
     }
 }
 
-/// Where the tokens of a batch `[B, T]` lie among its rows when some are padding.
-fn valid_rows(batch: &Batch) -> Result<Option<Tensor>> {
-    let (b, t) = (batch.tokens.dims()[0], batch.tokens.dims()[1]);
-    let Some(lengths) = &batch.lengths else {
-        return Ok(None);
-    };
-    let lengths = lengths.to_vec::<u32>()?;
-    let rows = (0..b).flat_map(|i| (0..(lengths[i] as usize).min(t)).map(move |j| (i * t + j) as u32));
-    let rows: Vec<u32> = rows.collect();
-    if rows.len() == b * t {
-        return Ok(None);
+impl<'v, 'f> Recorder<'v, 'f> {
+    fn new(batch: &Batch, visit: &'v mut Visit<'f>) -> Result<Self> {
+        let (b, t) = (batch.tokens.dims()[0], batch.tokens.dims()[1]);
+        let lengths: Vec<usize> = match &batch.lengths {
+            Some(lengths) => lengths.to_vec::<u32>()?.iter().map(|&length| (length as usize).min(t)).collect(),
+            None => vec![t; b],
+        };
+        let rows = lengths.iter().enumerate().flat_map(|(i, &length)| (0..length).map(move |j| (i * t + j) as u32));
+        let rows: Vec<u32> = rows.collect();
+        let padded = rows.len() < b * t;
+        let valid = padded.then(|| Tensor::from_slice(batch.tokens.device(), &[rows.len()], &rows)).transpose()?;
+        Ok(Self { lengths, valid, visit: RefCell::new(visit) })
     }
-    Tensor::from_slice(batch.tokens.device(), &[rows.len()], &rows).map(Some)
 }
 
 fn needs_data(batches: &[Batch]) -> Result<()> {
     if batches.is_empty() {
-        let (parameter, value) = ("calibration", "no batches".into());
-        return Err(Error::Parameter { op: "quantize", parameter, value, allowed: "at least one batch" });
+        let (parameter, value) = ("calibration_batches", "0".into());
+        return Err(Error::Parameter { op: "calibration", parameter, value, allowed: "at least 1" });
     }
     Ok(())
 }
@@ -62,7 +75,7 @@ fn needs_data(batches: &[Batch]) -> Result<()> {
 pub fn pass(model: &Model, batches: &[Batch], visit: &mut Visit) -> Result<()> {
     needs_data(batches)?;
     for batch in batches {
-        let recorder = Recorder { valid: valid_rows(batch)?, visit: RefCell::new(&mut *visit) };
+        let recorder = Recorder::new(batch, visit)?;
         Pass::inference(model).hooks([&recorder as &dyn OutputHook]).hidden(batch)?;
     }
     Ok(())
@@ -84,7 +97,7 @@ pub fn walk(
     let copy = |s: &States| States { normed: s.normed.clone(), residual: s.residual.clone() };
     for block in 0..model.config.blocks.len() {
         for (batch, states) in batches.iter().zip(&entered) {
-            let recorder = Recorder { valid: valid_rows(batch)?, visit: RefCell::new(&mut *visit) };
+            let recorder = Recorder::new(batch, visit)?;
             Pass::inference(model).hooks([&recorder as &dyn OutputHook]).pass_block(block, copy(states), batch)?;
         }
         each(block)?;
