@@ -221,7 +221,8 @@ impl Op for Clamp {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &[Kernel::cpu("clamp_values", &[DType::F32], cpu::clamp), gpu("clamp_values", plan_clamp)];
+        const KERNELS: &[Kernel] =
+            &[Kernel::cpu("clamp_values", &[DType::F32], cpu::clamp), gpu("clamp_values", plan_clamp)];
         KERNELS
     }
 

@@ -243,7 +243,8 @@ impl Recipe {
         for step in self.steps() {
             let distil = match step {
                 Step::Structure => {
-                    (size, width) = self.structure.as_ref().map_or((size, width), |s| (s.granule(size), s.width_granule(size)));
+                    (size, width) =
+                        self.structure.as_ref().map_or((size, width), |s| (s.granule(size), s.width_granule(size)));
                     self.structure.as_ref().map(|s| &s.distil)
                 }
                 Step::Sparsify => self.sparsify.as_ref().map(|s| &s.distil),

@@ -17,7 +17,7 @@ use espalier::{DType, Error, dispatch};
 
 use crate::model::{SIZE, VOCABULARY, assemble, cpu, examples, micro, settings};
 
-fn oracle() -> Arc<dyn Device> {
+pub fn oracle() -> Arc<dyn Device> {
     device::open("reference").unwrap()
 }
 
@@ -32,19 +32,19 @@ pub fn enlivened(config: Config, device: &Arc<dyn Device>, seed: u64) -> Model {
     model
 }
 
-fn pair(device: &Arc<dyn Device>) -> (Model, Arc<Model>) {
+pub fn pair(device: &Arc<dyn Device>) -> (Model, Arc<Model>) {
     let student = enlivened(Config::glm(SIZE, VOCABULARY), device, 3);
     let wider = Size { layers: 4, head_size: 12, ..SIZE };
     (student, Arc::new(enlivened(Config::glm(wider, VOCABULARY), device, 9)))
 }
 
-fn lessons<'a>(teacher: &Arc<Model>, matches: &'a [Match], logits: Option<Logits>) -> Lessons<'a> {
+pub fn lessons<'a>(teacher: &Arc<Model>, matches: &'a [Match], logits: Option<Logits>) -> Lessons<'a> {
     let tutors = vec![Tutor { model: teacher.clone(), weight: 1.0 }];
     Lessons { tutors, matches, dynamic: None, logits, kept: None, steps: 10, seed: 1 }
 }
 
 /// The term and its gradients by parameter.
-fn term(model: &Model, method: &dyn Method, micro: &Micro) -> (f64, BTreeMap<String, Vec<f64>>) {
+pub fn term(model: &Model, method: &dyn Method, micro: &Micro) -> (f64, BTreeMap<String, Vec<f64>>) {
     let mut pass = Pass::training(model).tapping(method.taps());
     let hidden = pass.hidden(&micro.batch).unwrap();
     let loss = method.on_loss(&mut pass, &hidden, micro).unwrap().unwrap();
@@ -56,7 +56,7 @@ fn term(model: &Model, method: &dyn Method, micro: &Micro) -> (f64, BTreeMap<Str
 }
 
 /// Slope along a random direction of all parameters against the difference, in f64.
-fn check_slope(model: &Model, method: &dyn Method, micro: &Micro, case: &str) {
+pub fn check_slope(model: &Model, method: &dyn Method, micro: &Micro, case: &str) {
     let (loss, grads) = term(model, method, micro);
     assert!(loss.is_finite() && loss > 0.0, "{case}: {loss}");
     let mut stream = Stream::new(5, 5);
@@ -78,7 +78,7 @@ fn check_slope(model: &Model, method: &dyn Method, micro: &Micro, case: &str) {
     assert!(slope != 0.0 && (slope - difference).abs() < 2e-6 * slope.abs().max(1e-3), "{case}: {slope} {difference}");
 }
 
-fn weighed(mut micro: Micro) -> Micro {
+pub fn weighed(mut micro: Micro) -> Micro {
     // Weights that differ by row, zeros among them.
     let weights: Vec<f32> = micro.weights.to_vec::<f32>().unwrap();
     let weights: Vec<f32> = weights.iter().enumerate().map(|(i, w)| w * (0.5 + (i % 3) as f32)).collect();
@@ -487,114 +487,4 @@ fn degenerate_batches_have_a_defined_loss() {
     let broken = Arc::new(broken);
     let method = LayerwiseDistillation::new(&mut student, lessons(&broken, &[], Some(Logits::default()))).unwrap();
     assert!(term(&student, &method, &micro(&device, &assemble(&examples(2, 1)))).0.is_nan());
-}
-
-fn dynamic(layers: &[i32], order: Order) -> Dynamic {
-    Dynamic { layers: layers.iter().map(|&l| Layer(l)).collect(), order, weight: 0.9 }
-}
-
-fn matched(student: &mut Model, teacher: &Arc<Model>, dynamic: &Dynamic) -> LayerwiseDistillation {
-    LayerwiseDistillation::new(student, Lessons { dynamic: Some(dynamic), ..lessons(teacher, &[], None) }).unwrap()
-}
-
-const MATCHING: &str = "distil.dynamic.projection.weight";
-
-#[test]
-fn dynamic_matching_has_the_slope_of_its_differences() {
-    let device = oracle();
-    let micro = weighed(micro(&device, &assemble(&examples(3, 1))));
-    for (layers, order) in [(&[1, 2, 3, 4][..], Order::Free), (&[2, -1], Order::Ascending)] {
-        let (mut student, teacher) = pair(&device);
-        let method = matched(&mut student, &teacher, &dynamic(layers, order));
-        check_slope(&student, &method, &micro, &format!("{order:?}"));
-    }
-}
-
-/// The mean squared difference of every pair of layers, and by hand which student's layer each of the teacher's takes.
-#[test]
-fn every_layer_of_the_teacher_takes_the_nearest_of_the_student() {
-    let device = oracle();
-    let micro = weighed(micro(&device, &assemble(&examples(3, 1))));
-    let weights = micro.weights.to_f64().unwrap();
-    let larger = Size { layers: 5, ..SIZE };
-    let teacher = Arc::new(enlivened(Config::glm(larger, VOCABULARY), &device, 9));
-    let mut student = enlivened(Config::glm(Size { layers: 3, ..SIZE }, VOCABULARY), &device, 3);
-    let layers = [1, 3, 5];
-    let free = matched(&mut student, &teacher, &dynamic(&layers, Order::Free));
-    let states = |model: &Model, layers: &[usize]| -> Vec<Vec<f64>> {
-        let taps = layers.iter().map(|&l| espalier::nn::Tap::Hidden(l));
-        let mut pass = Pass::inference(model).tapping(taps);
-        pass.hidden(&micro.batch).unwrap();
-        layers.iter().map(|&l| pass.hidden_at(l).unwrap().tensor.to_f64().unwrap()).collect()
-    };
-    let d = 16;
-    let projection = student.get(MATCHING).unwrap().to_f64().unwrap();
-    let project = |row: &[f64]| -> Vec<f64> {
-        projection.chunks(d).map(|w| w.iter().zip(row).map(|(w, x)| w * x).sum()).collect()
-    };
-    let own: Vec<Vec<f64>> =
-        states(&student, &[1, 2, 3]).iter().map(|all| all.chunks(d).flat_map(project).collect()).collect();
-    let others = states(&teacher, &[1, 3, 5]);
-    let distance = |t: usize, s: usize| -> f64 {
-        let rows = others[t].chunks(d).zip(own[s].chunks(d)).zip(&weights);
-        rows.map(|((a, b), w)| w * a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>() / d as f64).sum()
-    };
-    let nearest = |t: usize, among: &[usize]| -> usize {
-        *among.iter().min_by(|a, b| distance(t, **a).total_cmp(&distance(t, **b))).unwrap()
-    };
-    let want: f64 = (0..3).map(|t| distance(t, nearest(t, &[0, 1, 2]))).sum::<f64>() * 0.9 / 3.0;
-    let (have, _) = term(&student, &free, &micro);
-    // The weight is an f32.
-    assert!((have - want).abs() < 1e-6 * want, "{have} {want}");
-    // From the last down, below the choice before it; that choice again where there is none below.
-    let ordered = matched(&mut student, &teacher, &dynamic(&layers, Order::Ascending));
-    let (mut want, mut above) = (0.0, 3);
-    for t in [2, 1, 0] {
-        let among: Vec<usize> = if above > 0 { (0..above).collect() } else { vec![0] };
-        above = nearest(t, &among);
-        want += distance(t, above) * 0.9 / 3.0;
-    }
-    let (have, _) = term(&student, &ordered, &micro);
-    assert!((have - want).abs() < 1e-6 * want, "{have} {want}");
-    // A block without an FFN is not there to be chosen.
-    let best = nearest(0, &[0, 1, 2]);
-    let mut lame = student.duplicate().unwrap();
-    lame.config.blocks[best].ffn_width = 0;
-    lame.tensors.retain(|name, _| !name.starts_with(&format!("blocks.{best}.ffn.")));
-    let first = matched(&mut lame, &teacher, &dynamic(&[1], Order::Free));
-    let others: Vec<usize> = (1..=3).filter(|l| *l != best + 1).collect();
-    let states = states(&lame, &others);
-    let teacher_states = &self::hidden(&teacher, &micro, 1);
-    let least = states
-        .iter()
-        .map(|all| {
-            let own: Vec<f64> = all.chunks(d).flat_map(project).collect();
-            let rows = teacher_states.chunks(d).zip(own.chunks(d)).zip(&weights);
-            rows.map(|((a, b), w)| w * a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>() / d as f64).sum()
-        })
-        .fold(f64::INFINITY, f64::min);
-    let (have, _) = term(&lame, &first, &micro);
-    assert!((have - 0.9 * least).abs() < 1e-6 * have, "{have} {least}");
-}
-
-fn hidden(model: &Model, micro: &Micro, layer: usize) -> Vec<f64> {
-    let mut pass = Pass::inference(model).tapping([espalier::nn::Tap::Hidden(layer)]);
-    pass.hidden(&micro.batch).unwrap();
-    pass.hidden_at(layer).unwrap().tensor.to_f64().unwrap()
-}
-
-#[test]
-fn dynamic_matchings_that_cannot_be_are_refused() {
-    let device = cpu();
-    let (mut student, teacher) = pair(&device);
-    let mut refused = |dynamic: Dynamic| {
-        let lessons = Lessons { dynamic: Some(&dynamic), ..lessons(&teacher, &[], None) };
-        LayerwiseDistillation::new(&mut student, lessons).err().unwrap().to_string()
-    };
-    for layers in [&[][..], &[0, 1], &[2, 1], &[1, 1], &[1, 9]] {
-        assert!(refused(dynamic(layers, Order::Free)).contains("layer"), "{layers:?}");
-    }
-    assert!(refused(Dynamic { weight: f32::NAN, ..dynamic(&[1], Order::Free) }).contains("weight"));
-    let alone = Lessons { tutors: Vec::new(), dynamic: Some(&dynamic(&[1], Order::Free)), ..lessons(&teacher, &[], None) };
-    assert!(LayerwiseDistillation::new(&mut student, alone).err().unwrap().to_string().contains("teacher"));
 }

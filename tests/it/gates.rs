@@ -85,7 +85,11 @@ impl OutputHook for Probe {
         let leaf = Tensor::from_f64(x.tensor.device(), &dims, DType::F32, &vec![value; count]).unwrap();
         let leaf = pass.tape.leaf(&leaf);
         *self.found.borrow_mut() = Some((leaf.clone(), x.detach()));
-        if self.heads.is_some() { pass.tape.first(ScaleGroups, &[&x, &leaf]) } else { pass.tape.first(ADD, &[&x, &leaf]) }
+        if self.heads.is_some() {
+            pass.tape.first(ScaleGroups, &[&x, &leaf])
+        } else {
+            pass.tape.first(ADD, &[&x, &leaf])
+        }
     }
 }
 
@@ -213,7 +217,10 @@ fn gates_get_the_gradient_of_the_task_and_of_the_lagrangian() {
             };
             let want = (lagrangian(1e-5) - lagrangian(-1e-5)) / 2e-5;
             let have = both[level.tensor()][i] - task[level.tensor()][i];
-            assert!(want != 0.0 && (have - want).abs() < 1e-6 * want.abs().max(1e-3), "{name} {level:?}: {have} {want}");
+            assert!(
+                want != 0.0 && (have - want).abs() < 1e-6 * want.abs().max(1e-3),
+                "{name} {level:?}: {have} {want}"
+            );
         }
     }
     // Samples that are 0 or 1 have no slope; of every level some are in between.
@@ -259,7 +266,10 @@ fn the_small_model_computes_what_decided_gates_do() {
             narrowed += usize::from(keep.channels.len() < layout.width);
             assert!(small.parameter_count() < model.parameter_count());
             let share = decision.share(&layout, &costs);
-            assert!((share - weights(&small) / weights(&model)).abs() < 1e-12 && share <= 0.6, "{name} {seed}: {share}");
+            assert!(
+                (share - weights(&small) / weights(&model)).abs() < 1e-12 && share <= 0.6,
+                "{name} {seed}: {share}"
+            );
             let folder = tempfile::tempdir().unwrap();
             let small = small.to_device(&cpu()).unwrap();
             let path = folder.path().join("model");
@@ -351,7 +361,10 @@ fn decisions_follow_the_expected_number_of_zeros() {
     let open: Vec<bool> = decision.neurons.iter().map(|z| *z > 0.0).collect();
     let half = |from: usize| (open[from..from + 27].iter().all(|o| *o), open[from + 27..from + 32].iter().any(|o| *o));
     assert_eq!((half(0), half(32)), ((true, false), (true, false)));
-    assert_eq!(decide(&layout, &all, &costs, 0.01, 4).keep(&config, &layout).blocks[0].neurons.as_ref().unwrap().len(), 28);
+    assert_eq!(
+        decide(&layout, &all, &costs, 0.01, 4).keep(&config, &layout).blocks[0].neurons.as_ref().unwrap().len(),
+        28
+    );
     assert!((soft(0.0) - 0.5).abs() < 1e-15 && (soft(1.0) - 1.0 / (1.0 + (-1.2f64).exp())).abs() < 1e-15);
     // All as good as closed: what the target lets be, and a model that still runs.
     for level in Level::ALL {
@@ -387,7 +400,8 @@ fn what_cannot_be_gated_is_refused_with_the_reason() {
     routed.blocks[0].experts = Some(espalier::nn::Experts { count: 4, selected: 1 });
     assert!(Layout::of(&routed).unwrap_err().to_string().contains("experts"));
     // Times are those at full width, and must reach every size.
-    let table = LatencyTable { attention: vec![(1, 1.0), (2, 2.0)], ffn: vec![(8, 1.0), (32, 3.0)], ..Default::default() };
+    let table =
+        LatencyTable { attention: vec![(1, 1.0), (2, 2.0)], ffn: vec![(8, 1.0), (32, 3.0)], ..Default::default() };
     let costs = Costs::latency(&layout, &table).unwrap();
     let error = Cofi::new(&mut model(), learning(0.5), costs).err().unwrap();
     assert!(error.to_string().contains("full width"), "{error}");

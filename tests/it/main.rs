@@ -8,13 +8,14 @@ mod data;
 mod device;
 mod distillation;
 mod encoder;
-mod gates;
 mod faults;
+mod gates;
 mod graphs;
 mod import;
 mod importance;
 mod kernels;
 mod learned_masks;
+mod matching;
 mod metrics;
 mod model;
 #[cfg(feature = "mpi")]

@@ -137,7 +137,12 @@ impl Matcher {
 
     /// Weighted mean over the teacher's layers of the mean squared difference to the layer each of them chose, summed over
     /// rows by `weights` `[N]`.
-    pub fn loss(&self, pass: &mut Pass, taught: impl Fn(usize) -> Result<Var>, weights: &Tensor) -> Result<Option<Var>> {
+    pub fn loss(
+        &self,
+        pass: &mut Pass,
+        taught: impl Fn(usize) -> Result<Var>,
+        weights: &Tensor,
+    ) -> Result<Option<Var>> {
         let projection = pass.parameter(&format!("{DISTILLED}{PROJECTION}"))?;
         let mut own = Vec::with_capacity(self.student.len());
         for &layer in &self.student {

@@ -196,7 +196,8 @@ impl Expectation {
     /// `Error::Parameter` for gates of channels with measured times.
     pub fn new(device: &Arc<dyn Device>, layout: &Layout, costs: &Costs, levels: &[Level]) -> Result<Self> {
         if levels.contains(&Level::Hidden) && !costs.by_channels {
-            let (value, allowed) = ("hidden".into(), "attention, ffn, heads, neurons: times are measured at full width");
+            let (value, allowed) =
+                ("hidden".into(), "attention, ffn, heads, neurons: times are measured at full width");
             return Err(Error::Parameter { op: "structure gates", parameter: "levels", value, allowed });
         }
         let heads: Vec<(usize, usize)> = layout.attentions.iter().map(|a| (a.first, a.heads)).collect();

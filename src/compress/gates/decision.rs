@@ -143,7 +143,8 @@ fn round_neurons(values: &mut [f64], log_alphas: &[f64], multiple: usize) {
 impl Decision {
     /// Units of each sublayer that stay, 0 where it goes.
     fn counts(&self, layout: &Layout) -> (Vec<usize>, Vec<usize>) {
-        let open = |values: &[f64], first: usize, n: usize| values[first..first + n].iter().filter(|z| **z > 0.0).count();
+        let open =
+            |values: &[f64], first: usize, n: usize| values[first..first + n].iter().filter(|z| **z > 0.0).count();
         let heads = layout.attentions.iter().zip(&self.attentions);
         let heads = heads.map(|(a, stays)| if *stays { open(&self.heads, a.first, a.heads) } else { 0 });
         let neurons = layout.ffns.iter().zip(&self.ffns);

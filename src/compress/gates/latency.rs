@@ -74,7 +74,9 @@ impl LatencyTable {
     /// # Errors
     /// `Error::Parameter` for a table that does not reach a sublayer's size, is not in order, or is of blocks that differ.
     pub fn check(&self, layout: &Layout) -> Result<()> {
-        let refuse = |parameter, value: String, allowed| Err(Error::Parameter { op: "latency table", parameter, value, allowed });
+        let refuse = |parameter, value: String, allowed| {
+            Err(Error::Parameter { op: "latency table", parameter, value, allowed })
+        };
         let heads = layout.attentions.iter().map(|a| a.heads).max();
         let neurons = layout.ffns.iter().map(|f| f.neurons).max();
         for (name, points, most) in [("attention", &self.attention, heads), ("ffn", &self.ffn, neurons)] {

@@ -83,7 +83,10 @@ impl Layout {
             Err(Error::Parameter { op: "structure gates", parameter: "model", value, allowed })
         };
         if let Some(block) = config.blocks.iter().position(|b| b.experts.is_some()) {
-            return refuse(format!("experts in block {block}"), "dense FFNs: experts have no neurons of their own to gate");
+            return refuse(
+                format!("experts in block {block}"),
+                "dense FFNs: experts have no neurons of their own to gate",
+            );
         }
         let (mut attentions, mut ffns) = (Vec::new(), Vec::new());
         let (mut first_head, mut first_neuron) = (0, 0);
@@ -91,7 +94,13 @@ impl Layout {
             let cross = if config.decodes(i) { block.heads_across() } else { 0 };
             for (heads, cross) in [(block.heads, false), (cross, true)] {
                 if heads > 0 {
-                    attentions.push(Attention { block: i, cross, heads, head_size: block.head_size, first: first_head });
+                    attentions.push(Attention {
+                        block: i,
+                        cross,
+                        heads,
+                        head_size: block.head_size,
+                        first: first_head,
+                    });
                     first_head += heads;
                 }
             }

@@ -85,7 +85,11 @@ impl L0 {
     fn check(&self, m: Size, pipeline: bool) -> Result<()> {
         self.training.check("structure.l0.training")?;
         if pipeline {
-            return refuse("structure.l0", "with [pipeline]", "one device: a gate of channels is in all stages at once");
+            return refuse(
+                "structure.l0",
+                "with [pipeline]",
+                "one device: a gate of channels is in all stages at once",
+            );
         }
         if !(self.target > 0.0 && self.target < 1.0) {
             return refuse("structure.l0.target", self.target, "above 0 and below 1");

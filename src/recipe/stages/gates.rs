@@ -16,13 +16,7 @@ use crate::recipe::schema::{GateCost, L0, Structure};
 /// So that the training under gates draws other batches than the one after it.
 const SALT: u64 = 0x9a7e;
 
-pub fn run(
-    flow: &mut Flow,
-    settings: &Structure,
-    l0: &L0,
-    student: &Student,
-    cache: &TeacherCache,
-) -> Result<Student> {
+pub fn run(flow: &mut Flow, settings: &Structure, l0: &L0, student: &Student, cache: &TeacherCache) -> Result<Student> {
     let parts = [&student.fingerprint, &text(settings)?, "gates"];
     flow.stage("gates", &parts, false, |context| learned(context, settings, l0, student, cache))
 }
@@ -53,8 +47,7 @@ fn learned(
     let cofi = Cofi::new(&mut model, learning, costs)?;
     let result = cofi.result();
     let taught = (&l0.training, &settings.distil);
-    let mut outcome =
-        recover_with(context, (model, student.state.clone()), taught, cache, SALT, vec![Box::new(cofi)])?;
+    let mut outcome = recover_with(context, (model, student.state.clone()), taught, cache, SALT, vec![Box::new(cofi)])?;
     let small = result.get().ok_or_else(|| Error::file("gates", "result", "the training ended without one"))?;
     outcome.state = super::structure::followed(&student.state, &outcome.model, &small.keep)?;
     let note = super::structure::note(&small.blocks(), &outcome.model, &student.model);
