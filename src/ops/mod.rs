@@ -18,6 +18,7 @@ pub mod layout;
 pub mod linear_loss;
 pub mod matmul;
 pub mod moe;
+pub mod moe_gather;
 mod moe_matmul;
 pub mod norm;
 pub mod optim;
@@ -57,6 +58,7 @@ pub static FAMILIES: &[&Family] = &[
     &hard_concrete::FAMILY,
     &matmul::FAMILY,
     &moe::FAMILY,
+    &moe_gather::FAMILY,
     &moe_matmul::FAMILY,
     &norm::FAMILY,
     &optim::FAMILY,
