@@ -397,7 +397,7 @@ fn what_cannot_be_gated_is_refused_with_the_reason() {
     assert!(refused(Settings { levels: Vec::new(), ..learning(0.5) }).contains("levels"));
     assert!(refused(Settings { multiple: 0, ..learning(0.5) }).contains("multiple_of"));
     let mut routed = Config::glm(SIZE, VOCABULARY);
-    routed.blocks[0].experts = Some(espalier::nn::Experts { count: 4, selected: 1 });
+    routed.blocks[0].experts = Some(espalier::nn::Experts { count: 4, selected: 1, threshold: None });
     assert!(Layout::of(&routed).unwrap_err().to_string().contains("experts"));
     // Times are those at full width, and must reach every size.
     let table =
