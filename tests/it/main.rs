@@ -9,6 +9,7 @@ mod device;
 mod distillation;
 mod encoder;
 mod faults;
+mod experts;
 mod graphs;
 mod import;
 mod importance;
