@@ -213,7 +213,9 @@ impl Product<'_> {
         }
         match self.w {
             // SAFETY: as promised by the caller.
-            Weights::Dense(w) => unsafe { self.columns(first..end, &w[first * self.k..end * self.k], place, sums, out) },
+            Weights::Dense(w) => unsafe {
+                self.columns(first..end, &w[first * self.k..end * self.k], place, sums, out)
+            },
             Weights::Sparse24 { values, meta } => {
                 let (half, words) = (self.k / 2, self.k.div_ceil(32));
                 let mut dense = vec![0i8; EXPANDED * self.k];

@@ -91,6 +91,8 @@ pub(super) unsafe fn product(
     }
 }
 
+/// # Safety
+/// Nothing is asked for: it does nothing, and `fits` says so.
 #[cfg(not(target_arch = "x86_64"))]
 pub(super) unsafe fn product(
     _: impl Fn(usize) -> (usize, *const i8),

@@ -66,7 +66,12 @@ impl Pass<'_> {
             })
         };
         fits("in", tokens, &name("in.bias"), Gathered { sum: false, relu: true, threshold })
-            && fits("out", tokens * k, &format!("blocks.{i}.ffn.out.bias"), Gathered { sum: true, relu: false, threshold })
+            && fits(
+                "out",
+                tokens * k,
+                &format!("blocks.{i}.ffn.out.bias"),
+                Gathered { sum: true, relu: false, threshold },
+            )
     }
 
     /// Scores of the experts of block `i` for rows x `[rows, d]`, `[rows, E]`, by the tensors that its router has: two

@@ -122,7 +122,8 @@ impl Checker<'_> {
             vec![("unit.weight", vec![width]), ("centre.weight", vec![experts, width]), ("centre.bias", vec![experts])]
         } else if has("in.weight") || has("out.weight") {
             // Its hidden layer may be wider than what is left of the experts.
-            let hidden = self.tensors.get(&name("in.weight")).and_then(|t| t.dims().first().copied()).unwrap_or(experts);
+            let hidden =
+                self.tensors.get(&name("in.weight")).and_then(|t| t.dims().first().copied()).unwrap_or(experts);
             vec![
                 ("in.weight", vec![hidden, width]),
                 ("in.bias", vec![hidden]),

@@ -3,8 +3,8 @@
 use std::sync::{Arc, LazyLock};
 
 use espalier::compress::experts::{
-    BlockReport, Drop, Loss, Router, Saliency, Settings, Split, convert, difference_with_all_experts, drop, relu, report,
-    router,
+    BlockReport, Drop, Loss, Router, Saliency, Settings, Split, convert, difference_with_all_experts, drop, relu,
+    report, router,
 };
 use espalier::compress::freeze::{Form, freeze};
 use espalier::compress::quantization::Format;
@@ -101,7 +101,7 @@ fn all_experts_are_the_dense_model_whatever_splits_and_routes_them() {
             let all = reports.iter().all(|r| r.captured <= r.captured_by_oracle + 1e-12 && r.captured > 0.3);
             assert!(all && reports.len() == 2, "{reports:?}");
             if router == Router::Oracle {
-                assert!(reports.iter().all(|r| r.captured == r.captured_by_oracle));
+                assert!(reports.iter().all(|r| r.captured_by_oracle - r.captured < 1e-6), "{reports:?}");
             }
         }
     }
@@ -110,36 +110,32 @@ fn all_experts_are_the_dense_model_whatever_splits_and_routes_them() {
 /// Oracle line of MoEfication: with ReLU, experts without positive activation can go.
 #[test]
 fn experts_without_positive_activation_change_nothing() {
-    for device in [cpu(), oracle()] {
-        let mut dense = model(&device);
-        // The last half of the first block never fires.
-        let name = "blocks.0.ffn.in.bias";
-        let mut bias = dense.get(name).unwrap().to_f64().unwrap();
-        bias[32..].iter_mut().for_each(|b| *b = -1e3);
-        let dtype = dense.get(name).unwrap().dtype();
-        dense.tensors.insert(name.into(), Tensor::from_f64(&device, &[64], dtype, &bias).unwrap());
-        // Split on the CPU, so that both have one kind of weights.
-        let on_cpu = dense.to_device(&cpu()).unwrap();
-        let dense = on_cpu.to_device(&device).unwrap();
-        let all = Settings { share: 1.0, router: Router::Oracle, ..settings() };
-        let (split, _) = convert(&on_cpu, all, &batches(&cpu())).unwrap();
+    let all = Settings { share: 1.0, router: Router::Oracle, ..settings() };
+    let (mut split, _) = convert(&model(&cpu()), all, &batches(&cpu())).unwrap();
+    // Experts 1 and 3 of the first block never fire.
+    let name = "blocks.0.ffn.experts.in.bias";
+    let mut bias = split.values(name).unwrap();
+    bias.chunks_mut(16).skip(1).step_by(2).for_each(|expert| expert.fill(-1e3));
+    split.tensors.insert(name.into(), Tensor::from_slice(&cpu(), &[4, 16], &bias).unwrap());
+    for (device, bound) in [(cpu(), 1e-6), (oracle(), 1e-13)] {
         let split = split.to_device(&device).unwrap();
-        let want = hidden(&dense, false);
+        let want = hidden(&split, false);
         for grouped in [false, true] {
             let above = with(&split, |e| e.threshold = Some(0.0));
-            let bound = if device.info().kind == device::Kind::Reference { 1e-12 } else { 1e-5 };
             assert!(distance(&want, &hidden(&above, grouped)) < bound, "{grouped}");
+            let few = with(&above, |e| e.selected = 1);
+            assert!(distance(&want, &hidden(&few, grouped)) > bound, "one expert is not enough");
         }
-        // The same experts, gone for good.
-        let mut dropped = split.to_device(&cpu()).unwrap();
-        let inputs = report::ffn_inputs(&dropped, &batches(&cpu())).unwrap();
-        let mass = drop::saliencies(&dropped, 0, &inputs[0], Saliency::Mass).unwrap();
-        let live: Vec<usize> = (0..4).filter(|&e| mass[e] > 0.0).collect();
-        assert!(live.len() < 4, "{mass:?}");
-        drop::keep(&mut dropped, 0, &live).unwrap();
-        assert_eq!(dropped.config.blocks[0].ffn_width, 16 * live.len());
-        assert!(distance(&hidden(&on_cpu, false), &hidden(&dropped, false)) < 1e-5);
     }
+    // The same experts, gone for good.
+    let inputs = report::ffn_inputs(&split, &batches(&cpu())).unwrap();
+    let mass = drop::saliencies(&split, 0, &inputs[0], Saliency::Mass).unwrap();
+    let live: Vec<usize> = (0..4).filter(|&e| mass[e] > 0.0).collect();
+    assert_eq!(live, [0, 2], "{mass:?}");
+    let want = hidden(&split, false);
+    drop::keep(&mut split, 0, &live).unwrap();
+    assert_eq!(split.config.blocks[0].ffn_width, 32);
+    assert!(distance(&want, &hidden(&split, false)) < 1e-6);
 }
 
 #[test]
@@ -217,12 +213,14 @@ fn what_cannot_be_split_is_refused_with_the_reason() {
 fn few_tokens_read_their_experts_where_they_lie_with_the_same_result() {
     let (split, _) = convert(&model(&cpu()), settings(), &batches(&cpu())).unwrap();
     let int8 = freeze(&split, Form { sparse: false, quantized: Some(Format::default()) }).unwrap();
-    for model in [&split, &int8, &with(&split, |e| e.threshold = Some(0.4)), &with(&int8, |e| e.threshold = Some(0.4))] {
+    for model in [&split, &int8, &with(&split, |e| e.threshold = Some(0.4)), &with(&int8, |e| e.threshold = Some(0.4))]
+    {
         assert!(Pass::gathers_tokens(model, 0, 24));
         assert!(distance(&hidden(model, true), &hidden(model, false)) < 1e-5);
     }
     // Weight-only experts are unpacked for the sorted kernels.
-    let groups = Format { activations: espalier::compress::quantization::Activations::Float, group: 16, ..Format::default() };
+    let groups =
+        Format { activations: espalier::compress::quantization::Activations::Float, group: 16, ..Format::default() };
     let packed = freeze(&split, Form { sparse: false, quantized: Some(groups) }).unwrap();
     assert!(!Pass::gathers_tokens(&packed, 0, 1));
     assert!(distance(&hidden(&split, true), &hidden(&packed, false)) < 0.1);
@@ -248,7 +246,8 @@ fn every_form_is_saved_and_reloaded_with_the_same_result() {
 /// MoEfication's rule: the router's ranking of x / |x| by its distance to the centres.
 #[test]
 fn similarity_ranks_by_distance() {
-    let (split, _) = convert(&model(&cpu()), Settings { router: Router::Similarity, ..settings() }, &batches(&cpu())).unwrap();
+    let (split, _) =
+        convert(&model(&cpu()), Settings { router: Router::Similarity, ..settings() }, &batches(&cpu())).unwrap();
     let mut stream = Stream::new(2, 0);
     let x: Vec<f32> = (0..5 * 16).map(|_| stream.normal() as f32).collect();
     let rows = Var::constant(Tensor::from_slice(&cpu(), &[5, 16], &x).unwrap());
@@ -279,7 +278,8 @@ fn slopes_of_the_cross_entropy_are_those_of_differences() {
     let slope = router::slope(&tensor(&z), &tensor(&s)).unwrap().to_f64().unwrap();
     for i in 0..12 {
         let step = 1e-5;
-        let at = |by: f64| loss(&z.iter().enumerate().map(|(j, z)| if i == j { z + by } else { *z }).collect::<Vec<_>>());
+        let at =
+            |by: f64| loss(&z.iter().enumerate().map(|(j, z)| if i == j { z + by } else { *z }).collect::<Vec<_>>());
         let difference = (at(step) - at(-step)) / (2.0 * step);
         assert!((difference - slope[i]).abs() < 1e-8, "{difference} {}", slope[i]);
     }
@@ -334,7 +334,11 @@ fn a_tagger_with_gelu_is_converted_split_and_dropped_in_one_recipe() {
     let stage = report.stages.last().unwrap();
     assert!(stage.name == "experts" && stage.invariants.iter().all(|i| i.ok), "{:?}", stage.invariants);
     let told = |part: &str| report.notes.iter().any(|note| note.contains(part));
-    assert!(told("ReLU in place of GELU") && told("experts stay") && told("time of an FFN as experts"), "{:?}", report.notes);
+    assert!(
+        told("ReLU in place of GELU") && told("experts stay") && told("time of an FFN as experts"),
+        "{:?}",
+        report.notes
+    );
     let model = store::load_model(&out.join("model"), &cpu()).unwrap();
     assert!(model.config.blocks.iter().all(|b| b.activation == Activation::Relu && b.ffn_width == 48));
 }

@@ -55,6 +55,29 @@ fn students_in_stages_are_those_of_one_device_to_the_bit() {
     }
 }
 
+/// Blocks with other heads and neurons each, in fewer tokens.
+#[test]
+fn uneven_students_in_stages_are_those_of_one_device_to_the_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let sets = [
+        "structure.head_size=16",
+        "structure.heads={ keep = 1 }",
+        "structure.ffn={ keep = 32 }",
+        "structure.vocabulary={ min_count = 20 }",
+        "data.max_length=64",
+        "data.vocabulary=1500",
+        "sparsify=false",
+    ];
+    let [one, two] = ["one", "two"].map(|name| folder.path().join(name));
+    run(&unclipped(&[&sets[..], &["pipeline={ stages = 1, micro_batches = 3 }"]].concat()), "cpu:2", &one);
+    run(&unclipped(&[&sets[..], &["pipeline={ stages = 2, micro_batches = 3 }"]].concat()), "cpu:2", &two);
+    let (one, two) = (weights(&one), weights(&two));
+    assert_eq!(one.keys().collect::<Vec<_>>(), ["quantize", "random", "structure", "teacher", "vocabulary"]);
+    for (stage, weights) in &one {
+        assert!(*weights == two[stage], "{stage}: other weights in stages");
+    }
+}
+
 const BESIDE: &str = "pipeline={ stages = 2, micro_batches = 3, replicas = [2, 1], teacher = true }";
 
 #[test]

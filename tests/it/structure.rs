@@ -8,18 +8,22 @@ use espalier::compress::experts::{self, Settings as ExpertSettings};
 use espalier::compress::freeze::{Form, freeze};
 use espalier::compress::quantization::Format;
 use espalier::compress::structure::{Keep, KeepHeads, prune};
+use espalier::compress::tuning::{Adapter, Lora, Prefix, Tuning};
 use espalier::data::layout::Layout;
 use espalier::device::{self, Device};
 use espalier::nn::config::Size;
 use espalier::nn::generate::{Decoding, generate};
+use espalier::nn::tuning::TUNING;
 use espalier::nn::{Batch, Config, Model, Pass, Positions};
 use espalier::recipe::corpus::upload;
 use espalier::recipe::schema::layout;
 use espalier::rng::Stream;
 use espalier::tensor::Tensor;
+use espalier::train::optimizer::Optimizer;
 use espalier::train::store;
+use espalier::train::trainer::step;
 
-use crate::model::{SPECIAL, VOCABULARY, cpu, examples, laid_out};
+use crate::model::{SPECIAL, VOCABULARY, cpu, examples, full_pass, laid_out, micro, settings};
 
 /// A small model of each family.
 pub fn families(size: Size) -> [Config; 4] {
@@ -234,10 +238,40 @@ fn stored_forms_of_uneven_models_are_smaller_and_reload() {
 fn experts_of_uneven_blocks_are_the_dense_ffns() {
     let whole = model(Config::glm(SIZE, VOCABULARY), &cpu(), 6);
     let small = prune(&whole, &uneven(&whole.config)).unwrap();
-    let settings = ExpertSettings { expert_size: 16, share: 1.0, router_steps: 2, router_rate: 0.01, ..ExpertSettings::default() };
+    let settings =
+        ExpertSettings { expert_size: 16, share: 1.0, router_steps: 2, router_rate: 0.01, ..ExpertSettings::default() };
     let (converted, reports) = experts::convert(&small, settings, &[batch(&small)]).unwrap();
     assert_eq!(reports.iter().map(|r| (r.block, r.experts)).collect::<Vec<_>>(), [(0, 2), (2, 1)]);
     assert!(largest_difference(&logits(&small), &logits(&converted)) < 1e-4);
+}
+
+/// What is tuned beside an uneven model skips what it lacks; it learns, and generation sees prefixes as a full pass does.
+#[test]
+fn uneven_blocks_are_tuned() {
+    let whole = model(Config::glm(SIZE, VOCABULARY), &cpu(), 6);
+    let small = prune(&whole, &uneven(&whole.config)).unwrap();
+    let micro = micro(small.device(), &laid_out(&examples(6, 4), layout(&small.config)));
+    let lora = Lora { rank: 2, alpha: 4.0, linears: ["attention", "ffn"].map(str::to_string).to_vec() };
+    let methods = [Tuning::Lora(lora), Tuning::Adapter(Adapter { width: 4 }), Tuning::Prefix(Prefix { length: 3 })];
+    for tuning in methods {
+        let mut tuned = small.duplicate().unwrap();
+        tuning.add(&mut tuned, 3).unwrap();
+        if !matches!(tuning, Tuning::Prefix(_)) {
+            assert_eq!(logits(&tuned), logits(&small));
+        }
+        let mut optimizer = Optimizer::new(&mut tuned, settings(5e-2), |name| name.starts_with(TUNING)).unwrap();
+        let mut loss = || step(&tuned, &mut optimizer, std::slice::from_ref(&micro), &[], (0.0, 1, 40)).unwrap().0;
+        let first = loss();
+        let last = (1..40).fold(first, |_, _| loss());
+        assert!(last < first, "{tuning:?}: {first} to {last}");
+        let contexts: Vec<Vec<u32>> = examples(3, 9).into_iter().map(|e| e.context).collect();
+        let prompts: Vec<&[u32]> = contexts.iter().map(Vec::as_slice).collect();
+        let decoding = Decoding { begin: SPECIAL.bos, end: SPECIAL.eos, max_tokens: 5, beams: 1, length_penalty: 1.0 };
+        for (context, g) in prompts.iter().zip(generate(&tuned, &prompts, &decoding).unwrap()) {
+            let want = full_pass(&tuned, context, &g.tokens, g.finished);
+            assert!((want - g.log_probability).abs() < 1e-3, "{tuning:?}: {} for {want}", g.log_probability);
+        }
+    }
 }
 
 #[test]

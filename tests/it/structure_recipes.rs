@@ -36,8 +36,13 @@ fn uneven(sets: &[&str]) -> Recipe {
 
 #[test]
 fn uneven_blocks_and_fewer_tokens_go_through_every_stage() {
-    let sets = ["structure.vocabulary={ min_count = 40 }", "structure.distil={ preset = \"tiny_bert\" }"];
-    let recipe = uneven(&[&sets[..1], &["model.heads=4", "structure.heads={ keep = 2 }"]].concat());
+    let sets = [
+        "structure.vocabulary={ min_count = 20 }",
+        "data.max_length=64",
+        "data.vocabulary=1500",
+        "structure.distil={ preset = \"tiny_bert\" }",
+    ];
+    let recipe = uneven(&[&sets[..3], &["model.heads=4", "structure.heads={ keep = 2 }"]].concat());
     let (report, model, folder) = run(&recipe);
     let names: Vec<&str> = report.stages.iter().map(|s| s.name.as_str()).collect();
     let usual = ["random", "structure", "sparsify", "quantize", "experts", "hybrid-teacher", "hybrid"];

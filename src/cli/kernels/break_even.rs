@@ -70,7 +70,11 @@ impl Timed {
 pub fn run(global: &Global, samples: usize, seed: u64) -> Result<()> {
     let device = global.open()?;
     if !global.json() {
-        say(format!("{} ({}): FFN blocks against the dense block of the same type, warm", device.info().id, device.info().name));
+        say(format!(
+            "{} ({}): FFN blocks against the dense block of the same type, warm",
+            device.info().id,
+            device.info().name
+        ));
         say(format!(
             "{:>5} x {:<5} {:>6} {:<5} {:<22} {:>10} {:>10} {:>7} {:>13}  runs on",
             "d", "ffn", "tokens", "type", "form", "us", "dense us", "faster", "quartiles"
@@ -126,8 +130,7 @@ fn forms(device: &Arc<dyn Device>, size: Size, int8: bool, seed: u64) -> Result<
     let ids: Vec<u32> = (0..8).collect();
     let ids = Tensor::from_slice(device, &[1, 8], &ids)?;
     let (positions, none) = (ids.clone(), None);
-    let batch =
-        Batch { tokens: ids, positions, block_positions: none, context: None, lengths: None, source: None };
+    let batch = Batch { tokens: ids, positions, block_positions: none, context: None, lengths: None, source: None };
     let (split, _) = convert(&dense, settings, &[batch])?;
     for share in SHARES {
         let mut model = frozen(&split, false)?;
@@ -230,7 +233,17 @@ fn line(r: &Row) -> String {
     let sorted = r.sorted_us.map_or(String::new(), |us| format!(" (sorted: {us:.1} us)"));
     format!(
         "{:>5} x {:<5} {:>6} {:<5} {:<22} {:>10.1} {:>10.1} {:>6.2}x {:>5.2} to {:<5.2}  {}{sorted}",
-        r.width, r.ffn_width, r.tokens, r.dtype, r.form, r.us, r.dense_us, r.speedup[1], r.speedup[0], r.speedup[2], r.runs
+        r.width,
+        r.ffn_width,
+        r.tokens,
+        r.dtype,
+        r.form,
+        r.us,
+        r.dense_us,
+        r.speedup[1],
+        r.speedup[0],
+        r.speedup[2],
+        r.runs
     )
 }
 

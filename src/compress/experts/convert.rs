@@ -7,12 +7,17 @@ use crate::nn::{Activation, Batch, Config, Experts, Model, Pass};
 use crate::tensor::Tensor;
 
 /// Why an FFN cannot be split as it is.
-fn check(activation: Activation, ffn_width: usize, settings: &Settings) -> std::result::Result<(), (&'static str, String, String)> {
+fn check(
+    activation: Activation,
+    ffn_width: usize,
+    settings: &Settings,
+) -> std::result::Result<(), (&'static str, String, String)> {
     let refuse = |key, value: String, allowed: String| Err((key, value, allowed));
     match activation {
         Activation::Relu => {}
         Activation::Gelu => {
-            let allowed = "ReLU FFNs, whose neurons are exactly 0 where they are off: convert them first ([experts.training])";
+            let allowed =
+                "ReLU FFNs, whose neurons are exactly 0 where they are off: convert them first ([experts.training])";
             return refuse("expert_size", "a GELU FFN".into(), allowed.into());
         }
         Activation::Geglu => {
@@ -23,7 +28,11 @@ fn check(activation: Activation, ffn_width: usize, settings: &Settings) -> std::
     }
     let size = settings.expert_size;
     if size == 0 || !size.is_multiple_of(SIZE_MULTIPLE) || !ffn_width.is_multiple_of(size) {
-        return refuse("expert_size", size.to_string(), format!("a multiple of {SIZE_MULTIPLE} that divides {ffn_width}"));
+        return refuse(
+            "expert_size",
+            size.to_string(),
+            format!("a multiple of {SIZE_MULTIPLE} that divides {ffn_width}"),
+        );
     }
     if !(settings.share > 0.0 && settings.share <= 1.0) {
         return refuse("share", settings.share.to_string(), "above 0 to 1".into());

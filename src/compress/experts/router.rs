@@ -112,8 +112,7 @@ fn init(model: &mut Model, i: usize) -> Result<()> {
 /// |x / |x| - c|^2 = 1 - 2 c x / |x| + |c|^2: ranked by c x / |x| - |c|^2 / 2.
 fn centres(model: &mut Model, i: usize) -> Result<()> {
     let (experts, d, centres) = mean_directions(model, i)?;
-    let half: Vec<f32> =
-        centres.chunks(d).map(|c| (-0.5 * c.iter().map(|x| x * x).sum::<f64>()) as f32).collect();
+    let half: Vec<f32> = centres.chunks(d).map(|c| (-0.5 * c.iter().map(|x| x * x).sum::<f64>()) as f32).collect();
     // A root-mean-square norm times this is division by the length.
     let unit = vec![(1.0 / (d as f64).sqrt()) as f32; d];
     let centres: Vec<f32> = centres.into_iter().map(|x| x as f32).collect();

@@ -14,10 +14,8 @@ use crate::train::lifecycle::Invariant;
 pub fn run(flow: &mut Flow, settings: &Experts, student: &Student, cache: &TeacherCache) -> Result<Student> {
     let parts = [&student.fingerprint, &text(settings)?, "experts"];
     flow.stage("experts", &parts, false, |context| {
-        let batches: Vec<nn::Batch> = calibration(context, &student.model, settings.calibration_batches)?
-            .into_iter()
-            .map(|m| m.batch)
-            .collect();
+        let batches: Vec<nn::Batch> =
+            calibration(context, &student.model, settings.calibration_batches)?.into_iter().map(|m| m.batch).collect();
         match &settings.training {
             None => {
                 let dense = Outcome {

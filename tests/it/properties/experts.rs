@@ -37,9 +37,8 @@ fn partitions_are_balanced_repeatable_and_better_by_no_swap() {
         let part = balanced_partition(&weights, n, parts);
         assert_eq!(part, balanced_partition(&weights, n, parts));
         assert!((0..parts).all(|p| part.iter().filter(|q| **q == p).count() == size));
-        let within = |part: &[usize]| -> f64 {
-            (0..n * n).filter(|i| part[i / n] == part[i % n]).map(|i| weights[i]).sum()
-        };
+        let within =
+            |part: &[usize]| -> f64 { (0..n * n).filter(|i| part[i / n] == part[i % n]).map(|i| weights[i]).sum() };
         let best = within(&part);
         for (a, b) in (0..n).flat_map(|a| (a + 1..n).map(move |b| (a, b))) {
             let mut swapped = part.clone();
