@@ -30,6 +30,7 @@ mod report;
 mod roads;
 mod run_folder;
 mod second_order;
+mod shipped_recipes;
 mod shaders;
 mod staged;
 mod stages;
