@@ -10,11 +10,13 @@ mod distillation;
 mod encoder;
 mod experts;
 mod faults;
+mod gates;
 mod graphs;
 mod import;
 mod importance;
 mod kernels;
 mod learned_masks;
+mod matching;
 mod metrics;
 mod model;
 #[cfg(feature = "mpi")]
