@@ -178,6 +178,21 @@ fn gradients_flow_past_what_is_gone() {
     }
 }
 
+/// Norms that nothing reads any more get no gradient and stop no training.
+#[test]
+fn uneven_models_learn() {
+    for config in families(SIZE).into_iter().filter(|c| matches!(c.head, espalier::nn::Head::Language { .. })) {
+        let whole = model(config, &cpu(), 4);
+        let mut small = prune(&whole, &uneven(&whole.config)).unwrap();
+        let micro = micro(small.device(), &laid_out(&examples(12, 4), layout(&small.config)));
+        let mut optimizer = Optimizer::new(&mut small, settings(5e-3), |_| true).unwrap();
+        let mut loss = || step(&small, &mut optimizer, std::slice::from_ref(&micro), &[], (0.1, 1, 40)).unwrap().0;
+        let first = loss();
+        let last = (1..40).fold(first, |_, _| loss());
+        assert!(last < 0.9 * first, "{first} to {last}");
+    }
+}
+
 /// The uneven models below: a block without attention, one without FFN, and one with a third of everything.
 fn uneven(config: &Config) -> Keep {
     let mut keep = Keep::all(config);
