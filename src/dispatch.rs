@@ -70,6 +70,14 @@ pub fn run_with(kernel: &Kernel, op: &dyn Op, inputs: &[&Tensor], outputs: &[Ten
     launch(device, kernel, &problem, inputs, outputs)
 }
 
+/// Whether `run` would find a kernel for inputs like these: how a caller chooses between ops that mean the same.
+pub fn supports(device: &Arc<dyn Device>, op: &dyn Op, inputs: &[Meta]) -> bool {
+    let Ok(outputs) = op.infer(inputs) else { return false };
+    let element = op.element(inputs, &outputs);
+    let problem = Problem { op, inputs, outputs: &outputs, element, info: device.info() };
+    device.info().kind == Kind::Reference || choose(&problem).is_ok()
+}
+
 /// The kernels of `op` that fit the problem, best first.
 pub fn candidates(problem: &Problem) -> Vec<&'static Kernel> {
     let fits = |k: &&Kernel| k.runs_on(problem.info) && k.dtypes.contains(&problem.element) && (k.fits)(problem);

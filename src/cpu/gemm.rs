@@ -6,6 +6,8 @@
 //! rows and columns: for any number of threads.
 
 mod pack;
+#[cfg(target_arch = "x86_64")]
+pub(super) use pack::turn_words;
 mod tile;
 
 use std::cell::Cell;

@@ -2,11 +2,13 @@
 //!
 //! Both operands have their reduction axis contiguous, so a tile of 16 dot products runs along k without packing.
 //! `vpdpbusd` multiplies unsigned by signed bytes: weights get 128 added (a flip of their top bit) and 128 times the
-//! sum of the activation row is taken off at the end. Integer sums are exact, so every path gives the same bits.
+//! sum of the activation row is taken off at the end. Many rows take packed weights instead (`int8_packed.rs`). Integer sums are
+//! exact, so every path gives the same bits.
 
 use std::ops::Range;
 
 use super::Args;
+use super::int8_packed::{self as packed, Finish};
 use super::simd::multiversion;
 use super::sparse24::expand_row;
 
@@ -41,6 +43,11 @@ fn tile<const MR: usize, const NR: usize>(x: [&[i8]; MR], w: [&[i8]; NR], sums: 
     }
     let _ = sums;
     std::array::from_fn(|id| dot(x[id / NR], w[id % NR]))
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) fn vnni() -> bool {
+    vnni::available()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -158,22 +165,36 @@ unsafe impl Sync for Columns {}
 impl Product<'_> {
     /// The whole product into `y [m, n]`; `row(i)` is the row of x that output row i takes.
     pub(super) fn run(&self, args: &Args, row: impl Fn(usize) -> usize + Sync, y: &mut [f32]) {
+        let place = |i: usize| [row(i), i];
+        if self.m * self.n * self.k < WORTH_THREADS {
+            return self.run_alone(place, y);
+        }
         assert!(y.len() >= self.m * self.n, "room for the product");
-        let sums: Vec<i32> = (0..self.m).map(|i| sum(self.x_row(row(i)))).collect();
-        let out = Columns(y.as_mut_ptr());
-        let out = &out;
-        let strips = self.n.div_ceil(STRIP);
-        let all = |range: Range<usize>| {
+        let sums = self.sums(&place);
+        let out = &Columns(y.as_mut_ptr());
+        args.ranges(self.n.div_ceil(STRIP), 1, |range| {
             for s in range {
                 // SAFETY: `y` has m x n elements, and each strip is visited by one task.
-                unsafe { self.strip(s * STRIP, &row, &sums, out) };
+                unsafe { self.strip(s * STRIP, &place, &sums, out) };
             }
-        };
-        if self.m * self.n * self.k < WORTH_THREADS {
-            all(0..strips);
-        } else {
-            args.ranges(strips, 1, all);
+        });
+    }
+
+    /// Row i is the product of row `place(i)[0]` of x and goes to row `place(i)[1]` of `y [.., n]`; on this thread.
+    pub(super) fn run_alone(&self, place: impl Fn(usize) -> [usize; 2], y: &mut [f32]) {
+        assert!((0..self.m).all(|i| (place(i)[1] + 1) * self.n <= y.len()), "room for the product");
+        let sums = self.sums(&place);
+        let out = Columns(y.as_mut_ptr());
+        for first in (0..self.n).step_by(STRIP) {
+            // SAFETY: the rows lie within `y`, which is ours.
+            unsafe { self.strip(first, &place, &sums, &out) };
         }
+    }
+
+    /// Sum of each row's bytes, where the path needs it.
+    fn sums(&self, place: &impl Fn(usize) -> [usize; 2]) -> Vec<i32> {
+        let rows = if packed::fits(self.m, self.k) { 0 } else { self.m };
+        (0..rows).map(|i| sum(self.x_row(place(i)[0]))).collect()
     }
 
     fn x_row(&self, row: usize) -> &[i8] {
@@ -183,12 +204,18 @@ impl Product<'_> {
     /// Columns first .. first + STRIP of every row.
     ///
     /// # Safety
-    /// `out` starts m x n elements; nobody else touches these columns meanwhile.
-    unsafe fn strip(&self, first: usize, row: &impl Fn(usize) -> usize, sums: &[i32], out: &Columns) {
+    /// `out` starts rows of n elements, all that `place` names; nobody else touches these columns of them meanwhile.
+    unsafe fn strip(&self, first: usize, place: &impl Fn(usize) -> [usize; 2], sums: &[i32], out: &Columns) {
         let end = (first + STRIP).min(self.n);
+        if packed::fits(self.m, self.k) {
+            // SAFETY: as promised by the caller.
+            return unsafe { self.packed(first..end, place, out) };
+        }
         match self.w {
             // SAFETY: as promised by the caller.
-            Weights::Dense(w) => unsafe { self.columns(first..end, &w[first * self.k..end * self.k], row, sums, out) },
+            Weights::Dense(w) => unsafe {
+                self.columns(first..end, &w[first * self.k..end * self.k], place, sums, out)
+            },
             Weights::Sparse24 { values, meta } => {
                 let (half, words) = (self.k / 2, self.k.div_ceil(32));
                 let mut dense = vec![0i8; EXPANDED * self.k];
@@ -199,9 +226,40 @@ impl Product<'_> {
                         expand_row(&values[j * half..][..half], &meta[j * words..][..words], w);
                     }
                     // SAFETY: as promised by the caller.
-                    unsafe { self.columns(first..end, dense, row, sums, out) };
+                    unsafe { self.columns(first..end, dense, place, sums, out) };
                 }
             }
+        }
+    }
+
+    /// The given columns of every row, their weights packed.
+    ///
+    /// # Safety
+    /// As [`Product::strip`].
+    unsafe fn packed(&self, columns: Range<usize>, place: &impl Fn(usize) -> [usize; 2], out: &Columns) {
+        let mut words = Vec::new();
+        match self.w {
+            Weights::Dense(w) => packed::pack(&w[columns.start * self.k..columns.end * self.k], self.k, &mut words),
+            Weights::Sparse24 { values, meta } => {
+                let (half, meta_words) = (self.k / 2, self.k.div_ceil(32));
+                let mut dense = vec![0i8; columns.len() * self.k];
+                for (j, w) in columns.clone().zip(dense.chunks_mut(self.k.max(1))) {
+                    expand_row(&values[j * half..][..half], &meta[j * meta_words..][..meta_words], w);
+                }
+                packed::pack(&dense, self.k, &mut words);
+            }
+        }
+        let finish = Finish {
+            x_scale: self.x_scale,
+            w_scale: &self.w_scale[columns.clone()],
+            bias: self.bias.map(|b| &b[columns.clone()]),
+            relu: self.relu,
+        };
+        let x = |i: usize| (place(i)[0], self.x_row(place(i)[0]).as_ptr());
+        // SAFETY: as promised by the caller.
+        unsafe {
+            let to = |i: usize| out.0.add(place(i)[1] * self.n + columns.start);
+            packed::product(x, self.m, &words, self.k, &finish, to);
         }
     }
 
@@ -213,7 +271,7 @@ impl Product<'_> {
         &self,
         columns: Range<usize>,
         w: &[i8],
-        row: &impl Fn(usize) -> usize,
+        place: &impl Fn(usize) -> [usize; 2],
         sums: &[i32],
         out: &Columns,
     ) {
@@ -223,9 +281,9 @@ impl Product<'_> {
             // SAFETY: as promised by the caller.
             unsafe {
                 match rows.len() {
-                    1 => self.tiles::<1, 16>(rows, columns, w, row, sums, out),
-                    2 | 3 => self.tiles::<2, 8>(rows, columns, w, row, sums, out),
-                    _ => self.tiles::<4, 4>(rows, columns, w, row, sums, out),
+                    1 => self.tiles::<1, 16>(rows, columns, w, place, sums, out),
+                    2 | 3 => self.tiles::<2, 8>(rows, columns, w, place, sums, out),
+                    _ => self.tiles::<4, 4>(rows, columns, w, place, sums, out),
                 }
             }
         }
@@ -238,7 +296,7 @@ impl Product<'_> {
         rows: Range<usize>,
         columns: Range<usize>,
         w: &[i8],
-        row: &impl Fn(usize) -> usize,
+        place: &impl Fn(usize) -> [usize; 2],
         sums: &[i32],
         out: &Columns,
     ) {
@@ -246,19 +304,26 @@ impl Product<'_> {
         for j in (0..columns.len()).step_by(NR) {
             // Tiles that reach over an edge repeat its last row; what that makes is not stored.
             let w: [&[i8]; NR] = std::array::from_fn(|c| &w[(j + c).min(last_column) * self.k..][..self.k]);
+            let column = |c: usize| columns.start + (j + c).min(last_column);
+            let w_scale: [f32; NR] = std::array::from_fn(|c| self.w_scale[column(c)]);
+            let bias: [f32; NR] = std::array::from_fn(|c| self.bias.map_or(0.0, |b| b[column(c)]));
             for i in rows.clone().step_by(MR) {
                 let of = |r: usize| (i + r).min(last_row);
-                let x: [&[i8]; MR] = std::array::from_fn(|r| self.x_row(row(of(r))));
+                let x: [&[i8]; MR] = std::array::from_fn(|r| self.x_row(place(of(r))[0]));
                 let acc = tile::<MR, NR>(x, w, std::array::from_fn(|r| sums[of(r)]));
                 for r in 0..MR.min(last_row + 1 - i) {
-                    let scale = self.x_scale[row(i + r)];
-                    for c in 0..NR.min(last_column + 1 - j) {
-                        let column = columns.start + j + c;
-                        let value = acc[r * NR + c] as f32 * scale * self.w_scale[column];
-                        let value = value + self.bias.map_or(0.0, |b| b[column]);
-                        let value = if self.relu && value < 0.0 { 0.0 } else { value };
-                        // SAFETY: i + r < m and column < n.
-                        unsafe { *out.0.add((i + r) * self.n + column) = value };
+                    let [from, to] = place(i + r);
+                    let scale = self.x_scale[from];
+                    let row: [f32; NR] = std::array::from_fn(|c| {
+                        let value = acc[r * NR + c] as f32 * scale * w_scale[c];
+                        let value = if self.bias.is_some() { value + bias[c] } else { value };
+                        if self.relu && value < 0.0 { 0.0 } else { value }
+                    });
+                    let stored = NR.min(last_column + 1 - j);
+                    // SAFETY: the caller promised the row; j + stored columns of it exist.
+                    unsafe {
+                        let to = out.0.add(to * self.n + columns.start + j);
+                        std::ptr::copy_nonoverlapping(row.as_ptr(), to, stored);
                     }
                 }
             }

@@ -165,20 +165,24 @@ pub fn grouped_matmul_int8(args: &Args) -> Result<()> {
     let bias = has_bias.then(|| args.read::<f32>(4));
     let g = Grouped::new(args, args.read(last - 2), args.read(last - 1));
     let (n, d) = (g.n, g.d);
-    let y = args.write::<f32>(last);
-    g.segments(0..g.order.len(), |e, rows| {
-        let product = Product {
-            x,
-            x_scale,
-            w: Weights::Dense(&w[e * n * d..][..n * d]),
-            w_scale: &w_scale[e * n..][..n],
-            bias: bias.map(|b| &b[e * n..][..n]),
-            relu,
-            m: rows.len(),
-            n,
-            k: d,
-        };
-        product.run(args, |i| g.row(rows.start + i), &mut y[rows.start * n..rows.end * n]);
+    // Integer sums are exact, so tasks may follow the threads.
+    let task = g.order.len().div_ceil(args.threads()).max(TASK);
+    args.rows(args.write::<f32>(last), n, task, |first, y| {
+        g.segments(first..first + y.len() / n.max(1), |e, rows| {
+            let product = Product {
+                x,
+                x_scale,
+                w: Weights::Dense(&w[e * n * d..][..n * d]),
+                w_scale: &w_scale[e * n..][..n],
+                bias: bias.map(|b| &b[e * n..][..n]),
+                relu,
+                m: rows.len(),
+                n,
+                k: d,
+            };
+            let y = &mut y[(rows.start - first) * n..(rows.end - first) * n];
+            product.run_alone(|i| [g.row(rows.start + i), i], y);
+        });
     });
     Ok(())
 }

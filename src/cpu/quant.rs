@@ -2,7 +2,7 @@
 
 use super::simd::{self, multiversion, widened, write_row};
 use super::{Args, float_kernel, grain};
-use crate::dtype::Float;
+use crate::dtype::{DType, Float};
 use crate::error::Result;
 
 /// Elements handled at once; bounds the stack buffer of 16-bit rows.
@@ -196,6 +196,10 @@ multiversion! {
 
 /// Minimum and maximum of a row of any float storage.
 pub(super) fn extent_of<T: Float>(row: &[T]) -> [f32; 2] {
+    // Short rows must not pay for a buffer that they do not use.
+    if T::DTYPE == DType::F32 {
+        return extent(bytemuck::cast_slice(row));
+    }
     let mut buffer = [0.0; BLOCK];
     let mut range = [f32::INFINITY, f32::NEG_INFINITY];
     for part in row.chunks(BLOCK) {
@@ -291,6 +295,10 @@ fn fake_quant_of<T: Float>(args: &Args) -> Result<()> {
     let (length, scheme, dynamic) = (args.u(1), Scheme::of(args), args.u(7) == 1);
     let (x, y) = (args.read::<T>(0), args.write::<T>(if dynamic { 1 } else { 2 }));
     let map = |start: usize, y: &mut [T], grid: &Grid| {
+        if T::DTYPE == DType::F32 {
+            let x = &x[start..start + y.len()];
+            return fake_row(bytemuck::cast_slice(x), bytemuck::cast_slice_mut(y), grid);
+        }
         let (mut wide, mut made) = ([0.0; BLOCK], [0.0; BLOCK]);
         let x = widened(&x[start..start + y.len()], &mut wide);
         write_row(y, &mut made, |y| fake_row(x, y, grid));
@@ -340,6 +348,9 @@ fn quantize_of<T: Float>(args: &Args) -> Result<()> {
     let (x, q) = (args.read::<T>(0), args.write::<i8>(first_output));
     let (scales, zeros) = (args.write::<f32>(first_output + 1), args.write::<f32>(first_output + 2));
     let store = |start: usize, q: &mut [i8], grid: &Grid| {
+        if T::DTYPE == DType::F32 {
+            return store_row(bytemuck::cast_slice(&x[start..start + q.len()]), q, grid, shift);
+        }
         let mut wide = [0.0; BLOCK];
         store_row(widened(&x[start..start + q.len()], &mut wide), q, grid, shift);
     };

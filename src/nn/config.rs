@@ -68,12 +68,15 @@ pub enum Head {
     Tagging { labels: Vec<String> },
 }
 
-/// Sparse execution of a block's FFN: `count` experts of equal size, `selected` of them per token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Sparse execution of a block's FFN: `count` experts of equal size, `selected` of them per token at most.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Experts {
     pub count: usize,
     pub selected: usize,
+    /// Of the selected ones only those are executed whose score is above this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<f32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -301,6 +304,9 @@ impl Config {
                 && (e.count == 0 || e.selected == 0 || e.selected > e.count || b.ffn_width % e.count != 0 || !b.feeds())
             {
                 return rule(format!("blocks[{i}].experts"), "1 <= selected <= count, and count divides ffn_width");
+            }
+            if b.experts.and_then(|e| e.threshold).is_some_and(|t| !t.is_finite()) {
+                return rule(format!("blocks[{i}].experts.threshold"), "must be finite");
             }
         }
         Ok(())

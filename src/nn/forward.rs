@@ -13,7 +13,6 @@ use crate::ops::binary::{Binary, BinaryFunction};
 use crate::ops::embed::Embed;
 use crate::ops::ffn::{Ffn, FfnActivation};
 use crate::ops::layout::Slice;
-use crate::ops::moe::{GroupedMatmul, GroupedMatmulInt8, MoeCombine, MoeDispatch, MoeGate};
 use crate::ops::norm::{AddNorm, LayerNorm, RmsNorm};
 use crate::ops::random::Dropout;
 use crate::ops::relative::Span;
@@ -124,6 +123,7 @@ pub struct Pass<'m> {
     pub(super) hooks: Vec<&'m dyn OutputHook>,
     dropout: Option<(Dropout, Var)>,
     split_ffn: bool,
+    pub(super) grouped: bool,
     /// Bias by distance of a stack's table over a span.
     pub(super) biases: Vec<(usize, Span, Var)>,
     pub(super) memory: Option<Memory<'m>>,
@@ -156,6 +156,7 @@ impl<'m> Pass<'m> {
             hooks: Vec::new(),
             dropout: None,
             split_ffn: false,
+            grouped: false,
             biases: Vec::new(),
             memory: None,
             tuned,
@@ -476,7 +477,8 @@ impl<'m> Pass<'m> {
         self.tape.first(op, &[x, &tables[0], &tables[1], &positions, &Var::constant(blocks.clone())])
     }
 
-    fn ffn(&mut self, i: usize, x: &Var) -> Result<Var> {
+    /// The FFN of block `i` alone, with its experts where it has any: x `[.., d]` to `[.., d]`.
+    pub fn ffn(&mut self, i: usize, x: &Var) -> Result<Var> {
         let block = &self.model.config.blocks[i];
         if block.experts.is_some() {
             return self.experts(i, x);
@@ -517,70 +519,5 @@ impl<'m> Pass<'m> {
         };
         let h = self.gated(Place::Neurons(i), h)?;
         self.linear(&outer, &h)
-    }
-
-    /// Scores of the experts of block `i` for rows x `[rows, d]`: a two-layer router (MoEfication), `[rows, E]`.
-    pub fn router(&mut self, i: usize, x: &Var) -> Result<Var> {
-        let h = self.linear(&format!("blocks.{i}.ffn.router.in"), x)?;
-        let h = self.tape.first(Unary(Function::Tanh), &[&h])?;
-        self.linear(&format!("blocks.{i}.ffn.router.out"), &h)
-    }
-
-    /// y = sum over the k selected experts of relu(x W_in,e + b) W_out,e, plus the output bias; no gate factor, so that
-    /// k = E is the dense FFN (MoEfication).
-    fn experts(&mut self, i: usize, x: &Var) -> Result<Var> {
-        let block = &self.model.config.blocks[i];
-        let Some(experts) = block.experts else {
-            return Err(missing(&format!("blocks.{i}.experts")));
-        };
-        let k = experts.selected;
-        let rows = self.rows(x)?;
-        let scores = self.router(i, &rows.detach())?;
-        let gated = self.tape.run(MoeGate { k }, &[&scores])?;
-        let dispatch = self.tape.run(MoeDispatch { experts: experts.count }, &[&gated[0]])?;
-        let (order, offsets) = (&dispatch[0], &dispatch[1]);
-        let h = self.grouped(&format!("blocks.{i}.ffn.experts.in"), &rows, k, (true, true), order, offsets)?;
-        let y = self.grouped(&format!("blocks.{i}.ffn.experts.out"), &h, k, (false, false), order, offsets)?;
-        let y = self.tape.first(MoeCombine { k, weighted: false }, &[&y, order])?;
-        let bias = self.parameter(&format!("blocks.{i}.ffn.out.bias"))?;
-        let y = self.tape.first(Binary(BinaryFunction::Add), &[&y, &bias])?;
-        y.reshape(x.dims())
-    }
-
-    /// Grouped linear over experts, dense or int8; `first`: reads token rows and applies bias and ReLU.
-    fn grouped(
-        &mut self,
-        name: &str,
-        x: &Var,
-        k: usize,
-        (first, relu): (bool, bool),
-        order: &Var,
-        offsets: &Var,
-    ) -> Result<Var> {
-        let bias = self.optional(&format!("{name}.bias"))?;
-        if let Some(weight) = self.optional(&format!("{name}.weight"))? {
-            let (x, weight) = self.hooked(name, x.clone(), weight)?;
-            let experts = weight.dims()[0];
-            let op = GroupedMatmul { k, relu, bias: bias.is_some(), gather: first, experts };
-            let inputs: Vec<&Var> = [&x, &weight].into_iter().chain(&bias).chain([order, offsets]).collect();
-            return self.tape.first(op, &inputs);
-        }
-        let scale = self.parameter(&format!("{name}.scale"))?;
-        let packed = self.optional(&format!("{name}.int4"))?;
-        if packed.is_some() || scale.dims().len() == 3 {
-            // Weight-only experts run on the float kernels.
-            let weight = self.unpacked(name, packed, &scale)?;
-            let experts = weight.dims()[0];
-            let op = GroupedMatmul { k, relu, bias: bias.is_some(), gather: first, experts };
-            let inputs: Vec<&Var> = [x, &weight].into_iter().chain(&bias).chain([order, offsets]).collect();
-            return self.tape.first(op, &inputs);
-        }
-        let weight = self.parameter(&format!("{name}.int8"))?;
-        let experts = weight.dims()[0];
-        let q = self.quantized(name, x)?;
-        let op = GroupedMatmulInt8 { k, relu, bias: bias.is_some(), gather: first, experts };
-        let inputs: Vec<&Var> =
-            [&q[0], &q[1], &weight, &scale].into_iter().chain(&bias).chain([order, offsets]).collect();
-        self.tape.first(op, &inputs)
     }
 }

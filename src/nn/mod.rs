@@ -2,6 +2,7 @@
 
 pub mod config;
 mod encoder;
+mod experts;
 mod forward;
 pub mod generate;
 mod linear;

@@ -111,12 +111,29 @@ impl Checker<'_> {
                 self.scales(&scale, &[e, rows], columns)?;
             }
         }
-        for (part, dims) in [
-            ("router.in.weight", vec![e, width]),
-            ("router.in.bias", vec![e]),
-            ("router.out.weight", vec![e, e]),
-            ("router.out.bias", vec![e]),
-        ] {
+        self.router(prefix, e, width)
+    }
+
+    /// Of two layers (MLP), of one (similarity), or none (oracle).
+    fn router(&self, prefix: &str, experts: usize, width: usize) -> Result<()> {
+        let name = |part: &str| format!("{prefix}.router.{part}");
+        let has = |part: &str| self.tensors.contains_key(&name(part));
+        let parts = if has("centre.weight") {
+            vec![("unit.weight", vec![width]), ("centre.weight", vec![experts, width]), ("centre.bias", vec![experts])]
+        } else if has("in.weight") || has("out.weight") {
+            // Its hidden layer may be wider than what is left of the experts.
+            let hidden =
+                self.tensors.get(&name("in.weight")).and_then(|t| t.dims().first().copied()).unwrap_or(experts);
+            vec![
+                ("in.weight", vec![hidden, width]),
+                ("in.bias", vec![hidden]),
+                ("out.weight", vec![experts, hidden]),
+                ("out.bias", vec![experts]),
+            ]
+        } else {
+            Vec::new()
+        };
+        for (part, dims) in parts {
             self.need(&name(part), DType::FLOATS, &dims)?;
         }
         Ok(())

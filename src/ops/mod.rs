@@ -17,6 +17,7 @@ pub mod layout;
 pub mod linear_loss;
 pub mod matmul;
 pub mod moe;
+pub mod moe_gather;
 mod moe_matmul;
 pub mod norm;
 pub mod optim;
@@ -55,6 +56,7 @@ pub static FAMILIES: &[&Family] = &[
     &gates::FAMILY,
     &matmul::FAMILY,
     &moe::FAMILY,
+    &moe_gather::FAMILY,
     &moe_matmul::FAMILY,
     &norm::FAMILY,
     &optim::FAMILY,

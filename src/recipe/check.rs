@@ -5,7 +5,6 @@ use super::schema::{Corpus, Distil, Evaluate, Family, MAX_BEAMS, MAX_SEED, Quant
 use crate::compress::tuning::Tuning;
 use crate::data::tokenizer::is_language;
 use crate::error::{Error, Result};
-use crate::nn::Activation;
 use crate::nn::config::Size;
 use crate::train::optimizer::Rule;
 
@@ -200,10 +199,6 @@ impl Recipe {
             let allowed = "methods without calibration on inputs for model.family t5, whose blocks are no chain";
             return refuse("sparsify.method, quantize.method", "with calibration", allowed);
         }
-        if self.experts.is_some() && self.model.activation() != Activation::Relu {
-            let allowed = "relu for experts: they are chosen by which neurons are positive";
-            return refuse("model.activation", "gelu", allowed);
-        }
         Ok(())
     }
 
@@ -218,7 +213,7 @@ impl Recipe {
             q.check(self)?;
         }
         if let Some(e) = &self.experts {
-            e.check(self.smallest())?;
+            e.check(self.smallest(), self.model.activation())?;
         }
         if let Some(h) = &self.hybrid {
             h.check(self.data.target_share)?;
@@ -250,7 +245,7 @@ impl Recipe {
                 Step::Quantize => self.quantize.as_ref().map(|q| &q.distil),
                 Step::Experts => {
                     experts = true;
-                    None
+                    self.experts.as_ref().filter(|e| e.training.is_some()).map(|e| &e.distil)
                 }
                 Step::Hybrid => None,
                 Step::Tune => {

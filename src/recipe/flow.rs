@@ -129,7 +129,7 @@ impl<'a> Flow<'a> {
                 Step::Structure => stages::structure::run(self, section(step, &recipe.structure)?, &student, &cache)?,
                 Step::Sparsify => stages::sparsify::run(self, section(step, &recipe.sparsify)?, &student, &cache)?,
                 Step::Quantize => stages::quantize::run(self, section(step, &recipe.quantize)?, &student, &cache)?,
-                Step::Experts => stages::experts::run(self, section(step, &recipe.experts)?, &student)?,
+                Step::Experts => stages::experts::run(self, section(step, &recipe.experts)?, &student, &cache)?,
                 Step::Tune => stages::tune::run(self, section(step, &recipe.tune)?, &student, &cache)?,
                 Step::Hybrid => {
                     let settings = section(step, &recipe.hybrid)?;

@@ -62,7 +62,7 @@ pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
             }
             Step::Experts => {
                 let Some(e) = &recipe.experts else { continue };
-                let mut stage = planned("experts", size, recipe, None);
+                let mut stage = planned("experts", size, recipe, e.training.as_ref());
                 let share = 100.0 * e.share;
                 stage.shape = format!("{}, experts of {}, {share:.0} % per token", stage.shape, e.expert_size);
                 stages.push(stage);

@@ -18,7 +18,7 @@ use crate::train::precision::Precision;
 use crate::train::schedule::{Schedule, Shape};
 
 pub use distil::{Distil, HiddenProjection};
-pub use experts::Experts;
+pub use experts::{Experts, Slower};
 pub use hybrid::Hybrid;
 pub use model::{Architecture, Family, layout};
 pub use pipeline::{Auto, Messages, Pipeline, Replicas, Stages};
@@ -220,6 +220,13 @@ impl Default for Evaluate {
             latency_batches: default_latency_batches(),
             latency_length: default_latency_length(),
         }
+    }
+}
+
+impl Evaluate {
+    /// Tokens of the passes whose latency is measured.
+    pub fn rows(&self) -> Vec<usize> {
+        self.latency_batches.iter().map(|batch| batch * self.latency_length).collect()
     }
 }
 

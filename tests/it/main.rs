@@ -8,6 +8,7 @@ mod data;
 mod device;
 mod distillation;
 mod encoder;
+mod experts;
 mod faults;
 mod graphs;
 mod import;

@@ -288,7 +288,8 @@ fn stored_forms_of_uneven_models_are_smaller_and_reload() {
 fn experts_of_uneven_blocks_are_the_dense_ffns() {
     let whole = model(Config::glm(SIZE, VOCABULARY), &cpu(), 6);
     let small = prune(&whole, &uneven(&whole.config)).unwrap();
-    let settings = ExpertSettings { expert_size: 16, share: 1.0, router_steps: 2, router_rate: 0.01 };
+    let settings =
+        ExpertSettings { expert_size: 16, share: 1.0, router_steps: 2, router_rate: 0.01, ..ExpertSettings::default() };
     let (converted, reports) = experts::convert(&small, settings, &[batch(&small)]).unwrap();
     assert_eq!(reports.iter().map(|r| (r.block, r.experts)).collect::<Vec<_>>(), [(0, 2), (2, 1)]);
     assert!(largest_difference(&logits(&small), &logits(&converted)) < 1e-4);

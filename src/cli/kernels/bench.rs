@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::break_even;
 use super::measure::{self, Ceiling, Effort};
 use super::sampled;
 use crate::cli::{Global, say, say_json};
@@ -64,6 +65,9 @@ pub struct Args {
     /// Instead of the table: what dispatching one tiny op costs the host
     #[arg(long)]
     overhead: bool,
+    /// Instead of the table: feed-forward blocks as 2:4, unstructured zeros and experts against the dense one
+    #[arg(long, conflicts_with_all = ["op", "sizes", "skip", "list", "rungs", "all", "overhead", "seconds"])]
+    break_even: bool,
 }
 
 /// A case as `--list` prints it: what another program needs to time the same work and to file it under the same name.
@@ -134,6 +138,9 @@ fn cases(args: &Args) -> Result<Vec<Large>> {
 pub fn run(global: &Global, args: &Args) -> Result<()> {
     if args.list {
         return list(global, args);
+    }
+    if args.break_even {
+        return break_even::run(global, args.samples, args.seed);
     }
     let cases = cases(args)?;
     let device = global.open()?;

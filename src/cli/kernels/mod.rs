@@ -1,6 +1,7 @@
 //! `espalier kernels`: the kernel engineer's side, all of it loops over the one table of cases.
 
 mod bench;
+mod break_even;
 mod compare;
 mod cuda_check;
 mod list;

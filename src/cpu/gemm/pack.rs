@@ -76,6 +76,16 @@ pub(super) fn pack_b<T: Float>(
     }
 }
 
+/// Rows of `words` 32-bit words as columns: `out [words, 16]`, padded with zeros to sixteen rows. Needs AVX-512.
+#[cfg(target_arch = "x86_64")]
+pub(in super::super) fn turn_words(rows: &[f32], words: usize, out: &mut [f32]) {
+    let width = rows.len() / words.max(1);
+    assert!(width <= 16 && rows.len() == width * words && out.len() >= 16 * words, "up to sixteen whole rows");
+    assert!(simd::level() == Level::Avx512, "AVX-512");
+    // SAFETY: the instructions exist, and both slices hold what was asserted.
+    unsafe { avx512::transpose(rows, width, words, words, 16, out) };
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::*;

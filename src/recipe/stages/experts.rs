@@ -1,55 +1,114 @@
-//! Dense FFNs become routed experts; nothing is trained but the routers.
+//! Dense FFNs become routed experts. Nothing is trained but the routers, unless GELU is to become ReLU first.
 
-use super::{Context, Outcome, Student, calibration, text};
-use crate::compress::experts;
+use super::{Context, Outcome, Student, calibration, recover, text};
+use crate::compress::distillation::TeacherCache;
+use crate::compress::experts::{self, report};
+use crate::compress::freeze::freeze;
 use crate::error::Result;
 use crate::nn::{self, Model};
 use crate::recipe::flow::Flow;
-use crate::recipe::schema::Experts;
+use crate::recipe::run_folder::State;
+use crate::recipe::schema::{Experts, Slower, Training};
 use crate::train::lifecycle::Invariant;
 
-pub fn run(flow: &mut Flow, settings: &Experts, student: &Student) -> Result<Student> {
+pub fn run(flow: &mut Flow, settings: &Experts, student: &Student, cache: &TeacherCache) -> Result<Student> {
     let parts = [&student.fingerprint, &text(settings)?, "experts"];
-    flow.stage("experts", &parts, false, |context| converted(context, student, settings))
+    flow.stage("experts", &parts, false, |context| {
+        let batches: Vec<nn::Batch> =
+            calibration(context, &student.model, settings.calibration_batches)?.into_iter().map(|m| m.batch).collect();
+        match &settings.training {
+            None => {
+                let dense = Outcome {
+                    model: student.model.duplicate()?,
+                    state: student.state.clone(),
+                    curves: Vec::new(),
+                    notes: Vec::new(),
+                    invariants: Vec::new(),
+                    earlier_seconds: 0.0,
+                };
+                split(context, dense, settings, &batches)
+            }
+            Some(training) => {
+                let dense = with_relu(context, student, (settings, training), cache, &batches)?;
+                split(context, dense, settings, &batches)
+            }
+        }
+    })
+}
+
+/// GELU becomes ReLU, and a training with distillation makes up for it. How sparse activations are is told before and after.
+fn with_relu(
+    context: &Context,
+    student: &Student,
+    (settings, training): (&Experts, &Training),
+    cache: &TeacherCache,
+    batches: &[nn::Batch],
+) -> Result<Outcome> {
+    let mut model = student.model.duplicate()?;
+    let before = report::active_shares(&model, batches)?;
+    let blocks = experts::relu::convert(&mut model)?;
+    let mut outcome = recover(context, (model, student.state.clone()), training, &settings.distil, cache, 6)?;
+    let after = report::active_shares(&outcome.model, batches)?;
+    let shares = |shares: &[f64]| shares.iter().map(|s| format!("{:.1}", 100.0 * s)).collect::<Vec<_>>().join(", ");
+    outcome.notes.push(format!(
+        "{} blocks have ReLU in place of GELU; % of neurons above 0 by block, before the training {}, after {}",
+        blocks.len(),
+        shares(&before),
+        shares(&after)
+    ));
+    Ok(outcome)
 }
 
 /// Splits the FFNs into experts; promises on FFN tensors move to the expert tensors.
-fn converted(context: &Context, student: &Student, settings: &Experts) -> Result<Outcome> {
-    let batches: Vec<nn::Batch> =
-        calibration(context, &student.model, settings.calibration_batches)?.into_iter().map(|m| m.batch).collect();
-    let conversion = experts::Settings {
-        expert_size: settings.expert_size,
-        share: settings.share,
-        router_steps: settings.router_steps,
-        router_rate: settings.router_rate,
-    };
-    let (model, reports) = experts::convert(&student.model, conversion, &batches)?;
-    let notes = reports.iter().map(|r| {
-        format!(
-            "block {}: {} of {} experts per token; {:.1} % of positive activation mass captured by the router, {:.1} % by the oracle; {:.0} % of neurons active",
-            r.block,
-            r.selected,
-            r.experts,
-            100.0 * r.captured,
-            100.0 * r.captured_by_oracle,
-            100.0 * r.active
-        )
-    });
-    let mut notes: Vec<String> = notes.collect();
-    let difference = experts::difference_with_all_experts(&student.model, &model, &batches[0])?;
+fn split(context: &Context, dense: Outcome, settings: &Experts, batches: &[nn::Batch]) -> Result<Outcome> {
+    let conversion = settings.settings(context.recipe.seed);
+    let (mut model, reports) = experts::convert(&dense.model, conversion, batches)?;
+    let mut notes = dense.notes.clone();
+    notes.extend(reports.iter().map(experts::BlockReport::note));
+    let difference = experts::difference_with_all_experts(&dense.model, &model, &batches[0])?;
     let equal = Invariant {
         rule: "experts(k = all) equals the dense FFN".into(),
         measured: format!("largest relative difference of hidden states {difference:.1e}"),
         holds: difference < 1e-4,
     };
-    let partition = partition(&student.model, &model)?;
-    let state = student
+    let partition = partition(&dense.model, &model)?;
+    let mut state = dense
         .state
         .renamed(|name| Some(name.replace(".ffn.in", ".ffn.experts.in").replace(".ffn.out", ".ffn.experts.out")));
-    if !state.sparse.is_empty() {
-        notes.push("expert weights keep their 2:4 zeros but run on the dense grouped kernels".into());
+    if let Some(drop) = settings.drop {
+        for dropped in experts::drop::drop_experts(&mut model, drop, batches)? {
+            notes.push(format!(
+                "block {}: {} of {} experts stay; those that went had {:.1} % of all experts' {:?} saliency",
+                dropped.block,
+                dropped.kept.len(),
+                dropped.before,
+                100.0 * dropped.lost,
+                drop.saliency
+            ));
+        }
+        recount(&model, &mut state)?;
     }
-    Ok(Outcome { model, state, curves: Vec::new(), notes, invariants: vec![equal, partition], earlier_seconds: 0.0 })
+    if !state.sparse.is_empty() {
+        notes.push("expert weights keep their 2:4 zeros but run on kernels that do not skip them".into());
+    }
+    let form = state.form();
+    let (before, after) = (freeze(&dense.model, dense.state.form())?, freeze(&model, form)?);
+    let speeds = report::speed(&before, &after, &context.recipe.evaluate.rows())?;
+    notes.push(report::speed_note(&speeds));
+    if settings.slower == Slower::Dense && speeds.iter().all(|s| s.experts > s.dense) {
+        notes.push("experts were slower for every measured number of tokens: the FFNs stay dense".into());
+        return Ok(Outcome { notes, ..dense });
+    }
+    let invariants = [dense.invariants, vec![equal, partition]].concat();
+    Ok(Outcome { model, state, notes, invariants, ..dense })
+}
+
+/// Zeros that are promised of weights whose experts became fewer.
+fn recount(model: &Model, state: &mut State) -> Result<()> {
+    for (name, zeros) in state.sparse.iter_mut().filter(|(name, _)| name.contains(".ffn.experts.")) {
+        *zeros = model.values(name)?.iter().filter(|w| **w == 0.0).count();
+    }
+    Ok(())
 }
 
 /// That every neuron is in exactly one expert: the experts' rows are the dense ones in another order.

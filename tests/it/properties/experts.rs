@@ -1,8 +1,10 @@
 //! Routing and partitions of neurons.
 
+use espalier::compress::experts::split::{balanced_partition, random_parts};
 use espalier::compress::experts::{GROUP, balanced_clusters};
 use espalier::ops::ffn::{Ffn, FfnActivation};
-use espalier::ops::moe::{MoeCombine, MoeDispatch, MoeGate};
+use espalier::ops::moe::{GroupedMatmul, MoeCombine, MoeDispatch, MoeGate};
+use espalier::ops::moe_gather::{Gathered, GatheredMatmul};
 
 use super::{Draw, holds};
 
@@ -17,6 +19,66 @@ fn clusters_are_a_partition_into_equal_parts() {
         for cluster in 0..clusters {
             assert_eq!(assigned.iter().filter(|a| **a == cluster).count(), size);
         }
+    });
+}
+
+#[test]
+fn partitions_are_balanced_repeatable_and_better_by_no_swap() {
+    holds("balanced partition", |draw| {
+        let (parts, size) = (draw.size(5), draw.size(5));
+        let n = parts * size;
+        let mut weights = vec![0.0; n * n];
+        for a in 0..n {
+            for b in a + 1..n {
+                let weight = draw.below(4) as f64;
+                (weights[a * n + b], weights[b * n + a]) = (weight, weight);
+            }
+        }
+        let part = balanced_partition(&weights, n, parts);
+        assert_eq!(part, balanced_partition(&weights, n, parts));
+        assert!((0..parts).all(|p| part.iter().filter(|q| **q == p).count() == size));
+        let within =
+            |part: &[usize]| -> f64 { (0..n * n).filter(|i| part[i / n] == part[i % n]).map(|i| weights[i]).sum() };
+        let best = within(&part);
+        for (a, b) in (0..n).flat_map(|a| (a + 1..n).map(move |b| (a, b))) {
+            let mut swapped = part.clone();
+            swapped.swap(a, b);
+            assert!(within(&swapped) <= best + 1e-9, "{a} and {b}");
+        }
+        let random = random_parts(n, parts, draw.below(9) as u64, 1);
+        assert!((0..parts).all(|p| random.iter().filter(|q| **q == p).count() == size));
+    });
+}
+
+#[test]
+fn experts_where_they_lie_equal_sorted_ones() {
+    holds("gathered and grouped", |draw| {
+        let (tokens, experts, n, d) = (draw.size(80), draw.size(6), draw.size(20), draw.size(20));
+        let k = draw.size(experts);
+        let mut normal = |dims: &[usize]| {
+            let values: Vec<f32> = (0..dims.iter().product()).map(|_| draw.stream.normal() as f32).collect();
+            draw.tensor(dims, &values)
+        };
+        let (x, scores) = (normal(&[tokens, d]), normal(&[tokens, experts]));
+        let (w_in, b_in, w_out, b_out) =
+            (normal(&[experts, n, d]), normal(&[experts, n]), normal(&[experts, d, n]), normal(&[d]));
+        let gate = draw.run(&MoeGate { k }, &[&scores]);
+        let sorted = draw.run(&MoeDispatch { experts }, &[&gate[0]]);
+        let up = GroupedMatmul { k, relu: true, bias: true, gather: true, experts };
+        let h = draw.run(&up, &[&x, &w_in, &b_in, &sorted[0], &sorted[1]]).remove(0);
+        let down = GroupedMatmul { k, relu: false, bias: false, gather: false, experts };
+        let y = draw.run(&down, &[&h, &w_out, &sorted[0], &sorted[1]]).remove(0);
+        let want = draw.run(&MoeCombine { k, weighted: false }, &[&y, &sorted[0]]).remove(0).to_f64().unwrap();
+        let bias = b_out.to_f64().unwrap();
+        let want: Vec<f64> = want.iter().enumerate().map(|(i, y)| y + bias[i % d]).collect();
+        let up = GatheredMatmul(Gathered { sum: false, relu: true, threshold: None });
+        let h = draw.run(&up, &[&x, &w_in, &b_in, &gate[0]]).remove(0);
+        let down = GatheredMatmul(Gathered { sum: true, relu: false, threshold: None });
+        close(&want, &draw.run(&down, &[&h, &w_out, &b_out, &gate[0]]).remove(0).to_f64().unwrap());
+        // A threshold above all scores leaves the bias.
+        let none = Gathered { threshold: Some(f32::MAX), sum: true, relu: false };
+        let y = draw.run(&GatheredMatmul(none), &[&h, &w_out, &b_out, &gate[0], &gate[1]]).remove(0).to_f64().unwrap();
+        assert!(y.chunks(d).all(|row| row == bias));
     });
 }
 
