@@ -174,7 +174,7 @@ fn gradients_flow_past_what_is_gone() {
             assert!(want.iter().zip(have).all(|(a, b)| (a - b).abs() <= 1e-6 * most.max(1e-9)), "{name}");
             compared += 1;
         }
-        assert!(compared > 12, "{compared}");
+        assert!(compared > 8, "{compared}");
     }
 }
 
