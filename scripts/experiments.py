@@ -21,7 +21,7 @@ import sys
 import tomllib
 
 LOWER_IS_BETTER = {"loss", "KiB", "ms"}
-HOLDS = "holds"
+HOLDS, NOT_RUN = "holds", "not run"
 BEGIN, END = "<!-- experiments -->", "<!-- end of experiments -->"
 
 
@@ -152,7 +152,7 @@ def summary(claims, results):
     """One line for each claim: how many of its checks hold."""
     lines = ["| claim | source | holds |", "| --- | --- | --- |"]
     for claim in claims:
-        judged = [j for check in claim["check"] for j in judgements(check, claim["rows"], results)]
+        judged = [j for check in claim["check"] for j in judgements(check, claim["rows"], results) if j[2] != NOT_RUN]
         held = sum(verdict == HOLDS for _, _, verdict in judged)
         lines.append(f"| {claim['name']} | {claim['source']} | {'yes' if held == len(judged) else f'{held} of {len(judged)} checks'} |")
     return "\n".join(lines)
@@ -200,7 +200,7 @@ def quotient(a, b):
 def judged(text, show, value, holds, results):
     values = [v for v in (value(results, seed) for seed in results.seeds) if v is not None]
     if not values:
-        return text, "-", "not run"
+        return text, "-", NOT_RUN
     mean, held = sum(values) / len(values), sum(map(holds, values))
     verdict = (
         HOLDS if held == len(values) else

@@ -53,7 +53,7 @@ impl Tokenizer {
 
     /// The tokenizer with the tokens that `counts` has at least `min_count` of, those that they are merged from, all bytes and
     /// all special tokens. Text of kept tokens gets the ids that the map gives them; a token that is gone is written as
-    /// smaller ones, by the merges that are left.
+    /// others, by the merges that are left.
     ///
     /// # Errors
     /// `Error::File` for a tokenizer whose form has no vocabulary and merges.
@@ -147,8 +147,6 @@ mod tests {
                 if old.iter().all(|&id| map.id(id).is_some()) {
                     assert_eq!(new, map.ids(&old, 1));
                     assert!(new.iter().zip(&old).all(|(&new, &old)| map.before(new) == Some(old)));
-                } else {
-                    assert!(new.len() > old.len(), "smaller tokens stand for what is gone");
                 }
             }
             if min_count == 1 {
