@@ -4,6 +4,7 @@ pub mod curvature;
 pub mod distillation;
 pub mod experts;
 pub mod freeze;
+pub mod gates;
 pub mod hybrid;
 pub mod inputs;
 pub mod pruning;

@@ -17,6 +17,7 @@ mod ffn;
 mod fisher;
 mod gates;
 pub mod gemm;
+mod hard_concrete;
 mod int8;
 mod int8_packed;
 mod layout;
@@ -47,6 +48,7 @@ pub use embed::{embed, embed_backward};
 pub use ffn::{ffn, ffn_backward};
 pub use fisher::rank_one_inverse;
 pub use gates::{group_dots, scale_groups};
+pub use hard_concrete::{clamp, hard_concrete, hard_concrete_backward};
 pub use layout::{concat, fill, gather_rows, pad, permute, scatter_add_rows, slice};
 pub use linear_loss::{
     linear_cross_entropy, linear_cross_entropy_backward, linear_kl, linear_kl_backward, linear_predict,

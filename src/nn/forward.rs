@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::config::{Activation, AttentionKind, NormKind, Positions, Residual};
+use super::config::{Activation, AttentionKind, Positions};
 use super::encoder::Memory;
 use super::model::{GATE, Model, missing};
 use super::taps::Taps;
@@ -13,7 +13,6 @@ use crate::ops::binary::{Binary, BinaryFunction};
 use crate::ops::embed::Embed;
 use crate::ops::ffn::{Ffn, FfnActivation};
 use crate::ops::layout::Slice;
-use crate::ops::norm::{AddNorm, LayerNorm, RmsNorm};
 use crate::ops::random::Dropout;
 use crate::ops::relative::Span;
 use crate::ops::rope::{Rope, RopeKind};
@@ -59,6 +58,12 @@ pub trait OutputHook {
     /// `x` as the structure at `place` gives it, in the pass's type; what comes back has the same shape.
     fn on_structure(&self, _pass: &mut Pass, _place: Place, x: Var) -> Result<Var> {
         Ok(x)
+    }
+
+    /// 0/1 f32 `[d]`: the channels that norms count, where the hidden stream is 0 in the others; `None`: all of them. A model
+    /// that has lost those others computes the same.
+    fn channels(&self, _pass: &mut Pass) -> Result<Option<Var>> {
+        Ok(None)
     }
 }
 
@@ -121,6 +126,8 @@ pub struct Pass<'m> {
     entered: BTreeMap<String, Var>,
     compute: Option<DType>,
     pub(super) hooks: Vec<&'m dyn OutputHook>,
+    /// What hooks made once for the whole pass.
+    shared: BTreeMap<&'static str, Var>,
     dropout: Option<(Dropout, Var)>,
     split_ffn: bool,
     pub(super) grouped: bool,
@@ -154,6 +161,7 @@ impl<'m> Pass<'m> {
             entered,
             compute: None,
             hooks: Vec::new(),
+            shared: BTreeMap::new(),
             dropout: None,
             split_ffn: false,
             grouped: false,
@@ -236,6 +244,21 @@ impl<'m> Pass<'m> {
     /// Parameters used so far.
     pub fn into_leaves(self) -> (Tape, BTreeMap<String, Var>) {
         (self.tape, self.leaves)
+    }
+
+    /// A variable that is made once in a pass, however often hooks and losses ask for it.
+    pub fn shared(&mut self, name: &'static str, make: impl FnOnce(&mut Self) -> Result<Var>) -> Result<Var> {
+        if let Some(var) = self.shared.get(name) {
+            return Ok(var.clone());
+        }
+        let var = make(self)?;
+        self.shared.insert(name, var.clone());
+        Ok(var)
+    }
+
+    /// What [`Pass::shared`] made under this name.
+    pub fn made(&self, name: &str) -> Option<&Var> {
+        self.shared.get(name)
     }
 
     pub(super) fn hooked(&mut self, name: &str, mut x: Var, mut weight: Var) -> Result<(Var, Var)> {
@@ -361,38 +384,6 @@ impl<'m> Pass<'m> {
             self.keep_hidden(i + 1 - first, &states);
         }
         Ok(states)
-    }
-
-    fn first_norm(&mut self, name: &str, x: &Var) -> Result<States> {
-        let epsilon = self.model.config.norm_epsilon;
-        let weight = self.parameter(&format!("{name}.weight"))?;
-        let y = match self.model.config.norm {
-            NormKind::Layer => {
-                let bias = self.parameter(&format!("{name}.bias"))?;
-                self.tape.first(LayerNorm { epsilon }, &[x, &weight, &bias])?
-            }
-            NormKind::Rms => self.tape.first(RmsNorm { epsilon }, &[x, &weight])?,
-        };
-        let residual = if self.model.config.residual == Residual::Sum { x.clone() } else { y.clone() };
-        Ok(States { normed: y, residual })
-    }
-
-    /// h = x + scale * residual; y = norm(h). Without x, the output of a sublayer that the block lacks, h = scale * residual.
-    fn add_norm(&mut self, name: &str, x: Option<&Var>, residual: &Var) -> Result<States> {
-        let config = &self.model.config;
-        let scale = if let Residual::Normalised { scale } = config.residual { scale } else { 1.0 };
-        // r + (scale - 1) r
-        let (x, scale) = x.map_or((residual, scale - 1.0), |x| (x, scale));
-        let op = AddNorm { epsilon: config.norm_epsilon, scale, rms: config.norm == NormKind::Rms };
-        let weight = self.parameter(&format!("{name}.weight"))?;
-        let outputs = if op.rms {
-            self.tape.run(op, &[x, residual, &weight])?
-        } else {
-            let bias = self.parameter(&format!("{name}.bias"))?;
-            self.tape.run(op, &[x, residual, &weight, &bias])?
-        };
-        let next = if self.model.config.residual == Residual::Sum { &outputs[1] } else { &outputs[0] };
-        Ok(States { normed: outputs[0].clone(), residual: next.clone() })
     }
 
     fn attention(&mut self, i: usize, x: &Var, batch: &Batch, cache: &mut Cache) -> Result<Var> {

@@ -7,6 +7,7 @@ mod forward;
 pub mod generate;
 mod linear;
 pub mod model;
+mod norm;
 pub mod pieces;
 mod shapes;
 mod taps;

@@ -12,6 +12,7 @@ pub mod ffn;
 pub mod fisher;
 pub mod gates;
 mod groups;
+pub mod hard_concrete;
 pub mod large;
 pub mod layout;
 pub mod linear_loss;
@@ -54,6 +55,7 @@ pub static FAMILIES: &[&Family] = &[
     &ffn::FAMILY,
     &fisher::FAMILY,
     &gates::FAMILY,
+    &hard_concrete::FAMILY,
     &matmul::FAMILY,
     &moe::FAMILY,
     &moe_gather::FAMILY,

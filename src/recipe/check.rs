@@ -204,7 +204,7 @@ impl Recipe {
 
     fn check_compression(&self) -> Result<()> {
         if let Some(s) = &self.structure {
-            s.check(self.model.size(), self.model.family)?;
+            s.check(self.model.size(), self.model.family, self.pipeline.is_some())?;
         }
         if let Some(s) = &self.sparsify {
             s.check(self.smallest(), self.pipeline.is_some())?;
@@ -238,7 +238,8 @@ impl Recipe {
         for step in self.steps() {
             let distil = match step {
                 Step::Structure => {
-                    (size, width) = self.structure.as_ref().map_or((size, width), |s| (s.granule(size), s.width(size)));
+                    (size, width) =
+                        self.structure.as_ref().map_or((size, width), |s| (s.granule(size), s.width_granule(size)));
                     self.structure.as_ref().map(|s| &s.distil)
                 }
                 Step::Sparsify => self.sparsify.as_ref().map(|s| &s.distil),
@@ -271,7 +272,7 @@ impl Recipe {
     /// Channels of the model once its structures are pruned.
     pub fn smallest_width(&self) -> usize {
         let size = self.model.size();
-        self.structure.as_ref().map_or(size.heads * size.head_size, |s| s.width(size))
+        self.structure.as_ref().map_or(size.heads * size.head_size, |s| s.width_granule(size))
     }
 }
 

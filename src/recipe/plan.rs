@@ -46,6 +46,10 @@ pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
                     // How many tokens the text needs is known when it is read: at most all.
                     stages.push(planned("vocabulary", size, recipe, None));
                 }
+                if let Some(l0) = &s.l0 {
+                    // What stays is not known before: sizes after it are the most that there can be.
+                    stages.push(planned("gates", size, recipe, Some(&l0.training)));
+                }
                 size = (s.pruned(recipe.model.size()), s.width(recipe.model.size()));
                 if s.compare_random {
                     stages.push(planned("random (baseline)", size, recipe, Some(&s.training)));

@@ -24,7 +24,7 @@ pub use model::{Architecture, Family, layout};
 pub use pipeline::{Auto, Messages, Pipeline, Replicas, Stages};
 pub use quantize::{Inputs, Method, Observer, Quantize};
 pub use sparsify::{PruningMethod, Sparsify};
-pub use structure::{Selection, Structure, Vocabulary};
+pub use structure::{Cost as GateCost, L0, Selection, Structure, Vocabulary};
 pub use tune::Tune;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

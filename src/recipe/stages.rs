@@ -2,6 +2,7 @@
 //! measured. Here is what they share: the training that keeps what earlier stages promised.
 
 pub mod experts;
+pub mod gates;
 pub mod hybrid;
 pub mod quantize;
 pub mod sparsify;
@@ -265,8 +266,9 @@ fn layerwise(
             tutors.push(Tutor { model: Arc::new(model), weight: 1.0 });
         }
     }
-    let (matches, logits, seed) = (lesson.matches.as_slice(), lesson.logits, context.recipe.seed);
-    LayerwiseDistillation::new(student, Lessons { tutors, matches, logits, kept: Some(kept), steps, seed })
+    let (matches, dynamic, logits) = (lesson.matches.as_slice(), lesson.dynamic.as_ref(), lesson.logits);
+    let lessons = Lessons { tutors, matches, dynamic, logits, kept: Some(kept), steps, seed: context.recipe.seed };
+    LayerwiseDistillation::new(student, lessons)
 }
 
 /// What a training gives.

@@ -17,7 +17,7 @@ use espalier::{DType, Error, dispatch};
 
 use crate::model::{SIZE, VOCABULARY, assemble, cpu, examples, micro, settings};
 
-fn oracle() -> Arc<dyn Device> {
+pub fn oracle() -> Arc<dyn Device> {
     device::open("reference").unwrap()
 }
 
@@ -32,19 +32,19 @@ pub fn enlivened(config: Config, device: &Arc<dyn Device>, seed: u64) -> Model {
     model
 }
 
-fn pair(device: &Arc<dyn Device>) -> (Model, Arc<Model>) {
+pub fn pair(device: &Arc<dyn Device>) -> (Model, Arc<Model>) {
     let student = enlivened(Config::glm(SIZE, VOCABULARY), device, 3);
     let wider = Size { layers: 4, head_size: 12, ..SIZE };
     (student, Arc::new(enlivened(Config::glm(wider, VOCABULARY), device, 9)))
 }
 
-fn lessons<'a>(teacher: &Arc<Model>, matches: &'a [Match], logits: Option<Logits>) -> Lessons<'a> {
+pub fn lessons<'a>(teacher: &Arc<Model>, matches: &'a [Match], logits: Option<Logits>) -> Lessons<'a> {
     let tutors = vec![Tutor { model: teacher.clone(), weight: 1.0 }];
-    Lessons { tutors, matches, logits, kept: None, steps: 10, seed: 1 }
+    Lessons { tutors, matches, dynamic: None, logits, kept: None, steps: 10, seed: 1 }
 }
 
 /// The term and its gradients by parameter.
-fn term(model: &Model, method: &dyn Method, micro: &Micro) -> (f64, BTreeMap<String, Vec<f64>>) {
+pub fn term(model: &Model, method: &dyn Method, micro: &Micro) -> (f64, BTreeMap<String, Vec<f64>>) {
     let mut pass = Pass::training(model).tapping(method.taps());
     let hidden = pass.hidden(&micro.batch).unwrap();
     let loss = method.on_loss(&mut pass, &hidden, micro).unwrap().unwrap();
@@ -56,7 +56,7 @@ fn term(model: &Model, method: &dyn Method, micro: &Micro) -> (f64, BTreeMap<Str
 }
 
 /// Slope along a random direction of all parameters against the difference, in f64.
-fn check_slope(model: &Model, method: &dyn Method, micro: &Micro, case: &str) {
+pub fn check_slope(model: &Model, method: &dyn Method, micro: &Micro, case: &str) {
     let (loss, grads) = term(model, method, micro);
     assert!(loss.is_finite() && loss > 0.0, "{case}: {loss}");
     let mut stream = Stream::new(5, 5);
@@ -78,7 +78,7 @@ fn check_slope(model: &Model, method: &dyn Method, micro: &Micro, case: &str) {
     assert!(slope != 0.0 && (slope - difference).abs() < 2e-6 * slope.abs().max(1e-3), "{case}: {slope} {difference}");
 }
 
-fn weighed(mut micro: Micro) -> Micro {
+pub fn weighed(mut micro: Micro) -> Micro {
     // Weights that differ by row, zeros among them.
     let weights: Vec<f32> = micro.weights.to_vec::<f32>().unwrap();
     let weights: Vec<f32> = weights.iter().enumerate().map(|(i, w)| w * (0.5 + (i % 3) as f32)).collect();

@@ -433,6 +433,7 @@ fn scheduled_distillation_replays_to_the_bit() {
         let lessons = Lessons {
             tutors: vec![Tutor { model: teacher.clone(), weight: 1.0 }],
             matches: &[hidden, relation],
+            dynamic: None,
             logits: Some(logits),
             kept: None,
             steps: plan.steps,

@@ -3,6 +3,7 @@
 
 mod distilled;
 mod experts;
+mod gates;
 mod grids;
 mod masks;
 mod recipes;

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::dynamic::{Dynamic, Matcher};
 use super::logits::{LogitTerm, Logits, Taught};
 use super::matches::{Direction, Feature, Match, MatchProjection, weighted};
 use super::schedule::{Number, WeightSchedule};
@@ -53,6 +54,8 @@ struct Planned {
 #[derive(Clone)]
 pub struct LayerwiseDistillation {
     matches: Vec<Planned>,
+    /// With the first teacher.
+    dynamic: Option<Matcher>,
     logits: Option<LogitTerm>,
     tutors: Vec<Tutor>,
     /// Of all teachers side by side, `[V, sum of widths]`, and the average of their biases.
@@ -66,6 +69,8 @@ pub struct Lessons<'a> {
     /// Without any, logits come from the cache of each micro-batch's largest.
     pub tutors: Vec<Tutor>,
     pub matches: &'a [Match],
+    /// Layers of the first teacher that choose theirs anew in each step.
+    pub dynamic: Option<&'a Dynamic>,
     pub logits: Option<Logits>,
     /// The first teacher's channels that the student kept, where they are known.
     pub kept: Option<&'a [usize]>,
@@ -85,7 +90,7 @@ impl LayerwiseDistillation {
     /// `Parameter` for layers, losses, weights and temperatures that cannot be, widths that do not meet, teachers of
     /// another vocabulary.
     pub fn new(student: &mut Model, lessons: Lessons) -> Result<Self> {
-        let Lessons { tutors, matches, logits, kept, steps, seed } = lessons;
+        let Lessons { tutors, matches, dynamic, logits, kept, steps, seed } = lessons;
         if tutors.iter().any(|t| !(t.weight.is_finite() && t.weight > 0.0)) {
             return refuse("weight of a teacher", format!("{:?}", weights(&tutors)), "finite and above 0");
         }
@@ -108,6 +113,11 @@ impl LayerwiseDistillation {
             };
             planned.push(Planned { settings: *settings, teacher, student: own, meeting, factor });
         }
+        let dynamic = match (dynamic, tutors.first()) {
+            (None, _) => None,
+            (Some(dynamic), Some(tutor)) => Some(Matcher::new(student, &tutor.model, dynamic, seed)?),
+            (Some(_), None) => return refuse("dynamic", "without a teacher".into(), "beside a teacher that runs"),
+        };
         let like = student.tensors.values().next().cloned();
         let (logits, head) = match (logits, like) {
             (Some(logits), Some(like)) => {
@@ -117,7 +127,7 @@ impl LayerwiseDistillation {
             }
             _ => (None, None),
         };
-        let made = Self { matches: planned, logits, tutors, head, steps };
+        let made = Self { matches: planned, dynamic, logits, tutors, head, steps };
         made.set(0)?;
         Ok(made)
     }
@@ -137,7 +147,8 @@ impl LayerwiseDistillation {
         let mut all = Vec::with_capacity(self.tutors.len());
         for (index, tutor) in self.tutors.iter().enumerate() {
             let own = self.matches.iter().filter(|m| m.settings.tutor == index);
-            let taps: Vec<Tap> = own.map(|m| m.teacher).collect();
+            let mut taps: Vec<Tap> = own.map(|m| m.teacher).collect();
+            taps.extend(self.dynamic.iter().filter(|_| index == 0).flat_map(Matcher::teacher_taps));
             let mut states = TutorStates::default();
             if !taps.is_empty() || self.logits.is_some() {
                 let mut other = Pass::inference(&tutor.model).computing(pass.computes()).tapping(taps.iter().copied());
@@ -340,7 +351,8 @@ impl Method for LayerwiseDistillation {
     }
 
     fn taps(&self) -> Vec<Tap> {
-        self.matches.iter().map(|m| m.student).collect()
+        let dynamic = self.dynamic.iter().flat_map(Matcher::taps);
+        self.matches.iter().map(|m| m.student).chain(dynamic).collect()
     }
 
     /// Terms in the unit of the rows' weights: dividing by the step's weight gives the mean however the step was split.
@@ -349,6 +361,13 @@ impl Method for LayerwiseDistillation {
         let mut terms = Vec::new();
         for planned in self.matches.iter().filter(|m| m.settings.weight > 0.0) {
             terms.push(self.match_loss(pass, planned, &taught[planned.settings.tutor], micro)?);
+        }
+        if let (Some(matcher), Some(states)) = (&self.dynamic, taught.first()) {
+            let missing =
+                || Error::Shape { op: "distillation", rule: "what the teacher was asked for", got: "none".into() };
+            let of = |layer: usize| states.hidden.get(&layer).cloned().ok_or_else(missing);
+            let weights = micro.teacher.as_ref().map_or(&micro.weights, |t| &t.hidden_weights);
+            terms.extend(matcher.loss(pass, of, weights)?);
         }
         if let Some(term) = &self.logits {
             terms.push(self.logit_loss(pass, term, (hidden, &taught), micro)?);

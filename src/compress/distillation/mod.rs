@@ -4,6 +4,7 @@
 //! [`LayerwiseDistillation`] runs its teachers beside the student and compares layer by layer, by a list of matches.
 
 pub mod cache;
+pub mod dynamic;
 mod last_layer;
 pub mod layerwise;
 pub mod logits;
@@ -13,6 +14,7 @@ mod relations;
 pub mod schedule;
 
 pub use cache::{Kept, TeacherCache, predictions};
+pub use dynamic::{Dynamic, Order};
 pub use last_layer::{Distillation, PROJECTION, Projection, Weights, selection};
 pub use layerwise::{LayerwiseDistillation, Lessons, Tutor};
 pub use logits::{LogitLoss, Logits};

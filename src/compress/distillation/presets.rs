@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::dynamic::{Dynamic, Order};
 use super::logits::Logits;
-use super::matches::{Direction, Feature, Match, MatchLoss, MatchProjection};
+use super::matches::{Direction, Feature, Layer, Match, MatchLoss, MatchProjection};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -23,7 +24,8 @@ pub enum Preset {
     LightChatglm,
     /// BMCook: hidden states of every layer, each side divided by its mean length, projected from the teacher's width.
     Bmcook,
-    /// Xia et al. 2022 without its dynamic matching: hidden states of four layers (0.9), soft labels with T = 2 (0.1).
+    /// Xia et al. 2022: four of the teacher's layers, each with the student's nearest (0.9 together), soft labels with T = 2
+    /// (0.1).
     Cofi,
 }
 
@@ -31,6 +33,7 @@ pub enum Preset {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Lesson {
     pub matches: Vec<Match>,
+    pub dynamic: Option<Dynamic>,
     pub logits: Option<Logits>,
     /// Factor of the gold labels' cross-entropy.
     pub gold: f32,
@@ -39,6 +42,13 @@ pub struct Lesson {
 /// The teacher's layer that student layer `m` of `student` learns from: evenly spread, the last from the last.
 pub fn uniform(m: usize, student: usize, teacher: usize) -> i32 {
     (m * teacher / student.max(1)) as i32
+}
+
+/// Four layers at the ends of the quarters: 3, 6, 9, 12 of 12.
+fn quarters(teacher: usize) -> Vec<i32> {
+    let mut layers: Vec<i32> = (1..=4).map(|i| (i * teacher).div_ceil(4).max(1) as i32).collect();
+    layers.dedup();
+    layers
 }
 
 impl Preset {
@@ -75,22 +85,14 @@ impl Preset {
                 let learned = |(t, s)| Match { direction, ..Match::hidden(t, s, MatchLoss::NormalisedMse) };
                 (pairs(1).map(learned).collect(), None, 1.0)
             }
-            Preset::Cofi => {
-                let quarter = |i: usize| (i * student.max(1)).div_ceil(4).max(1);
-                let mut layers: Vec<usize> = (1..=4).map(quarter).collect();
-                layers.dedup();
-                let weight = 0.9 / layers.len() as f32;
-                let projection = MatchProjection::Linear;
-                let pair = |m: usize| Match {
-                    weight,
-                    projection,
-                    ..Match::hidden(uniform(m, student, teacher), m as i32, MatchLoss::Mse)
-                };
-                let soft = Logits { weight: 0.1, ..Logits::default() };
-                (layers.into_iter().map(pair).collect(), Some(soft), 1.0)
-            }
+            Preset::Cofi => (Vec::new(), Some(Logits { weight: 0.1, ..Logits::default() }), 1.0),
         };
-        Lesson { matches, logits, gold }
+        let dynamic = (self == Preset::Cofi).then(|| Dynamic {
+            layers: quarters(teacher).into_iter().map(Layer).collect(),
+            order: Order::Free,
+            weight: 0.9,
+        });
+        Lesson { matches, dynamic, logits, gold }
     }
 }
 
@@ -116,12 +118,11 @@ mod tests {
     fn weights_are_the_published_ones() {
         let distilbert = Preset::DistilBert.lesson(6, 12);
         assert_eq!((distilbert.logits.unwrap().weight, distilbert.gold, distilbert.matches[0].weight), (5.0, 2.0, 1.0));
-        let cofi = Preset::Cofi.lesson(12, 12);
-        assert_eq!(cofi.matches.iter().map(|m| m.student.0).collect::<Vec<_>>(), [3, 6, 9, 12]);
-        let sum: f32 = cofi.matches.iter().map(|m| m.weight).sum();
-        assert!((sum - 0.9).abs() < 1e-6);
+        let cofi = Preset::Cofi.lesson(6, 12).dynamic.unwrap();
+        assert_eq!(cofi.layers, [3, 6, 9, 12].map(Layer));
+        assert_eq!((cofi.order, cofi.weight), (Order::Free, 0.9));
         // Fewer blocks than matches.
-        assert_eq!(Preset::Cofi.lesson(2, 2).matches.len(), 2);
+        assert_eq!(Preset::Cofi.lesson(2, 2).dynamic.unwrap().layers, [1, 2].map(Layer));
         let soft = Preset::LightChatglm.lesson(2, 4);
         assert_eq!((soft.logits, soft.gold, soft.matches.len()), (None, 0.0, 1));
         assert_eq!(Preset::TinyBert.lesson(4, 12).logits.map(|l| l.loss), Some(LogitLoss::Forward));

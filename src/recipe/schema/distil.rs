@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::compress::distillation::{Feature, Lesson, Logits, Match, Preset, Weights};
+use crate::compress::distillation::{Dynamic, Feature, Lesson, Logits, Match, Preset, Weights};
 use crate::error::{Error, Result};
 use crate::nn::Config;
 use crate::nn::config::Size;
@@ -22,7 +22,7 @@ pub enum HiddenProjection {
 }
 
 /// How a student listens to the teacher: to its last hidden states and its words, as the cache has them; or, with any of
-/// `preset`, `matches`, `logits`, `teachers` and `top_k`, layer by layer to teachers that run beside it.
+/// `preset`, `matches`, `dynamic`, `logits`, `teachers` and `top_k`, layer by layer to teachers that run beside it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Distil {
@@ -56,6 +56,9 @@ pub struct Distil {
     pub matches: Vec<Match>,
     /// In place of the preset's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dynamic: Option<Dynamic>,
+    /// In place of the preset's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logits: Option<Logits>,
 }
 
@@ -87,6 +90,7 @@ impl Default for Distil {
             teachers: Vec::new(),
             preset: None,
             matches: Vec::new(),
+            dynamic: None,
             logits: None,
         }
     }
@@ -95,16 +99,17 @@ impl Default for Distil {
 impl Distil {
     /// Whether teachers run beside the student, or their largest logits are kept.
     pub fn layerwise(&self) -> bool {
-        let said = self.preset.is_some() || self.logits.is_some() || self.top_k > 0;
+        let said = self.preset.is_some() || self.dynamic.is_some() || self.logits.is_some() || self.top_k > 0;
         said || !self.matches.is_empty() || !self.teachers.is_empty()
     }
 
     /// Everything that a layerwise student of so many blocks learns from.
     pub fn lesson(&self, student: usize, teacher: usize) -> Lesson {
         let preset = self.preset.map(|preset| preset.lesson(student, teacher));
-        let mut lesson = preset.unwrap_or(Lesson { matches: Vec::new(), logits: None, gold: 1.0 });
+        let mut lesson = preset.unwrap_or(Lesson { matches: Vec::new(), dynamic: None, logits: None, gold: 1.0 });
         lesson.matches.extend(&self.matches);
-        let only = lesson.matches.is_empty() && self.layerwise();
+        lesson.dynamic = self.dynamic.clone().or(lesson.dynamic);
+        let only = lesson.matches.is_empty() && lesson.dynamic.is_none() && self.layerwise();
         // Teachers and kept logits without a word on the loss are listened to in the usual way.
         lesson.logits = self.logits.or(lesson.logits).or(only.then(Logits::default));
         lesson.gold = self.gold.unwrap_or(lesson.gold);
@@ -148,6 +153,7 @@ impl Distil {
             teachers: self.teachers.clone(),
             preset: self.preset,
             matches: self.matches.clone(),
+            dynamic: self.dynamic.clone(),
             logits: self.logits,
             ..Self::default()
         };
@@ -164,7 +170,8 @@ impl Distil {
             );
         }
         let lesson = self.lesson(student.layers, teacher.layers);
-        if self.top_k > 0 && !(lesson.matches.is_empty() && self.teachers.is_empty()) {
+        let layers = !lesson.matches.is_empty() || lesson.dynamic.is_some();
+        if self.top_k > 0 && (layers || !self.teachers.is_empty()) {
             return refuse(
                 &format!("{key}.top_k"),
                 self.top_k,
@@ -204,7 +211,11 @@ impl Distil {
                 return refuse(&format!("{key}.matches[{index}].feature"), format!("{:?}", m.feature), allowed);
             }
         }
+        if let Some(dynamic) = &lesson.dynamic {
+            dynamic.numbers(&own).map_err(|e| named("dynamic", e))?;
+        }
         if lesson.matches.iter().all(|m| m.weight == 0.0)
+            && lesson.dynamic.as_ref().is_none_or(|d| d.weight == 0.0)
             && lesson.logits.is_none_or(|l| l.weight == 0.0)
             && lesson.gold == 0.0
         {

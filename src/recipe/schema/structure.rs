@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Distil, Training, default_calibration};
+use crate::compress::gates::Level;
 use crate::compress::structure::{Heads, LayersMethod, Neurons, Objective, Order, Progress, Score, scaled_ffn};
 use crate::error::Result;
 use crate::nn::config::Size;
@@ -18,10 +19,124 @@ pub enum Selection {
     Random,
 }
 
+/// How structures are chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// By scores, down to the sizes that the section names.
+    #[default]
+    Scores,
+    /// By gates that learn, down to a share of the cost: see [`L0`].
+    L0,
+}
+
+/// What gates are held to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cost {
+    /// Weights of the blocks' linears.
+    #[default]
+    Parameters,
+    /// Time of sublayers by their sizes.
+    Latency,
+}
+
+/// CoFi: gates on sublayers, heads, neurons and channels learn while the model trains; then the model is made small.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct L0 {
+    /// Share of the cost that goes.
+    pub target: f64,
+    /// Share that the target starts from.
+    #[serde(default)]
+    pub initial: f64,
+    /// Share of the steps over which the target rises.
+    #[serde(default = "tenth")]
+    pub warm_up: f64,
+    /// Peak learning rate of gates and multipliers.
+    #[serde(default = "tenth")]
+    pub rate: f64,
+    /// What has gates; without it everything that `cost` allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub levels: Option<Vec<Level>>,
+    /// Neurons and channels stay in multiples of it.
+    #[serde(default = "default_rounds")]
+    pub multiple_of: usize,
+    #[serde(default)]
+    pub cost: Cost,
+    /// A file of measured times; without it they are measured when the stage starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub table: Option<String>,
+    /// Under gates; `structure.training` is that of the small model.
+    pub training: Training,
+}
+
+fn tenth() -> f64 {
+    0.1
+}
+
+impl L0 {
+    /// Levels that have gates.
+    pub fn gated(&self) -> Vec<Level> {
+        let all = Level::ALL.into_iter().filter(|level| self.cost == Cost::Parameters || *level != Level::Hidden);
+        self.levels.clone().unwrap_or_else(|| all.collect())
+    }
+
+    fn check(&self, m: Size, pipeline: bool) -> Result<()> {
+        self.training.check("structure.l0.training")?;
+        if pipeline {
+            return refuse(
+                "structure.l0",
+                "with [pipeline]",
+                "one device: a gate of channels is in all stages at once",
+            );
+        }
+        if !(self.target > 0.0 && self.target < 1.0) {
+            return refuse("structure.l0.target", self.target, "above 0 and below 1");
+        }
+        if !(0.0..=self.target).contains(&self.initial) {
+            return refuse("structure.l0.initial", self.initial, "0 to the target");
+        }
+        if !(0.0..=1.0).contains(&self.warm_up) {
+            return refuse("structure.l0.warm_up", self.warm_up, "0 to 1");
+        }
+        if !(self.rate.is_finite() && self.rate > 0.0) {
+            return refuse("structure.l0.rate", self.rate, "finite and above 0");
+        }
+        let width = m.heads * m.head_size;
+        if self.multiple_of == 0
+            || !m.ffn_width.is_multiple_of(self.multiple_of)
+            || !width.is_multiple_of(self.multiple_of)
+        {
+            let allowed = format!("a divisor of the FFN width {} and the width {width}", m.ffn_width);
+            return refuse("structure.l0.multiple_of", self.multiple_of, allowed);
+        }
+        let mut levels = self.gated();
+        if self.cost == Cost::Latency && levels.contains(&Level::Hidden) {
+            let allowed = "attention, ffn, heads, neurons with cost = \"latency\": times are those at full width";
+            return refuse("structure.l0.levels", format!("{levels:?}"), allowed);
+        }
+        levels.sort_unstable();
+        levels.dedup();
+        if levels.is_empty() || levels.len() != self.gated().len() {
+            return refuse("structure.l0.levels", format!("{:?}", self.gated()), "at least one, each once");
+        }
+        if self.table.is_some() && self.cost == Cost::Parameters {
+            return refuse("structure.l0.table", "with cost = \"parameters\"", "a table with cost = \"latency\"");
+        }
+        Ok(())
+    }
+}
+
 /// Structured pruning, then recovery by distillation. Blocks go first, then heads and neurons in rounds, then widths.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Structure {
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub method: Method,
+    /// Of `method = "l0"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub l0: Option<L0>,
     /// Blocks that stay; without it all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layers: Option<usize>,
@@ -91,9 +206,10 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 
 impl Structure {
     /// `m`: of the teacher.
-    pub(in crate::recipe) fn check(&self, m: Size, family: Family) -> Result<()> {
+    pub(in crate::recipe) fn check(&self, m: Size, family: Family, pipeline: bool) -> Result<()> {
         self.training.check("structure.training")?;
         self.distil.check("structure.distil")?;
+        self.check_method(m, pipeline)?;
         if self.calibration_batches == 0 || self.calibration_batches > MAX_CALIBRATION {
             return refuse("structure.calibration_batches", self.calibration_batches, "1 to 100000");
         }
@@ -128,6 +244,28 @@ impl Structure {
             Some(v) if v.min_count == 0 => refuse("structure.vocabulary.min_count", 0, "from 1"),
             _ => Ok(()),
         }
+    }
+
+    fn check_method(&self, m: Size, pipeline: bool) -> Result<()> {
+        let Some(l0) = &self.l0 else {
+            return match self.method {
+                Method::Scores => Ok(()),
+                Method::L0 => refuse("structure.l0", "nothing", "a table with target and training for method = \"l0\""),
+            };
+        };
+        if self.method == Method::Scores {
+            return refuse("structure.method", "scores with structure.l0", "l0");
+        }
+        let sized = self.layers.is_some() || self.head_size.is_some() || self.width.is_some();
+        if sized || self.heads.is_some() || self.ffn.is_some() {
+            let allowed = "target alone with method = \"l0\": gates find the sizes";
+            return refuse("structure", "layers, head_size, width, heads or ffn", allowed);
+        }
+        if self.compare_random || self.selection == Selection::Random {
+            let allowed = "scores: structures drawn at random need sizes";
+            return refuse("structure.selection", "random with method = \"l0\"", allowed);
+        }
+        l0.check(m, pipeline)
     }
 
     fn check_units(&self, m: Size) -> Result<()> {
@@ -176,6 +314,12 @@ impl Structure {
         self.head_size.unwrap_or(m.head_size)
     }
 
+    /// Channels that stay; with gates of channels, what their number is a multiple of.
+    pub fn width_granule(&self, m: Size) -> usize {
+        let gated = self.l0.as_ref().filter(|l0| l0.gated().contains(&Level::Hidden));
+        gated.map_or(self.width(m), |l0| l0.multiple_of)
+    }
+
     /// Channels that stay.
     pub fn width(&self, m: Size) -> usize {
         self.width.unwrap_or(m.heads * self.head_size(m))
@@ -192,6 +336,9 @@ impl Structure {
     /// As [`Structure::pruned`], with what every block has and what all their sizes are multiples of.
     pub fn granule(&self, m: Size) -> Size {
         let pruned = self.pruned(m);
+        if let Some(l0) = &self.l0 {
+            return Size { heads: 1, ffn_width: l0.multiple_of, ..pruned };
+        }
         let heads = if self.heads.is_some_and(|h| !h.even && h.keep < m.heads) { 1 } else { pruned.heads };
         let ffn_width =
             self.ffn.filter(|ffn| !ffn.even && ffn.keep < m.ffn_width).map_or(pruned.ffn_width, |ffn| ffn.multiple_of);

@@ -16,6 +16,14 @@ use crate::train::lifecycle::Invariant;
 pub fn run(flow: &mut Flow, settings: &Structure, student: &Student, cache: &TeacherCache) -> Result<Student> {
     // Blocks are numbered anew and weights are cut: masks are held by their own counts.
     flow.forget();
+    if let Some(l0) = &settings.l0 {
+        let small = super::gates::run(flow, settings, l0, student, cache)?;
+        let parts = [&small.fingerprint, &text(settings)?, "structure"];
+        return flow.stage("structure", &parts, false, |context| {
+            let small = (small.model.duplicate()?, small.state.clone());
+            recover(context, small, &settings.training, &settings.distil, cache, 0)
+        });
+    }
     if settings.compare_random && settings.selection == Selection::Importance {
         at_random(flow, settings, student)?;
     }
@@ -164,7 +172,8 @@ fn plan(settings: &Structure, seed: u64, random: bool) -> Plan {
     }
 }
 
-fn note(blocks: &[usize], model: &Model, before: &Model) -> String {
+/// What a change did to blocks, channels, heads and neurons.
+pub(super) fn note(blocks: &[usize], model: &Model, before: &Model) -> String {
     let (config, old) = (&model.config, &before.config);
     let mut note = format!("blocks kept {blocks:?}, {} of {} channels", config.width, old.width);
     for (kind, name) in [(Kind::Heads, "heads"), (Kind::Neurons, "neurons")] {
@@ -180,6 +189,12 @@ fn note(blocks: &[usize], model: &Model, before: &Model) -> String {
 /// The smaller model and what of the promises holds on it: channels count as the teacher's, blocks are numbered anew.
 fn pruned((model, state): &(Model, State), keep: &Keep) -> Result<(Model, State)> {
     let pruned = prune(model, keep)?;
+    let state = followed(state, &pruned, keep)?;
+    Ok((pruned, state))
+}
+
+/// What of the promises holds on a model that is pruned so.
+pub(super) fn followed(state: &State, pruned: &Model, keep: &Keep) -> Result<State> {
     let renamed = state.renamed(|name| {
         let (block, part) = name.strip_prefix("blocks.")?.split_once('.')?;
         let place = keep.blocks.iter().position(|kept| kept.index.to_string() == block)?;
@@ -192,5 +207,5 @@ fn pruned((model, state): &(Model, State), keep: &Keep) -> Result<(Model, State)
     for (name, zeros) in &mut sparse {
         *zeros = pruned.values(name)?.iter().filter(|w| **w == 0.0).count();
     }
-    Ok((pruned, State { kept, sparse, ..renamed }))
+    Ok(State { kept, sparse, ..renamed })
 }
