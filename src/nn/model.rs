@@ -136,7 +136,7 @@ impl Model {
     }
 
     /// Bytes of attention and FFN tensors that one token touches (BMCook's activated size, in bytes as stored, with
-    /// scales, metadata and routers): of experts, the selected ones.
+    /// scales, metadata and routers): of experts, the selected ones; an oracle computes all of the in-projection.
     pub fn activated_bytes(&self) -> usize {
         let mut bytes = 0;
         for (i, block) in self.config.blocks.iter().enumerate() {
@@ -146,12 +146,15 @@ impl Model {
                 let from = self.tensors.range(p.clone()..).take_while(move |(n, _)| n.starts_with(p));
                 from.map(move |(name, tensor)| (&name[p.len()..], tensor))
             });
+            let routed = ["in", "centre"].map(|part| format!("blocks.{i}.ffn.router.{part}.weight"));
+            let oracle = !routed.iter().any(|name| self.tensors.contains_key(name));
             for (part, tensor) in all {
                 if !["attention.", "cross.", "ffn.", "prefix."].iter().any(|sublayer| part.starts_with(sublayer)) {
                     continue;
                 }
                 let all = tensor.meta().bytes();
                 bytes += match block.experts {
+                    Some(_) if oracle && part.starts_with("ffn.experts.in") => all,
                     Some(e) if part.starts_with("ffn.experts.") => all * e.selected / e.count,
                     _ => all,
                 };

@@ -143,6 +143,56 @@ fn removed_structures_are_gated_ones_in_every_family_to_the_oracle() {
     }
 }
 
+/// What both models have gets the same gradients: those of norms and embeddings flow past the sublayers that are gone.
+#[test]
+fn gradients_flow_past_what_is_gone() {
+    let device = device::open("reference").unwrap();
+    for config in families(SIZE) {
+        let whole = model(config, &device, 4);
+        let keep = uneven(&whole.config);
+        let (small, gated) = (prune(&whole, &keep).unwrap(), gated(&whole, &keep));
+        let gradients = |model: &Model| {
+            let mut pass = Pass::training(model);
+            let hidden = pass.hidden(&batch(model)).unwrap();
+            let logits = pass.logits(&hidden).unwrap();
+            let mut stream = Stream::new(5, 0);
+            let seed: Vec<f64> = (0..logits.tensor.count()).map(|_| stream.normal()).collect();
+            let seed = Tensor::from_f64(&device, logits.dims(), espalier::DType::F32, &seed).unwrap();
+            let (tape, leaves) = pass.into_leaves();
+            let grads = tape.backward(&[(&logits, &seed)]).unwrap();
+            let of = |(name, leaf): (&String, &espalier::tape::Var)| {
+                Some((name.clone(), grads.of(leaf)?.unwrap().to_f64().unwrap()))
+            };
+            leaves.iter().filter_map(of).collect::<BTreeMap<_, _>>()
+        };
+        let (want, have) = (gradients(&gated), gradients(&small));
+        let shared = |name: &&String| name.contains("norm") || name.starts_with("embedding");
+        let mut compared = 0;
+        for name in have.keys().filter(shared) {
+            let (want, have) = (&want[name], &have[name]);
+            let most = want.iter().fold(0.0f64, |most, y| most.max(y.abs()));
+            assert!(want.iter().zip(have).all(|(a, b)| (a - b).abs() <= 1e-6 * most.max(1e-9)), "{name}");
+            compared += 1;
+        }
+        assert!(compared > 8, "{compared}");
+    }
+}
+
+/// Norms that nothing reads any more get no gradient and stop no training.
+#[test]
+fn uneven_models_learn() {
+    for config in families(SIZE).into_iter().filter(|c| matches!(c.head, espalier::nn::Head::Language { .. })) {
+        let whole = model(config, &cpu(), 4);
+        let mut small = prune(&whole, &uneven(&whole.config)).unwrap();
+        let micro = micro(small.device(), &laid_out(&examples(12, 4), layout(&small.config)));
+        let mut optimizer = Optimizer::new(&mut small, settings(5e-3), |_| true).unwrap();
+        let mut loss = || step(&small, &mut optimizer, std::slice::from_ref(&micro), &[], (0.1, 1, 40)).unwrap().0;
+        let first = loss();
+        let last = (1..40).fold(first, |_, _| loss());
+        assert!(last < 0.9 * first, "{first} to {last}");
+    }
+}
+
 /// The uneven models below: a block without attention, one without FFN, and one with a third of everything.
 fn uneven(config: &Config) -> Keep {
     let mut keep = Keep::all(config);
