@@ -41,7 +41,12 @@ fn bmcook_becomes_a_recipe_and_says_what_it_left() {
     assert_eq!(recipe.experts.as_ref().unwrap().expert_size, 32);
     assert_eq!(
         keys(&imported),
-        ["distillation.mse_hidn_module", "pruning.pruning_mask_path", "MoEfication.first_FFN_module"]
+        [
+            "distillation.mse_hidn_module",
+            "distillation.mse_hidn_proj",
+            "pruning.pruning_mask_path",
+            "MoEfication.first_FFN_module"
+        ]
     );
     // What is emitted is a recipe.
     let text = recipe.to_toml().unwrap();
