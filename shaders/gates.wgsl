@@ -14,7 +14,7 @@ struct GatesParams { count: u32, base: u32, group: u32, gates: u32 }
 var<immediate> gates: GatesParams;
 
 @group(0) @binding(0) var<storage, read> gates_x: array<E>;
-@group(0) @binding(1) var<storage, read> gates_of: array<f32>;
+@group(0) @binding(1) var<storage, read> gates_gates: array<f32>;
 @group(0) @binding(2) var<storage, read_write> gates_y: array<E>;
 @group(0) @binding(1) var<storage, read> gates_b: array<E>;
 @group(0) @binding(2) var<storage, read_write> gates_sums: array<f32>;
@@ -23,7 +23,7 @@ var<immediate> gates: GatesParams;
 fn scale_groups_fwd(@builtin(global_invocation_id) gid: vec3<u32>) {
     let first = linear_id(gid, 64u) * 4u;
     for (var i = first; i < min(first + 4u, gates.count); i++) {
-        gates_y[i] = st(ld(gates_x[i]) * gates_of[((gates.base + i) / gates.group) % gates.gates]);
+        gates_y[i] = st(ld(gates_x[i]) * gates_gates[((gates.base + i) / gates.group) % gates.gates]);
     }
 }
 

@@ -89,7 +89,7 @@ pub fn stop_on_signal() {
         if trainer::STOP.swap(true, std::sync::atomic::Ordering::SeqCst) {
             std::process::exit(5);
         }
-        console::tell("stopping after this step; once more stops at once");
+        console::tell("stopping after this step or batch; once more stops at once");
     });
 }
 

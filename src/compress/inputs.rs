@@ -9,6 +9,7 @@ use crate::nn::{Batch, Model, OutputHook, Pass, States};
 use crate::ops::layout::GatherRows;
 use crate::tape::Var;
 use crate::tensor::Tensor;
+use crate::train::trainer::go_on;
 
 /// What a linear of a block takes in.
 pub struct Seen<'s> {
@@ -75,6 +76,7 @@ fn needs_data(batches: &[Batch]) -> Result<()> {
 pub fn pass(model: &Model, batches: &[Batch], visit: &mut Visit) -> Result<()> {
     needs_data(batches)?;
     for batch in batches {
+        go_on()?;
         let recorder = Recorder::new(batch, visit)?;
         Pass::inference(model).hooks([&recorder as &dyn OutputHook]).hidden(batch)?;
     }

@@ -91,7 +91,22 @@ fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
         Error::file(path, place, e.inner())
     })?;
     reader.end().map_err(|e| Error::file(path, "end", e))?;
+    refuse_rows(path, bytes)?;
     Ok(config)
+}
+
+/// Refuses arrays where the config or a section of it stands: they would be read by position. Neither system has an array
+/// at these places.
+fn refuse_rows(path: &Path, bytes: &[u8]) -> Result<()> {
+    let rule = "an object, such as { \"key\": value }, not an array";
+    let whole: serde_json::Value = serde_json::from_slice(bytes).map_err(|e| Error::file(path, "config", e))?;
+    let Some(sections) = whole.as_object() else {
+        return Err(Error::file(path, "config", rule));
+    };
+    match sections.iter().find(|(_, section)| section.is_array()) {
+        Some((key, _)) => Err(Error::file(path, key, rule)),
+        None => Ok(()),
+    }
 }
 
 /// Reads a config file of `system` and makes a recipe of it on the data, model and trainings of `base`.

@@ -26,6 +26,14 @@ use crate::tensor::Tensor;
 /// Set by Ctrl-C: the loop saves a checkpoint and returns `Error::Interrupted`.
 pub static STOP: AtomicBool = AtomicBool::new(false);
 
+/// For work between trainings, which starts anew where it was interrupted.
+///
+/// # Errors
+/// `Interrupted` once somebody wants to stop.
+pub fn go_on() -> Result<()> {
+    if STOP.load(Relaxed) { Err(Error::Interrupted { path: "its finished stages".into() }) } else { Ok(()) }
+}
+
 /// Rows of hidden states per tile of the fused linear losses.
 pub const LOSS_CHUNK: usize = 256;
 

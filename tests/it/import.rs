@@ -112,3 +112,13 @@ fn textpruner_becomes_structure_with_everything_reported_that_differs() {
         assert!(error.to_string().contains(place), "{text}: {error}");
     }
 }
+
+#[test]
+fn arrays_are_no_sections() {
+    for (system, text) in
+        [(System::Bmcook, "[]"), (System::Bmcook, r#"{"quantization": [true]}"#), (System::Textpruner, "[]")]
+    {
+        let Err(error) = import(system, text) else { panic!("{text} is taken") };
+        assert!(error.to_string().contains("config.json") && error.exit_code() == 3, "{text}: {error}");
+    }
+}

@@ -76,9 +76,11 @@ fn find(path: &Path) -> Result<Vec<Found>> {
     let read = |file: &Path| -> Result<Found> {
         let folder = file.parent().unwrap_or(Path::new("."));
         let beside = folder.join(trace::PREDICTED);
-        let own = file.file_name().is_some_and(|n| n == trace::MEASURED) && beside.exists();
-        let predicted = own.then(|| trace::read(&beside)).transpose()?;
-        let name = folder.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        let own = file.file_name().is_some_and(|n| n == trace::MEASURED);
+        let predicted = (own && beside.exists()).then(|| trace::read(&beside)).transpose()?;
+        // A trace of its own is called as its file is.
+        let named = if own { folder } else { file };
+        let name = named.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
         Ok(Found { name, measured: trace::read(file)?, predicted })
     };
     if path.is_file() {
@@ -113,8 +115,8 @@ fn rows(found: &Found) -> Vec<Row> {
             messages: sum(|a| a.event().is_some_and(|e| !e.work.computes())),
             update: sum(|a| a == Activity::Update),
             teacher: sum(|a| matches!(a, Activity::Teacher { .. })),
-            idle: found.measured.seconds - busy,
-            predicted_idle: predicted.map(|p| p.seconds - p.stages[index].busy),
+            idle: (found.measured.seconds - busy).max(0.0),
+            predicted_idle: predicted.map(|p| (p.seconds - p.stages[index].busy).max(0.0)),
         }
     };
     found.measured.spans.iter().enumerate().map(of).collect()

@@ -1,6 +1,8 @@
 //! Matching of layers anew in each step (CoFi 3.2): each of the teacher's layers teaches the student's layer that is nearest to
 //! it behind one projection, among those that are there. Which one it is stays on the device.
 
+use std::collections::btree_map::Entry;
+
 use serde::{Deserialize, Serialize};
 
 use super::matches::Layer;
@@ -119,10 +121,10 @@ impl Matcher {
         };
         let (from, to) = (student.config.width, teacher.config.width);
         let name = format!("{DISTILLED}{PROJECTION}");
-        if !student.tensors.contains_key(&name) {
+        if let Entry::Vacant(place) = student.tensors.entry(name) {
             let mut stream = Stream::new(seed, 0xd157_c0f1);
             let values: Vec<f32> = (0..from * to).map(|_| (0.02 * stream.normal()) as f32).collect();
-            student.tensors.insert(name, Tensor::from_slice(&device, &[to, from], &values)?);
+            place.insert(Tensor::from_slice(&device, &[to, from], &values)?);
         }
         Ok(matcher)
     }

@@ -11,6 +11,7 @@ use crate::ops::matmul::{Epilogue, Matmul};
 use crate::rng::Stream;
 use crate::tape::Var;
 use crate::tensor::Tensor;
+use crate::train::trainer::go_on;
 
 /// Shares of the experts that the captured mass is told for beside the recipe's own.
 const SHARES: [f64; 4] = [0.1, 0.2, 0.3, 0.5];
@@ -44,6 +45,7 @@ pub struct BlockReport {
 pub fn ffn_inputs(model: &Model, calibration: &[Batch]) -> Result<Vec<Vec<Tensor>>> {
     let mut inputs = vec![Vec::new(); model.config.blocks.len()];
     for batch in calibration {
+        go_on()?;
         let mut pass = Pass::inference(model);
         pass.ffn_inputs = Some(Vec::new());
         pass.hidden(batch)?;

@@ -21,6 +21,7 @@ use crate::ops::unary::{Function, Unary};
 use crate::shape::Meta;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
+use crate::train::trainer::go_on;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -153,6 +154,7 @@ fn learn(model: &mut Model, i: usize, inputs: &[Tensor], held_out: &[Tensor], se
     let mut best: Option<(f64, Vec<Tensor>)> = None;
     let every = settings.router_steps.div_ceil(JUDGED).max(1);
     for step in 0..settings.router_steps {
+        go_on()?;
         let (x, aim) = (&inputs[step % inputs.len()], &aims[step % inputs.len()]);
         let mut tape = Tape::new();
         let leaves: Vec<Var> = names.iter().map(|n| model.get(n).map(|t| tape.leaf(t))).collect::<Result<_>>()?;

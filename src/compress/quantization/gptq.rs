@@ -14,6 +14,7 @@ use crate::nn::{Batch, Config, Model};
 use crate::ops::matmul::Matmul;
 use crate::ops::quant::Grid;
 use crate::tensor::Tensor;
+use crate::train::trainer::go_on;
 
 /// Share of the curvature's mean diagonal that is added to all of it.
 pub const DAMPING: f64 = 0.01;
@@ -93,7 +94,7 @@ pub fn quantize(model: &mut Model, linears: &[String], format: &Format, batches:
     let grams = std::cell::RefCell::new(Grams::default());
     let mut found: Vec<(String, Tensor)> = Vec::new();
     let here: &Model = model;
-    inputs::walk(here, batches, &mut |seen| grams.borrow_mut().add(seen), &mut |block| {
+    inputs::walk(here, batches, &mut |seen| go_on().and_then(|()| grams.borrow_mut().add(seen)), &mut |block| {
         let mut grams = grams.borrow_mut();
         for linear in Config::linears(block).iter().filter(|l| linears.contains(l)) {
             let weight = here.get(&format!("{linear}.weight"))?;

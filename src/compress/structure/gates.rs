@@ -16,6 +16,7 @@ use crate::ops::layout::Fill;
 use crate::shape::Shape;
 use crate::tape::Var;
 use crate::train::lifecycle::Micro;
+use crate::train::trainer::go_on;
 
 /// What gradients of a gate are summed over before their absolute value is taken: scores differ.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +70,7 @@ pub fn scores(
         return Ok(totals);
     };
     for micro in micros {
+        go_on()?;
         let ones = Ones { kind, leaves: RefCell::default() };
         let judged = judge.backward(Pass::training(model).hooks([&ones as &dyn OutputHook]), micro)?;
         for (site, total) in sites.iter().zip(&mut totals) {

@@ -9,7 +9,7 @@ use crate::nn::{Config, Head, Model, Pass, Positions};
 use crate::tape::Grads;
 use crate::tape::Var;
 use crate::train::lifecycle::Micro;
-use crate::train::trainer::weighted_cross_entropy;
+use crate::train::trainer::{go_on, weighted_cross_entropy};
 
 /// Scores of one block's structures.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -45,6 +45,7 @@ pub fn rotary_pairs(positions: Positions, head_size: usize) -> Vec<(usize, usize
 pub fn score(model: &Model, micros: &[Micro]) -> Result<Scores> {
     let mut scores = Scores { blocks: vec![BlockScores::default(); model.config.blocks.len()], channels: Vec::new() };
     for micro in micros {
+        go_on()?;
         let judged = Judge::LABELS.backward(Pass::training(model), micro)?;
         add_batch(model, &judged.leaves, &judged.grads, &mut scores)?;
     }
@@ -55,6 +56,7 @@ pub fn score(model: &Model, micros: &[Micro]) -> Result<Scores> {
 pub fn loss(model: &Model, micros: &[Micro]) -> Result<f64> {
     let (mut sum, mut weight) = (0.0, 0.0);
     for micro in micros {
+        go_on()?;
         let mut pass = Pass::inference(model);
         let hidden = pass.hidden(&micro.batch)?;
         sum += weighted_cross_entropy(&mut pass, &hidden, &micro.targets, &micro.weights)?.tensor.to_f64()?[0];

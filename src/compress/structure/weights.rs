@@ -6,6 +6,7 @@ use super::sites::{Kind, Site};
 use crate::error::Result;
 use crate::nn::{Model, Pass};
 use crate::train::lifecycle::Micro;
+use crate::train::trainer::go_on;
 
 /// Heads: over their columns of the output projection. Neurons: over their column of the second weight and, with `rows`, their
 /// row and bias of the first one, as a second term (TextPruner's even mode). Divided by the number of examples.
@@ -16,6 +17,7 @@ pub fn scores(model: &Model, micros: &[Micro], sites: &[Site], judge: &Judge, ro
     let mut totals: Vec<Vec<f64>> = sites.iter().map(|site| vec![0.0; site.units]).collect();
     let mut examples = 0;
     for micro in micros {
+        go_on()?;
         let judged = judge.backward(Pass::training(model), micro)?;
         let of = |name: &str| products(&judged.leaves, &judged.grads, name);
         for (site, total) in sites.iter().zip(&mut totals) {

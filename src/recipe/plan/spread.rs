@@ -10,7 +10,7 @@ use crate::nn::config::Size;
 use crate::nn::pieces;
 use crate::pipeline::{Costs, Kind, Schedule, cut, simulate};
 use crate::recipe::corpus::tagging;
-use crate::recipe::schema::{Pipeline, Recipe, Stages, Training};
+use crate::recipe::schema::{Messages, Pipeline, Recipe, Stages, Training};
 
 /// How a training is spread.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
@@ -108,6 +108,11 @@ pub fn check_devices(recipe: &Recipe, home: &Arc<dyn Device>, ranks: Option<usiz
         }
         Stages::Auto(_) => pipeline.devices.clone(),
     };
+    let gpus = names.iter().all(|name| name.starts_with("cuda:"));
+    if pipeline.messages == Messages::Nccl && !gpus {
+        let allowed = format!("\"host\" on {}: NCCL needs a GPU for each worker", names.join(", "));
+        return Err(Error::Recipe { key: "pipeline.messages".into(), value: "nccl".into(), allowed });
+    }
     // Among several processes each opens its own, perhaps on another machine.
     let here = if ranks.is_some() { 1 } else { names.len() };
     names.iter().take(here).try_for_each(|name| pipeline.open(home, name).map(drop))
