@@ -38,9 +38,6 @@ impl Tune {
         if pipeline {
             return refuse("tune", "with [pipeline]", "without it: what learns is too little to be spread over stages");
         }
-        if self.merge && !matches!(self.method, Tuning::Lora(_)) {
-            return refuse("tune.merge", true, "false: only low-rank updates merge into weights");
-        }
         match &self.method {
             Tuning::Lora(lora) => {
                 let smallest = width.min(size.heads * size.head_size).min(size.ffn_width);
