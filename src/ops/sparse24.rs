@@ -262,7 +262,8 @@ mod tests {
     /// Share of the magnitude that each rule keeps of independent normal weights; 20,000 blocks.
     #[test]
     fn retained_magnitude_of_gaussian_weights() {
-        let (n, k) = (4 * 200, 4 * 100);
+        // Four times the 20,000 blocks of the oracle: a frequency of 15.8 % scatters by 0.26 points over those.
+        let (n, k) = (4 * 400, 4 * 200);
         let mut stream = crate::rng::Stream::new(1, 0x90);
         let w: Vec<f64> = (0..n * k).map(|_| f64::from(stream.normal() as f32)).collect();
         let total: f64 = w.iter().map(|x| x.abs()).sum();
@@ -279,7 +280,7 @@ mod tests {
         }
         let full = |(top, left): (usize, usize)| (0..16).filter(|i| greedy[(top + i / 4) * k + left + i % 4]).count();
         let seven = blocks(n, k).filter(|&b| full(b) == 7).count() as f64 / (n * k / 16) as f64;
-        approx::assert_abs_diff_eq!(seven, 0.155, epsilon = 0.008);
+        approx::assert_abs_diff_eq!(seven, 0.155, epsilon = 0.005);
     }
 
     #[test]
