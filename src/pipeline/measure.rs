@@ -176,7 +176,9 @@ impl Subject {
     fn new(model: &Model, device: &Arc<dyn Device>, pieces: Range<usize>, settings: Settings) -> Result<Self> {
         let chunks: BTreeMap<u32, _> = pieces.clone().map(|p| (p as u32, p..p + 1)).collect();
         let mut own = Part::model_of(model, device, &chunks)?;
-        let optimizer = Optimizer::new(&mut own, settings, |_| true)?;
+        let mut optimizer = Optimizer::new(&mut own, settings, |_| true)?;
+        // Once: gradients of all rounds are added up, as those of a step's micro-batches are.
+        optimizer.begin(1.0, 1)?;
         Ok(Self { part: Part::new(own, chunks, &optimizer)?, pieces, optimizer, settings })
     }
 
@@ -208,16 +210,15 @@ impl Subject {
         let whole = Training { compute, dropout: 0.0, seed: 0, recompute: false, split: false };
         let (wholes, outputs) = self.run(micro, inputs, whole)?;
         let (splits, _) = self.run(micro, inputs, Training { split: true, ..whole })?;
-        self.optimizer.begin(1.0, 1)?;
         let zero = Tensor::from_slice(&device, &[1], &[0.0f32])?;
         let update = device.elapsed(&mut || self.optimizer.update(&zero))?;
         Ok(((wholes, splits, update), outputs))
     }
 
-    /// All pieces forward, then backward, each by itself.
+    /// All pieces forward, then backward, each by itself; adding its gradients to the step's is part of backward.
     fn run(&mut self, micro: &Micro, inputs: &[Tensor], training: Training) -> Result<(Vec<Sample>, Vec<Tensor>)> {
         let device = self.part.model.device().clone();
-        let part = &mut self.part;
+        let (part, optimizer) = (&mut self.part, &mut self.optimizer);
         let mut samples = vec![Sample::default(); self.pieces.len()];
         let mut states = inputs.to_vec();
         let head = pieces::pieces(&part.model.config) - 1;
@@ -241,18 +242,22 @@ impl Subject {
             let at = (piece as u32, 0);
             let grads = std::mem::take(&mut flowed);
             sample.backward_input = device.elapsed(&mut || {
-                flowed = if training.split {
-                    part.backward_input(at, micro, grads.clone(), training)?
-                } else {
-                    part.backward(at, micro, grads.clone(), training)?.0
-                };
-                Ok(())
+                if training.split {
+                    flowed = part.backward_input(at, micro, grads.clone(), training)?;
+                    return Ok(());
+                }
+                let (inputs, own) = part.backward(at, micro, grads.clone(), training)?;
+                flowed = inputs;
+                optimizer.accumulate(&own.leaves, &own.grads)
             })?;
         }
         if training.split {
             // After all inputs' gradients, as in a schedule: what they read has left the caches by then.
             for (piece, sample) in self.pieces.clone().zip(&mut samples).rev() {
-                sample.backward_weight = device.elapsed(&mut || part.backward_weight((piece as u32, 0)).map(drop))?;
+                sample.backward_weight = device.elapsed(&mut || {
+                    let own = part.backward_weight((piece as u32, 0))?;
+                    optimizer.accumulate(&own.leaves, &own.grads)
+                })?;
             }
         }
         Ok((samples, states))

@@ -19,7 +19,8 @@ use super::schema::{Distil, HiddenProjection, Recipe, Training};
 use super::source::{CorpusSource, Draw, Factors, teacher_cache};
 use super::staged;
 use crate::compress::distillation::{
-    Distillation, Kept, LayerwiseDistillation, Lessons, PROJECTION, Projection, TeacherCache, Tutor, selection,
+    Distillation, Kept, LayerwiseDistillation, Lessons, PROJECTION, Projection, TeacherCache, Tutor, add_projection,
+    selection,
 };
 use crate::compress::pruning::Held;
 use crate::compress::quantization::QuantizationAware;
@@ -29,8 +30,6 @@ use crate::nn::{self, Config, Model};
 use crate::ops::distill::Reduction;
 use crate::pipeline::post::Post;
 use crate::report::model::LossCurve;
-use crate::rng::Stream;
-use crate::tensor::Tensor;
 use crate::train::graphs;
 use crate::train::lifecycle::{Invariant, Method, Micro};
 use crate::train::store;
@@ -151,7 +150,8 @@ pub fn fit_with(
     let live = distillation.is_none() && cache.is_some_and(|cache| cache.kept() == Kept::Hidden);
     if let Some(distillation) = &distillation {
         if matches!(distillation.projection, Projection::Learned) {
-            add_projection(model, distillation, context.recipe.seed)?;
+            let dims = [distillation.teacher_head.shape().last(), model.config.width];
+            add_projection(model, PROJECTION, dims, (context.recipe.seed, 0xd157))?;
         }
         methods.push(Box::new(distillation.clone()));
     }
@@ -276,17 +276,6 @@ pub fn trained(name: &str, model: Model, state: State, summary: Summary) -> Outc
     let curve = LossCurve { stage: name.into(), unit: "nats/token".into(), points: summary.curve };
     let earlier_seconds = summary.earlier_seconds;
     Outcome { model, state, curves: vec![curve], notes: Vec::new(), invariants: Vec::new(), earlier_seconds }
-}
-
-fn add_projection(model: &mut Model, distillation: &Distillation, seed: u64) -> Result<()> {
-    if model.tensors.contains_key(PROJECTION) {
-        return Ok(());
-    }
-    let (from, to) = (model.config.width, distillation.teacher_head.shape().last());
-    let mut stream = Stream::new(seed, 0xd157);
-    let values: Vec<f32> = (0..from * to).map(|_| (0.02 * stream.normal()) as f32).collect();
-    model.tensors.insert(PROJECTION.into(), Tensor::from_slice(model.device(), &[to, from], &values)?);
-    Ok(())
 }
 
 /// The distillation hook of a recipe's settings. `kept`: the teacher's channels that the student has.

@@ -1,12 +1,10 @@
 //! Matching of layers anew in each step (CoFi 3.2): each of the teacher's layers teaches the student's layer that is nearest to
 //! it behind one projection, among those that are there. Which one it is stays on the device.
 
-use std::collections::btree_map::Entry;
-
 use serde::{Deserialize, Serialize};
 
 use super::matches::Layer;
-use super::{SUB, scaled, total};
+use super::{SUB, add_projection, scaled, total};
 use crate::compress::gates::Gates;
 use crate::dispatch;
 use crate::dtype::DType;
@@ -20,7 +18,6 @@ use crate::ops::matmul::Matmul;
 use crate::ops::reduce::ArgMax;
 use crate::ops::select::Above;
 use crate::ops::unary::{Function, Unary};
-use crate::rng::Stream;
 use crate::shape::Shape;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
@@ -121,11 +118,7 @@ impl Matcher {
         };
         let (from, to) = (student.config.width, teacher.config.width);
         let name = format!("{DISTILLED}{PROJECTION}");
-        if let Entry::Vacant(place) = student.tensors.entry(name) {
-            let mut stream = Stream::new(seed, 0xd157_c0f1);
-            let values: Vec<f32> = (0..from * to).map(|_| (0.02 * stream.normal()) as f32).collect();
-            place.insert(Tensor::from_slice(&device, &[to, from], &values)?);
-        }
+        add_projection(student, &name, [to, from], (seed, 0xd157_c0f1))?;
         Ok(matcher)
     }
 

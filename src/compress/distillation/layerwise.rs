@@ -8,7 +8,7 @@ use super::dynamic::{Dynamic, Matcher};
 use super::logits::{LogitTerm, Logits, Taught};
 use super::matches::{Direction, Feature, Match, MatchProjection, weighted};
 use super::schedule::{Number, WeightSchedule};
-use super::{scaled, selection, total};
+use super::{add_projection, scaled, selection, total};
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::nn::tuning::DISTILLED;
@@ -17,7 +17,6 @@ use crate::ops::binary::ADD;
 use crate::ops::layout::Concat;
 use crate::ops::matmul::Matmul;
 use crate::ops::unary::{Function, Unary};
-use crate::rng::Stream;
 use crate::tape::Var;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Method, Micro};
@@ -313,12 +312,7 @@ fn meeting(
         Direction::StudentToTeacher => [other, own],
         Direction::TeacherToStudent => [own, other],
     };
-    if !student.tensors.contains_key(&name) {
-        let mut stream = Stream::new(seed, 0xd157 + index as u32);
-        let values: Vec<f32> = (0..from * to).map(|_| (0.02 * stream.normal()) as f32).collect();
-        let weight = Tensor::from_slice(student.device(), &[to, from], &values)?;
-        student.tensors.insert(name.clone(), weight);
-    }
+    add_projection(student, &name, [to, from], (seed, 0xd157 + index as u32))?;
     Ok(Meeting::Learned(name, activation))
 }
 

@@ -23,12 +23,14 @@ pub use presets::{Lesson, Preset};
 pub use schedule::{TemperatureSchedule, WeightSchedule};
 
 use crate::error::Result;
-use crate::nn::Pass;
+use crate::nn::{Model, Pass};
 use crate::ops::binary::{ADD, Binary, BinaryFunction};
 use crate::ops::matmul::Matmul;
 use crate::ops::softmax::Softmax;
 use crate::ops::unary::{Function, Unary};
+use crate::rng::Stream;
 use crate::tape::{Tape, Var};
+use crate::tensor::Tensor;
 
 const MUL: Binary = Binary(BinaryFunction::Mul);
 const SUB: Binary = Binary(BinaryFunction::Sub);
@@ -66,4 +68,20 @@ fn labelled_shares(tape: &mut Tape, weights: &Var) -> Result<Var> {
     let labelled = tape.first(Unary(Function::Tanh), &[&large])?;
     let apart = tape.first(Unary(Function::Scale(1e4)), &[&labelled])?;
     tape.first(Softmax, &[&apart])
+}
+
+/// A projection `[to, from]` to be learned, of small random numbers, where the student has none of this name: a resumed
+/// training brings it. `seed`, and the site that its numbers are drawn at.
+///
+/// # Errors
+/// Those of the device.
+pub fn add_projection(student: &mut Model, name: &str, [to, from]: [usize; 2], (seed, site): (u64, u32)) -> Result<()> {
+    if student.tensors.contains_key(name) {
+        return Ok(());
+    }
+    let mut stream = Stream::new(seed, site);
+    let values: Vec<f32> = (0..from * to).map(|_| (0.02 * stream.normal()) as f32).collect();
+    let weight = Tensor::from_slice(student.device(), &[to, from], &values)?;
+    student.tensors.insert(name.into(), weight);
+    Ok(())
 }

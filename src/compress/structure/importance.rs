@@ -103,7 +103,7 @@ fn accumulate(total: &mut Vec<f64>, batch: &[f64]) {
     total.iter_mut().zip(batch).for_each(|(t, b)| *t += b.abs());
 }
 
-fn add(into: &mut Vec<f64>, values: &[f64]) {
+pub(super) fn add(into: &mut Vec<f64>, values: &[f64]) {
     into.resize(values.len(), 0.0);
     into.iter_mut().zip(values).for_each(|(a, b)| *a += b);
 }
@@ -161,7 +161,7 @@ fn add_batch(model: &Model, leaves: &BTreeMap<String, Var>, grads: &Grads, score
 }
 
 /// Gate and value rows of a gated FFN belong to the same neuron.
-fn fold_gated(rows: &[f64], neurons: usize) -> Vec<f64> {
+pub(super) fn fold_gated(rows: &[f64], neurons: usize) -> Vec<f64> {
     let mut folded = vec![0.0; neurons];
     for part in rows.chunks(neurons) {
         folded.iter_mut().zip(part).for_each(|(f, p)| *f += p);

@@ -1,6 +1,6 @@
 //! TextPruner's importance: |sum of w dL/dw| over a unit's weights, of each batch (Yang et al. 2022).
 
-use super::importance::products;
+use super::importance::{add, fold_gated, products};
 use super::judge::Judge;
 use super::sites::{Kind, Site};
 use crate::error::Result;
@@ -30,9 +30,8 @@ pub fn scores(model: &Model, micros: &[Micro], sites: &[Site], judge: &Judge, ro
                 let weight = of(&format!("blocks.{}.ffn.in.weight", site.block))?.map(|p| p.row_sums());
                 let bias = of(&format!("blocks.{}.ffn.in.bias", site.block))?.map(|p| p.values);
                 let mut terms = vec![0.0; site.units];
-                // A gated FFN's rows come twice.
-                for part in weight.iter().chain(&bias).flat_map(|values| values.chunks(site.units)) {
-                    terms.iter_mut().zip(part).for_each(|(term, x)| *term += x);
+                for rows in weight.iter().chain(&bias) {
+                    add(&mut terms, &fold_gated(rows, site.units));
                 }
                 total.iter_mut().zip(&terms).for_each(|(total, term)| *total += term.abs());
             }
