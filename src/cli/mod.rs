@@ -46,7 +46,7 @@ pub struct Global {
     format: Format,
     /// No progress bars
     #[arg(short, long, global = true)]
-    quiet: bool,
+    pub(crate) quiet: bool,
 }
 
 /// The device that is meant where none is named.

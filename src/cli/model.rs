@@ -4,6 +4,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use super::{Global, say, say_json};
+use crate::compress::fastest;
 use crate::console;
 use crate::data::batch;
 use crate::data::table::{self, TableOptions};
@@ -40,7 +41,10 @@ pub fn without_result(path: &Path, what: &str) -> Error {
 fn load(global: &Global, path: &Path) -> Result<(Model, Tokenizer)> {
     let folder = model_folder(path)?;
     let device = global.open()?;
-    let model = store::load_model(&folder, &device)?;
+    let (model, choices) = fastest::load(&folder, &device)?;
+    if !global.quiet {
+        fastest::notes(&choices).iter().for_each(console::tell);
+    }
     if matches!(model.config.head, Head::Tagging { .. }) {
         let rule = "this is a tagger (espalier train-tagger); eval and translate take a language model of a run";
         return Err(Error::file(folder.join(store::CONFIG), "head", rule));

@@ -3,6 +3,7 @@
 pub mod curvature;
 pub mod distillation;
 pub mod experts;
+pub mod fastest;
 pub mod freeze;
 pub mod gates;
 pub mod hybrid;

@@ -7,6 +7,7 @@ mod null;
 mod pool;
 mod reference;
 pub mod road;
+pub mod turns;
 mod wgpu;
 
 use std::any::Any;

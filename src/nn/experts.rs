@@ -4,6 +4,7 @@
 use super::config::Experts;
 use super::forward::Pass;
 use super::model::{Model, missing};
+use super::ways::Way;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -129,12 +130,16 @@ impl Pass<'_> {
             return Err(missing(&format!("blocks.{i}.experts")));
         };
         let rows = self.rows(x)?;
+        let way = self.way(&format!("blocks.{i}.ffn"), rows.dims()[0]).cloned();
         let scores = self.router(i, &rows.detach())?;
+        if let (Some(Way::AllExperts { inner, outer }), None) = (way.clone(), threshold) {
+            return self.all_experts(i, (&rows, &scores), (&inner, &outer), k)?.reshape(x.dims());
+        }
         let gated = self.tape.run(MoeGate { k }, &[&scores])?;
         let choice = Choice { indices: gated[0].clone(), gates: gated[1].clone(), threshold };
         let bias = self.parameter(&format!("blocks.{i}.ffn.out.bias"))?;
         let (inner, outer) = (format!("blocks.{i}.ffn.experts.in"), format!("blocks.{i}.ffn.experts.out"));
-        if self.gathers(&inner, &outer) {
+        if !matches!(way, Some(Way::Sorted)) && self.gathers(&inner, &outer) {
             let first = Gathered { sum: false, relu: true, threshold };
             let inner_bias = self.parameter(&format!("{inner}.bias"))?;
             if let Some(h) = self.gathered(&inner, &rows, &inner_bias, &choice, first)? {

@@ -41,6 +41,9 @@ impl Pass<'_> {
             };
             return self.low_rank(name, x, y);
         }
+        if let Some(y) = self.on_other_way(name, x, bias.as_ref())? {
+            return with_last(x, &y);
+        }
         let rows = self.rows(x)?;
         let scale = self.optional(&format!("{name}.scale"))?;
         let y = if let Some(values) = self.optional(&format!("{name}.values"))? {

@@ -12,6 +12,7 @@ pub mod pieces;
 mod shapes;
 mod taps;
 pub mod tuning;
+pub mod ways;
 
 pub use config::{Activation, AttentionKind, Block, Config, Experts, Head, NormKind, Positions, Residual};
 pub use forward::{Batch, OutputHook, Pass, Place, Source, States};

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::config::{Config, Head, NormKind, Positions};
 use super::tuning::TUNING;
+use super::ways::Ways;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -35,6 +36,8 @@ pub struct Model {
     rotary: Vec<RotaryTables>,
     /// Buckets of distances, of both sides and of one, where positions are relative.
     distances: Option<[Tensor; 2]>,
+    /// By layer; where there are none, the stored form is what is computed with.
+    pub(super) ways: BTreeMap<String, Ways>,
 }
 
 /// What to draw a parameter from.
@@ -68,7 +71,7 @@ impl Model {
             }
             _ => None,
         };
-        Ok(Self { config, tensors, device: device.clone(), rotary, distances })
+        Ok(Self { config, tensors, device: device.clone(), rotary, distances, ways: BTreeMap::new() })
     }
 
     /// A fresh model: normal weights of deviation 0.02 (GPT-2), output projections scaled down by sqrt(2 L),

@@ -12,16 +12,14 @@
 use std::ops::Bound;
 
 use super::forward::{Batch, Pass};
-use super::linear::ACTIVATION;
 use super::model::Model;
+use super::ways::dense_weight;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::binary::{Binary, BinaryFunction};
 use crate::ops::layout::{Concat, Fill, GatherRows};
 use crate::ops::matmul::Matmul;
-use crate::ops::quant::{Dequantize, FakeQuant, Granularity, GridFrom};
-use crate::ops::sparse24::Decompress24;
 use crate::ops::unary::{Function, Unary};
 use crate::shape::Shape;
 use crate::tape::Var;
@@ -80,35 +78,12 @@ impl Pass<'_> {
     /// The twin of an int8 product that gradients go through, for what lies before it: the input on its grid of levels and
     /// the weight as its levels say, which is fixed.
     pub(super) fn learnable(&mut self, name: &str, x: &Var) -> Result<Option<(Var, Var)>> {
-        let Some(scale) = self.optional(&format!("{name}.scale"))? else {
+        let stored = |part: &str| self.model.tensors.contains_key(&format!("{name}.{part}"));
+        if !stored("scale") || !(stored("int8") || stored("values")) {
             return Ok(None);
-        };
-        let levels = match (self.optional(&format!("{name}.int8"))?, self.optional(&format!("{name}.values"))?) {
-            (Some(levels), _) => levels,
-            (None, Some(values)) => {
-                let metadata = self.parameter(&format!("{name}.metadata"))?;
-                self.tape.first(Decompress24 { k: x.tensor.shape().last() }, &[&values, &metadata])?
-            }
-            (None, None) => return Ok(None),
-        };
-        // Weights in groups multiply float inputs.
-        let groups = (scale.dims().len() == 2).then(|| x.tensor.shape().last() / scale.tensor.shape().last().max(1));
-        let granularity = groups.map_or(Granularity::Channel, Granularity::Group);
-        let (bits, scheme) = (ACTIVATION.bits, ACTIVATION.scheme);
-        let count = scale.tensor.count();
-        let zeros = Fill { value: 0.0, dims: Shape::new(&[count])?, dtype: DType::F32 };
-        let zeros = Var::constant(dispatch::one(dispatch::run_on(self.model.device(), &zeros, &[])?, "fill")?);
-        let dequantize = Dequantize { bits, scheme, granularity };
-        let weight = self.tape.first(dequantize, &[&levels, &scale.detach().reshape(&[count])?, &zeros])?;
-        let weight = self.constant(&weight.tensor)?;
-        if groups.is_some() {
-            return Ok(Some((x.clone(), weight)));
         }
-        let step = self.model.tensors.get(&format!("{name}.input_step")).cloned().map(Var::constant);
-        let from = if step.is_some() { GridFrom::Step } else { GridFrom::Own };
-        let fake = FakeQuant { bits, scheme, granularity: ACTIVATION.granularity, from };
-        let inputs: Vec<&Var> = [x].into_iter().chain(&step).collect();
-        Ok(Some((self.tape.first(fake, &inputs)?, weight)))
+        let weight = self.constant(&dense_weight(self.model, name)?)?;
+        Ok(Some((self.as_multiplied(name, x)?, weight)))
     }
 
     fn has_update(&self, name: &str) -> bool {

@@ -12,6 +12,7 @@ use super::run_folder::{Origin, RunFolder, StageRecord, State, VOCABULARY, finge
 use super::schema::Recipe;
 use super::source::teacher_cache;
 use super::stages::{self, Context, Outcome, Student};
+use crate::compress::fastest::{self, Choice};
 use crate::compress::freeze::freeze;
 use crate::console;
 use crate::device::Device;
@@ -107,6 +108,7 @@ impl<'a> Flow<'a> {
             model: teacher.model.duplicate()?,
             state: State { kept: all, ..State::default() },
             fingerprint: teacher.fingerprint.clone(),
+            choices: teacher.choices.clone(),
         };
         let steps = self.recipe.steps();
         let student = self.follow(&steps, &teacher, student)?;
@@ -169,7 +171,7 @@ impl<'a> Flow<'a> {
             self.earlier_seconds += record.row.seconds.unwrap_or(0.0);
             self.adopt(&record);
             self.remember(&model, &record.state, baseline)?;
-            return Ok(Student { model, state: record.state, fingerprint });
+            return Ok(Student { model, state: record.state, fingerprint, choices: record.choices });
         }
         if let Some(student) = self.reuse(name, &fingerprint, baseline)? {
             return Ok(student);
@@ -187,11 +189,14 @@ impl<'a> Flow<'a> {
         let started = Instant::now();
         let mut outcome = work(&context)?;
         let deployed = freeze(&outcome.model, outcome.state.form())?;
-        let mut row = evaluate(&deployed, corpus, &self.recipe.evaluate, name)?;
+        let rows = [vec![1], self.recipe.evaluate.rows()].concat();
+        let (fast, choices) = fastest::fastest(&deployed, &rows)?;
+        outcome.notes.extend(fastest::notes(&choices));
+        let mut row = evaluate(&fast, corpus, &self.recipe.evaluate, name)?;
         let before = (!baseline).then_some(&self.pruned);
         let state = (&outcome.model, &outcome.state);
         outcome.invariants.extend(promises::checked(corpus, state, &deployed, before)?);
-        outcome.invariants.push(self.reloads(&path.join("deployed"), name, &deployed)?);
+        outcome.invariants.push(self.reloads(&path.join("deployed"), name, (&deployed, &choices))?);
         row.baseline = baseline;
         row.seconds = Some(outcome.earlier_seconds + started.elapsed().as_secs_f64());
         self.earlier_seconds += outcome.earlier_seconds;
@@ -208,11 +213,12 @@ impl<'a> Flow<'a> {
             curves: outcome.curves,
             notes: outcome.notes,
             state: outcome.state.clone(),
+            choices: choices.clone(),
         };
         self.folder.finish(name, &record, &outcome.model, &self.beside)?;
         self.adopt(&record);
         self.remember(&outcome.model, &outcome.state, baseline)?;
-        Ok(Student { model: outcome.model, state: outcome.state, fingerprint })
+        Ok(Student { model: outcome.model, state: outcome.state, fingerprint, choices })
     }
 
     /// A stage that another run finished under the same fingerprint, as this run's own.
@@ -223,13 +229,14 @@ impl<'a> Flow<'a> {
                 continue;
             };
             let deployed = freeze(&model, record.state.form())?;
-            self.folder.save_model(&self.folder.stage(name)?.join("deployed"), name, &deployed, &self.beside)?;
+            self.save_deployed(&self.folder.stage(name)?.join("deployed"), name, (&deployed, &record.choices))?;
             self.folder.finish(name, &record, &model, &self.beside)?;
             say(options, format!("{name}: taken from {}", run.display()));
             self.earlier_seconds += record.row.seconds.unwrap_or(0.0);
             self.adopt(&record);
             self.remember(&model, &record.state, baseline)?;
-            return Ok(Some(Student { model, state: record.state, fingerprint: fingerprint.to_string() }));
+            let fingerprint = fingerprint.to_string();
+            return Ok(Some(Student { model, state: record.state, fingerprint, choices: record.choices }));
         }
         Ok(None)
     }
@@ -267,8 +274,8 @@ impl<'a> Flow<'a> {
     }
 
     /// Saves a model in its deployable form, loads it again and holds both against each other.
-    fn reloads(&self, path: &Path, stage: &str, model: &Model) -> Result<Invariant> {
-        self.folder.save_model(path, stage, model, &self.beside)?;
+    fn reloads(&self, path: &Path, stage: &str, (model, choices): (&Model, &[Choice])) -> Result<Invariant> {
+        self.save_deployed(path, stage, (model, choices))?;
         let reloaded = store::load_model(path, &self.device)?;
         let probe = stages::probe(self.corpus, model)?;
         let mut logits = Vec::new();
@@ -285,11 +292,18 @@ impl<'a> Flow<'a> {
         })
     }
 
+    /// A model in its deployable form, with what its layers run on here.
+    fn save_deployed(&self, path: &Path, stage: &str, (model, choices): (&Model, &[Choice])) -> Result<()> {
+        let mut beside = self.beside.clone();
+        beside.extend(fastest::file(&self.device, choices)?);
+        self.folder.save_model(path, stage, model, &beside)
+    }
+
     /// The run's result: the last stage's model in its deployable form.
     fn deploy(&mut self, student: &Student) -> Result<()> {
         let model = freeze(&student.model, student.state.form())?;
         let path = self.folder.path.join("model");
-        self.folder.save_model(&path, "deployed", &model, &self.beside)
+        self.save_deployed(&path, "deployed", (&model, &student.choices))
     }
 
     fn write_report(mut self) -> Result<PathBuf> {

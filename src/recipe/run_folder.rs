@@ -9,6 +9,7 @@ use super::contents::{self, is_blank};
 use super::identity::{self, Difference};
 use super::lock::FolderLock;
 use crate::atomic::write_atomic;
+use crate::compress::fastest::Choice;
 use crate::compress::freeze::Form;
 use crate::compress::pruning::Pattern;
 use crate::compress::quantization::{Format, Phase};
@@ -43,6 +44,9 @@ pub struct StageRecord {
     pub notes: Vec<String>,
     /// Promises that hold on the model from here on.
     pub state: State,
+    /// What its layers run on where that is not how they are stored: measured, once.
+    #[serde(default)]
+    pub choices: Vec<Choice>,
 }
 
 /// What is true of a student's weights, and held by later stages.

@@ -22,6 +22,7 @@ use crate::compress::distillation::{
     Distillation, Kept, LayerwiseDistillation, Lessons, PROJECTION, Projection, TeacherCache, Tutor, add_projection,
     selection,
 };
+use crate::compress::fastest::Choice;
 use crate::compress::pruning::Held;
 use crate::compress::quantization::QuantizationAware;
 use crate::data::batch::Example;
@@ -59,6 +60,8 @@ pub struct Student {
     pub model: Model,
     pub state: State,
     pub fingerprint: String,
+    /// On what its layers run fastest once it is deployed.
+    pub choices: Vec<Choice>,
 }
 
 /// What a stage's work gives.

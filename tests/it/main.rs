@@ -9,6 +9,7 @@ mod device;
 mod distillation;
 mod encoder;
 mod experts;
+mod fastest;
 mod faults;
 mod gates;
 mod graphs;

@@ -33,12 +33,12 @@ use crate::model::{SIZE, SPECIAL, assemble, examples, micro};
 const VOCABULARY: usize = 37;
 
 /// One device for a test's models and batches.
-fn cpu() -> Arc<dyn Device> {
+pub fn cpu() -> Arc<dyn Device> {
     static DEVICE: OnceLock<Arc<dyn Device>> = OnceLock::new();
     DEVICE.get_or_init(crate::model::cpu).clone()
 }
 
-fn devices(test: &str) -> Vec<Arc<dyn Device>> {
+pub fn devices(test: &str) -> Vec<Arc<dyn Device>> {
     let mut all = vec![cpu()];
     all.extend(crate::device::wgpu(test));
     match device::open("cuda-host") {
@@ -74,7 +74,7 @@ fn logits(model: &Model, batch: &nn::Batch, hook: Option<&QuantizationAware>) ->
     pass.logits(&hidden).unwrap().tensor.to_f64().unwrap()
 }
 
-fn nmse(want: &[f64], have: &[f64]) -> f64 {
+pub fn nmse(want: &[f64], have: &[f64]) -> f64 {
     let error: f64 = want.iter().zip(have).map(|(w, h)| (w - h).powi(2)).sum();
     error / want.iter().map(|w| w * w).sum::<f64>().max(1e-20)
 }

@@ -2,7 +2,6 @@
 //! forms taking turns in one run. Says from where on a form is worth its kernels on this device.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use serde::Serialize;
 
@@ -11,6 +10,7 @@ use crate::compress::experts::{Router, Settings, Split, convert};
 use crate::compress::freeze::{Form, freeze};
 use crate::compress::quantization::Format;
 use crate::device::Device;
+use crate::device::turns::take_turns;
 use crate::dispatch;
 use crate::error::Result;
 use crate::nn::config::Size;
@@ -29,8 +29,6 @@ const TOKENS: [usize; 4] = [1, 8, 64, 512];
 const EXPERT_SIZE: usize = 32;
 const SHARES: [f64; 5] = [1.0, 0.5, 0.4, 0.3, 0.2];
 const UNSTRUCTURED: [f64; 2] = [0.5, 0.9];
-/// Shortest sample; shorter blocks run several times in it.
-const SAMPLE: f64 = 2e-4;
 
 /// One form at one shape.
 #[derive(Serialize)]
@@ -176,26 +174,10 @@ fn compare(
     let mut stream = Stream::new(seed, tokens as u32);
     let values: Vec<f32> = (0..tokens * width).map(|_| stream.normal() as f32).collect();
     let x = Var::constant(Tensor::from_slice(device, &[tokens, width], &values)?);
-    let time = |form: &Timed, runs: usize| -> Result<f64> {
-        let start = Instant::now();
-        for _ in 0..runs {
-            form.run(&x)?;
-        }
-        device.sync()?;
-        Ok(1e6 * start.elapsed().as_secs_f64() / runs as f64)
-    };
-    let mut runs = Vec::new();
-    for form in forms {
-        // The first compiles and fills the pool.
-        time(form, 1)?;
-        runs.push((1e6 * SAMPLE / time(form, 1)?).ceil().clamp(1.0, 1000.0) as usize);
-    }
-    let mut times = vec![Vec::new(); forms.len()];
-    for _ in 0..samples {
-        for ((form, runs), times) in forms.iter().zip(&runs).zip(&mut times) {
-            times.push(time(form, *runs)?);
-        }
-    }
+    let works: Vec<_> = forms.iter().map(|form| || form.run(&x)).collect();
+    let works: Vec<&dyn Fn() -> Result<()>> = works.iter().map(|work| work as &dyn Fn() -> Result<()>).collect();
+    let mut times = take_turns(device, &works, samples)?;
+    times.iter_mut().flatten().for_each(|seconds| *seconds *= 1e6);
     let middle = |of: &[f64], q| {
         let mut sorted = of.to_vec();
         sorted.sort_by(f64::total_cmp);

@@ -1,9 +1,8 @@
 //! What a conversion measured on tokens that its routers did not learn from, before anything runs on it.
 
-use std::time::Instant;
-
 use super::router::scores;
 use crate::compress::structure::largest;
+use crate::device::turns::{median, take_turns};
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::nn::{Batch, Experts, Model, Pass};
@@ -163,7 +162,7 @@ pub struct Speed {
     pub experts: f64,
 }
 
-/// Rounds of a comparison; the two take turns in each, so that neither has the quieter moment.
+/// Rounds of a comparison.
 const ROUNDS: usize = 9;
 
 /// The FFN of the first block that was split, as it is deployed, against the dense one, for 1 token and for `rows`.
@@ -177,24 +176,10 @@ pub fn speed(dense: &Model, split: &Model, rows: &[usize]) -> Result<Vec<Speed>>
         let mut stream = Stream::new(0, rows as u32);
         let values: Vec<f32> = (0..rows * width).map(|_| stream.normal() as f32).collect();
         let x = Tensor::from_slice(&device, &[rows, width], &values)?;
-        let run = |model: &Model| -> Result<f64> {
-            let start = Instant::now();
-            Pass::inference(model).ffn(i, &Var::constant(x.clone()))?;
-            device.sync()?;
-            Ok(1e6 * start.elapsed().as_secs_f64())
-        };
-        let mut times = [Vec::new(), Vec::new()];
-        for round in 0..=ROUNDS {
-            for (times, model) in times.iter_mut().zip([dense, split]) {
-                let time = run(model)?;
-                // The first compiles and fills the pool.
-                if round > 0 {
-                    times.push(time);
-                }
-            }
-        }
-        times.iter_mut().for_each(|t| t.sort_by(f64::total_cmp));
-        all.push(Speed { rows, dense: times[0][ROUNDS / 2], experts: times[1][ROUNDS / 2] });
+        let run = |model: &Model| Pass::inference(model).ffn(i, &Var::constant(x.clone())).map(drop);
+        let times = take_turns(&device, &[&|| run(dense), &|| run(split)], ROUNDS)?;
+        let [dense, experts] = [0, 1].map(|i| 1e6 * median(&times[i]));
+        all.push(Speed { rows, dense, experts });
     }
     Ok(all)
 }
