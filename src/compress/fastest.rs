@@ -88,12 +88,10 @@ pub fn notes(choices: &[Choice]) -> Vec<String> {
         let first = others.first()?;
         let gains = others.iter().map(|c| c.stored_us / c.taken_us);
         let (least, most) = gains.fold((f64::INFINITY, 0.0f64), |(l, m), gain| (l.min(gain), m.max(gain)));
-        Some(format!(
-            "at {rows} tokens {} of {} {form} layers run as {} here, which is {least:.2} to {most:.2} x as fast",
-            others.len(),
-            all.len(),
-            first.way
-        ))
+        let tokens = if rows == 1 { "token" } else { "tokens" };
+        let gain = if most - least < 0.01 { format!("{most:.2}") } else { format!("{least:.2} to {most:.2}") };
+        let (some, way) = (others.len(), &first.way);
+        Some(format!("at {rows} {tokens} {some} of {} {form} layers run as {way} here, {gain} x as fast", all.len()))
     };
     groups.into_iter().filter_map(note).collect()
 }

@@ -3,6 +3,7 @@
 use super::{Context, Outcome, Student, calibration, recover, text};
 use crate::compress::distillation::TeacherCache;
 use crate::compress::experts::{self, report};
+use crate::compress::fastest::fastest;
 use crate::compress::freeze::freeze;
 use crate::error::Result;
 use crate::nn::{self, Model};
@@ -92,8 +93,10 @@ fn split(context: &Context, dense: Outcome, settings: &Experts, batches: &[nn::B
         notes.push("expert weights keep their 2:4 zeros but run on kernels that do not skip them".into());
     }
     let form = state.form();
-    let (before, after) = (freeze(&dense.model, dense.state.form())?, freeze(&model, form)?);
-    let speeds = report::speed(&before, &after, &context.recipe.evaluate.rows())?;
+    let rows = [vec![1], context.recipe.evaluate.rows()].concat();
+    let deployed = |model: &Model, form| Ok(fastest(&freeze(model, form)?, &rows)?.0);
+    let (before, after): (Model, Model) = (deployed(&dense.model, dense.state.form())?, deployed(&model, form)?);
+    let speeds = report::speed(&before, &after, &rows)?;
     notes.push(report::speed_note(&speeds));
     if settings.slower == Slower::Dense && speeds.iter().all(|s| s.experts > s.dense) {
         notes.push("experts were slower for every measured number of tokens: the FFNs stay dense".into());
