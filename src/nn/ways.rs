@@ -139,7 +139,7 @@ impl Pass<'_> {
         let stored = |part: &str| self.model.tensors.get(&format!("{name}.{part}"));
         let (levels, scale) = (stored("int8").or(stored("values")), stored("scale"));
         // One scale for each output channel: those of groups go with float inputs.
-        if !levels.zip(scale).is_some_and(|(levels, scale)| levels.dims().len() == scale.dims().len() + 1) {
+        if levels.zip(scale).is_none_or(|(levels, scale)| levels.dims().len() != scale.dims().len() + 1) {
             return Ok(x.clone());
         }
         let step = stored("input_step").cloned().map(Var::constant);
