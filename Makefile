@@ -2,13 +2,14 @@
 CARGO ?= cargo
 DEVICE ?= auto
 
-.PHONY: help demo test lint bench docs vulkan nvrtc mpi gpu-bundle rust
+.PHONY: help demo test lint bench peers docs vulkan nvrtc mpi gpu-bundle rust
 
 help:
 	@echo "make demo    train, compress, fine-tune and report on the embedded corpus (CPU or GPU, about 10 minutes)"
 	@echo "make test    all tests; installs the software Vulkan driver and MPI where none is found, fetches the CUDA compiler"
 	@echo "make lint    formatting and clippy, warnings denied"
 	@echo "make bench   kernel benchmarks (criterion) over the table's real model sizes"
+	@echo "make peers   the same work in other libraries on this CPU, in turn: writes docs/benchmarks.md (an hour the first time)"
 	@echo "make docs    regenerate the support table"
 	@echo "make gpu-bundle    pack what a GPU machine without toolchain and network needs (target/gpu-bundle)"
 
@@ -39,6 +40,10 @@ lint: rust mpi
 
 bench: rust
 	$(CARGO) bench
+
+# Ours and whatever other libraries can be built or installed here: see scripts/peers.sh.
+peers: rust
+	CARGO=$(CARGO) sh scripts/peers.sh
 
 docs: rust
 	CARGO=$(CARGO) sh scripts/support.sh

@@ -10,9 +10,13 @@ use crate::dtype::DType;
 use crate::op::{Case, Fill, Op};
 
 mod dense;
+mod desk;
 mod losses;
 mod reduced;
 mod rows;
+
+/// Sizes at which libraries for CPUs are compared: what `kernels bench --sizes cpu` times.
+pub use desk::cases as cpu_cases;
 
 /// Which indices of an axis a part keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,7 +148,11 @@ mod tests {
             Meta { shape: Shape::new(&dims).unwrap(), dtype: meta.dtype }
         };
         let mut labels = std::collections::BTreeSet::new();
-        for Large { case, parts, .. } in cases() {
+        for Large { case, parts, .. } in cases().into_iter().chain(cpu_cases()) {
+            // A case without parts is checked whole.
+            if parts.is_empty() {
+                continue;
+            }
             let label = case.label();
             assert!(labels.insert((case.op.name(), label.clone())), "{label} stands twice");
             let inputs = case.metas();

@@ -15,6 +15,8 @@ pub enum TimingSource {
     Event,
     #[default]
     Wall,
+    /// Processor time of the whole process.
+    Cpu,
 }
 
 /// The device and everything about it that can change a time.

@@ -22,6 +22,7 @@ mod metrics;
 mod model;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod peers;
 mod pipeline;
 mod properties;
 mod pruning;

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::break_even;
 use super::measure::{self, Ceiling, Effort};
-use super::sampled;
+use super::{sampled, serve};
 use crate::cli::{Global, say, say_json};
 use crate::device::{Device, Kind};
 use crate::dispatch;
@@ -31,6 +31,8 @@ pub enum Sizes {
     Table,
     /// Large models, checked in f64 on parts of the result: gigabytes, meant for a GPU
     Gpu,
+    /// Those at which `make peers` compares libraries for CPUs
+    Cpu,
 }
 
 #[derive(clap::Args)]
@@ -47,6 +49,9 @@ pub struct Args {
     /// Print the cases instead of timing them; no device is opened
     #[arg(long)]
     list: bool,
+    /// Answer the requests of a program that times (JSON lines on standard input) instead of timing; see benches/peers
+    #[arg(long, conflicts_with = "list")]
+    serve: bool,
     /// Every rung, not only the one that dispatch takes
     #[arg(long)]
     rungs: bool,
@@ -66,7 +71,7 @@ pub struct Args {
     #[arg(long)]
     overhead: bool,
     /// Instead of the table: feed-forward blocks as 2:4, unstructured zeros and experts against the dense one
-    #[arg(long, conflicts_with_all = ["op", "sizes", "skip", "list", "rungs", "all", "overhead", "seconds"])]
+    #[arg(long, conflicts_with_all = ["op", "sizes", "skip", "list", "rungs", "all", "overhead", "seconds", "serve"])]
     break_even: bool,
 }
 
@@ -123,6 +128,7 @@ fn cases(args: &Args) -> Result<Vec<Large>> {
     let named = |case: &Case| verify::glob_match(&args.op, case.op.name());
     let cases: Vec<Large> = match args.sizes {
         Sizes::Gpu => large::cases().into_iter().filter(|l| named(&l.case)).collect(),
+        Sizes::Cpu => large::cpu_cases().into_iter().filter(|l| named(&l.case)).collect(),
         Sizes::Table => {
             let wanted = verify::select(&args.op).into_iter().filter(|c| c.bench || args.all);
             wanted.map(|case| Large { group: "table", name: case.label(), case, parts: Vec::new() }).collect()
@@ -144,6 +150,9 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
     }
     let cases = cases(args)?;
     let device = global.open()?;
+    if args.serve {
+        return serve::run(&device, &cases);
+    }
     if args.overhead {
         return overhead(global, &device);
     }
@@ -255,7 +264,12 @@ fn ceilings(device: &Arc<dyn Device>) -> Result<Ceiling> {
     Ok(Ceiling { gflops: best("multiply_add_chain")?.gflops, bandwidth_gb })
 }
 
-fn problem<'a>(case: &'a Case, inputs: &'a [Meta], outputs: &'a [Meta], device: &'a Arc<dyn Device>) -> Problem<'a> {
+pub(super) fn problem<'a>(
+    case: &'a Case,
+    inputs: &'a [Meta],
+    outputs: &'a [Meta],
+    device: &'a Arc<dyn Device>,
+) -> Problem<'a> {
     Problem { op: case.op.as_ref(), inputs, outputs, element: case.op.element(inputs, outputs), info: device.info() }
 }
 
@@ -293,7 +307,7 @@ fn bench(
     let Some((first, naive)) = kernels.first().zip(kernels.last()) else {
         return Ok(vec![blank(case, device, args)?]);
     };
-    let sampled = args.sizes == Sizes::Gpu;
+    let sampled = !large.parts.is_empty();
     let encoded = if sampled { sampled::inputs(large, args.seed) } else { measure::inputs(case, args.seed) };
     let verdicts = if sampled { Vec::new() } else { verify::forward(case, device, args.seed) };
     let time = |kernel: &'static Kernel| -> Result<BenchRecord> {

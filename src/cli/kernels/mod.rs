@@ -7,6 +7,7 @@ mod cuda_check;
 mod list;
 mod measure;
 mod sampled;
+mod serve;
 mod verify;
 
 use clap::Subcommand;

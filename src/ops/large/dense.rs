@@ -11,7 +11,7 @@ use crate::ops::matmul::Matmul;
 const ROWS: Pick = Pick::Spread(48);
 const COLUMNS: Pick = Pick::Spread(48);
 
-fn product(transpose_a: bool, transpose_b: bool, [m, n, k]: [usize; 3], dtype: DType) -> Large {
+pub(super) fn product(transpose_a: bool, transpose_b: bool, [m, n, k]: [usize; 3], dtype: DType) -> Large {
     let pair = |r: usize, c: usize, transposed: bool| if transposed { [c, r] } else { [r, c] };
     let case = Case::new(Matmul::plain(transpose_a, transpose_b), Tolerance::Contraction { k })
         .normal(&pair(m, k, transpose_a), dtype)
@@ -103,7 +103,7 @@ pub(super) fn blocks() -> Vec<Large> {
 /// B, T, S, H, D.
 type Size = [usize; 5];
 
-fn scaled_dot(mask: Mask, lengths: bool, dim: usize, query_offset: usize) -> Attention {
+pub(super) fn scaled_dot(mask: Mask, lengths: bool, dim: usize, query_offset: usize) -> Attention {
     Attention { mask, lengths, bias: false, scale: 1.0 / (dim as f32).sqrt(), query_offset }
 }
 
@@ -117,8 +117,8 @@ fn attention_name(op: &Attention, [b, t, s, h, d]: Size) -> String {
     format!("{mask} d{d} S={s}{queries} B={b} H={h}")
 }
 
-fn inputs(case: Case, op: &Attention, [b, t, s, h, d]: Size) -> Case {
-    let case = case.normal(&[b, t, h, d], BF16).normal(&[b, s, h, d], BF16).normal(&[b, s, h, d], BF16);
+fn inputs(case: Case, op: &Attention, [b, t, s, h, d]: Size, dtype: DType) -> Case {
+    let case = case.normal(&[b, t, h, d], dtype).normal(&[b, s, h, d], dtype).normal(&[b, s, h, d], dtype);
     // Between half of the keys and all of them.
     let lengths = Fill::Integers { low: s as i64 / 2, high: s as i64 };
     if op.lengths { case.input(&[b], DType::U32, lengths) } else { case }
@@ -136,9 +136,9 @@ fn query_picks(op: &Attention, t: usize) -> Vec<(Pick, Option<usize>)> {
 const BATCH: Cut = (0, Pick::Spread(2));
 const HEADS: Cut = (2, Pick::Spread(2));
 
-fn attention_forward(op: Attention, size: Size) -> Large {
+pub(super) fn attention_forward(op: Attention, size: Size, dtype: DType) -> Large {
     let [_, t, s, _, d] = size;
-    let case = inputs(Case::new(op, Tolerance::Contraction { k: s + d }), &op, size).rounded_between(&[0]);
+    let case = inputs(Case::new(op, Tolerance::Contraction { k: s + d }), &op, size, dtype).rounded_between(&[0]);
     let part = |(pick, offset): (Pick, Option<usize>)| {
         let (queries, keys): ([Cut; 3], [Cut; 2]) = ([BATCH, (1, pick), HEADS], [BATCH, HEADS]);
         let mut cuts: Vec<&[Cut]> = vec![&queries, &keys, &keys];
@@ -156,14 +156,14 @@ fn attention_forward(op: Attention, size: Size) -> Large {
     Large::new("attention", attention_name(&op, size), case, parts)
 }
 
-fn attention_backward(op: Attention, size: Size) -> Large {
+pub(super) fn attention_backward(op: Attention, size: Size, dtype: DType) -> Large {
     let [b, t, s, h, d] = size;
     let case = Case::new(AttentionBackward(op), Tolerance::Contraction { k: s.max(t) + 4 * d });
     // Rows of P sum to about 1.
     let seen = if op.mask == Mask::None { s } else { s / 2 };
     let lse = Fill::Normal { mean: (seen as f64).ln() + 0.5, deviation: 0.3 };
-    let case = inputs(case, &op, size).normal(&[b, t, h, d], BF16).input(&[b, h, t], F32, lse);
-    let case = case.normal(&[b, t, h, d], BF16).rounded_between(&[0, 1, 2]);
+    let case = inputs(case, &op, size, dtype).normal(&[b, t, h, d], dtype).input(&[b, h, t], F32, lse);
+    let case = case.normal(&[b, t, h, d], dtype).rounded_between(&[0, 1, 2]);
     let (one, head): (Cut, Cut) = ((0, Pick::Last(1)), (2, Pick::Last(1)));
     let of_queries = |(pick, offset): (Pick, Option<usize>)| {
         let (queries, keys): ([Cut; 3], [Cut; 2]) = ([one, (1, pick), head], [one, head]);
@@ -201,21 +201,21 @@ pub(super) fn attention() -> Vec<Large> {
     let mut cases = Vec::new();
     let size = |s: usize, d: usize| [TOKENS / s, s, s, WIDTH / d, d];
     for s in [512, 1024, 2048, 4096, 8192, 16_384] {
-        cases.push(attention_forward(scaled_dot(Mask::None, false, 128, 0), size(s, 128)));
-        cases.push(attention_forward(scaled_dot(Mask::Causal, false, 128, 0), size(s, 128)));
-        cases.push(attention_forward(scaled_dot(Mask::Causal, false, 64, 0), size(s, 64)));
+        cases.push(attention_forward(scaled_dot(Mask::None, false, 128, 0), size(s, 128), BF16));
+        cases.push(attention_forward(scaled_dot(Mask::Causal, false, 128, 0), size(s, 128), BF16));
+        cases.push(attention_forward(scaled_dot(Mask::Causal, false, 64, 0), size(s, 64), BF16));
     }
     for s in [1024, 2048, 4096, 16_384] {
-        cases.push(attention_backward(scaled_dot(Mask::None, false, 128, 0), size(s, 128)));
-        cases.push(attention_backward(scaled_dot(Mask::Causal, false, 128, 0), size(s, 128)));
-        cases.push(attention_backward(scaled_dot(Mask::Causal, false, 64, 0), size(s, 64)));
+        cases.push(attention_backward(scaled_dot(Mask::None, false, 128, 0), size(s, 128), BF16));
+        cases.push(attention_backward(scaled_dot(Mask::Causal, false, 128, 0), size(s, 128), BF16));
+        cases.push(attention_backward(scaled_dot(Mask::Causal, false, 64, 0), size(s, 64), BF16));
     }
     // BERT-base over short padded sentences.
     for size in [[256, 128, 128, 12, 64], [64, 512, 512, 12, 64]] {
-        cases.push(attention_forward(scaled_dot(Mask::None, true, 64, 0), size));
-        cases.push(attention_backward(scaled_dot(Mask::None, true, 64, 0), size));
+        cases.push(attention_forward(scaled_dot(Mask::None, true, 64, 0), size, BF16));
+        cases.push(attention_backward(scaled_dot(Mask::None, true, 64, 0), size, BF16));
     }
     // One query of each of 64 sequences behind 4,096 cached keys.
-    cases.push(attention_forward(scaled_dot(Mask::None, false, 128, 4095), [64, 1, 4096, 16, 128]));
+    cases.push(attention_forward(scaled_dot(Mask::None, false, 128, 4095), [64, 1, 4096, 16, 128], BF16));
     cases
 }

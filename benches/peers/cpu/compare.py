@@ -1,0 +1,310 @@
+"""Times `espalier` and other libraries on the CPU cases of its table, in turn, and writes JSON lines and a page.
+
+    python3 compare.py --espalier target/release/espalier --out target/peers/results.jsonl
+
+A run that was cut short goes on where it was: cases that the file has are not timed again (`--fresh` forgets them). What is
+not installed is left out, and said. `--page docs/benchmarks.md` writes the page of what the file has.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.join(HERE, "..", "gpu")]
+
+from bout import Numbers, bout
+from case_list import read_records
+from contestant import Contestant, Refused
+
+# Processors that others may keep busy before two threads' wall time says more about them than about us.
+OTHERS = 0.15
+# Above this run's ceiling by more than its own noise: not to be believed.
+SUSPECT = 1.05
+# Width of the units that a multiply-add runs in, against f32's: vdpbf16ps and vpdpbusd do two and four.
+WIDTH = {"f32": 1, "bf16": 2, "i8": 4}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--espalier", required=True, help="the program")
+    parser.add_argument("--rust", action="append", default=[], help="a program of benches/peers/rust or like it; repeatable")
+    parser.add_argument("--python", action="append", default=[], help="a script of a Python peer; repeatable")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--page")
+    parser.add_argument("--op", default="*")
+    parser.add_argument("--case", default="*", help="only cases whose name fits (* and ?)")
+    parser.add_argument("--peer", default="*", help="only peers whose name fits")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="no new case after this long")
+    parser.add_argument("--fresh", action="store_true")
+    return parser.parse_args()
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    found = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    flags = found.get("flags", "").split()
+    wide = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile") if f in flags]
+    return f"{found.get('model name', 'CPU')} (family {found.get('cpu family')}, {', '.join(wide)})"
+
+
+class Field:
+    """Everybody who can be asked, started when first needed: a process for each peer, as no two may share a clock."""
+
+    def __init__(self, options):
+        self.options, self.running, self.peers = options, {}, []
+        # One core for those who are timed, another for the one who asks.
+        cores = sorted(os.sched_getaffinity(0))
+        self.cpus = {cores[-1]} if options.threads == 1 and len(cores) > 1 else None
+        if self.cpus:
+            os.sched_setaffinity(0, set(cores) - self.cpus)
+        self.ours = [options.espalier, "kernels", "bench", "--serve", "--sizes", "cpu", "--device", f"cpu:{options.threads}"]
+        commands = [[p] for p in options.rust] + [[sys.executable, p] for p in options.python]
+        for command in commands:
+            if not os.path.exists(command[-1]):
+                say(f"left out: {command[-1]} is not there")
+                continue
+            try:
+                asked = Contestant(command, options.threads, self.cpus)
+            except (Refused, OSError) as reason:
+                say(f"left out: {' '.join(command)}: {reason}")
+                continue
+            for peer in asked.about["peers"]:
+                if fnmatch.fnmatchcase(peer["name"], options.peer):
+                    self.peers.append((peer["name"], peer["version"], command))
+            asked.end()
+
+    def contestant(self, key, command):
+        if key not in self.running or not self.running[key].alive():
+            self.running[key] = Contestant(command, self.options.threads, self.cpus)
+        return self.running[key]
+
+    def end(self):
+        for contestant in self.running.values():
+            contestant.end()
+
+
+def matches(cases):
+    """A forward case alone; a backward one together with its forward, as whoever trains runs both."""
+    forward = {c["name"]: c for c in cases if c["mode"] == "forward"}
+    for case in cases:
+        if case["mode"] == "forward":
+            yield case["name"], "forward", [case]
+        elif case["name"] in forward:
+            yield case["name"], "both", [forward[case["name"]], case]
+
+
+class Run:
+    def __init__(self, options):
+        self.options, self.field = options, Field(options)
+        # Files in memory, so that no disk is waited for.
+        root = "/dev/shm" if os.path.isdir("/dev/shm") else os.path.dirname(os.path.abspath(options.out))
+        self.folder = os.path.join(root, f"espalier-peers-{os.getpid()}")
+        os.makedirs(self.folder)
+        program = self.field.contestant("ours", self.field.ours).about
+        self.version = program["version"]
+        self.commit = subprocess.run(
+            ["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True
+        ).stdout.strip()
+        self.processor = processor()
+
+    def draw(self, case, seed, paths):
+        self.field.contestant("ours", self.field.ours).ask("draw", case=case, seed=seed, inputs=paths)
+
+    def end(self):
+        self.field.end()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def match(self, name, mode, parts, ceiling):
+        """Everybody on one match; the records."""
+        numbers = [Numbers(part, self.draw, self.folder, self.options.seed) for part in parts]
+        entries = [
+            (self.field.contestant("ours" if i == 0 else "ours too", self.field.ours), "", n) for i, n in enumerate(numbers)
+        ]
+        names = [("espalier", self.version)] * len(parts)
+        if ceiling is not None:
+            for peer, version, command in self.field.peers:
+                try:
+                    entries.append((self.field.contestant((peer, *command), command), peer, numbers[-1]))
+                    names.append((peer, version))
+                except (Refused, OSError) as reason:
+                    say(f"left out: {peer}: {reason}")
+        load = os.getloadavg()[0]
+        corners, others = bout(entries, self.options.rounds, self.options.threads)
+        for n in numbers:
+            n.remove()
+        records = []
+        for i, (corner, (peer, version)) in enumerate(zip(corners, names, strict=True)):
+            if corner.skip:
+                continue
+            counted = parts if i >= len(parts) else [corner.case]
+            theirs = mode if i >= len(parts) else corner.case["mode"]
+            records.append(self.record(name, theirs, corner, (peer, version), counted, ceiling, (load, others)))
+        return records
+
+    def record(self, name, mode, corner, who, counted, ceiling, around):
+        """As `espalier kernels bench --format json` writes it."""
+        case, (peer, version), (load, others) = corner.case, who, around
+        samples = corner.samples if self.options.threads == 1 else corner.walls
+        ordered = sorted(samples)
+        middle = ordered[len(ordered) // 2] if ordered else 0.0
+        flops, size = (sum(c[key] for c in counted) for key in ("flops", "bytes"))
+        record = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "version": version,
+            "commit": self.commit if peer == "espalier" else "",
+            "device": {
+                "backend": "cpu",
+                "name": self.processor,
+                "driver": " ".join((platform.system(), *platform.libc_ver())),
+                "software": False,
+                "limits": {
+                    "threads": self.options.threads,
+                    "load_percent": round(load * 100),
+                    "others_percent": round(others * 100),
+                },
+                "registry": [peer],
+            },
+            "op": case["op"],
+            "params": case["params"],
+            "mode": mode,
+            "dtype": case["dtype"],
+            "layout": case["layout"],
+            "kernel": corner.kernel,
+            "supported": True,
+            "passed": corner.fault is None and bool(samples),
+            "error": corner.fault,
+            "error_metric": "relative Frobenius error against float64, and every element",
+            "error_value": corner.error,
+            "seed": self.options.seed,
+            "timing_source": "cpu" if self.options.threads == 1 else "wall",
+            "warmups": corner.slots,
+            "runs": corner.runs,
+            "samples_us": samples,
+            "min_us": ordered[0] if ordered else 0.0,
+            "p5_us": ordered[0] if ordered else 0.0,
+            "median_us": middle,
+            "p95_us": ordered[-1] if ordered else 0.0,
+            "flops": flops,
+            "bytes": size,
+            "gflops": flops / middle / 1e3 if middle else 0.0,
+            "bandwidth_gb": size / middle / 1e3 if middle else 0.0,
+            "voided": False,
+        }
+        if ceiling and middle:
+            against(record, case, ceiling)
+        if self.options.threads > 1 and others > OTHERS:
+            record["voided"], record["error"] = True, record["error"] or f"noisy: others kept {others:.2f} processors busy"
+        return record
+
+
+def against(record, case, ceiling):
+    """The ceiling that binds a case, and the share of it that was reached."""
+    width = WIDTH.get(case["inputs"][0]["dtype"], 1)
+    compute = record["flops"] / (ceiling["gflops"] * width)
+    memory = record["bytes"] / ceiling["gb"]
+    if memory >= compute:
+        record["ceiling"], record["ceiling_unit"] = ceiling["gb"], "GB/s"
+        record["ceiling_share"] = record["bandwidth_gb"] / ceiling["gb"]
+    else:
+        record["ceiling"], record["ceiling_unit"] = ceiling["gflops"] * width, "GFLOP/s"
+        record["ceiling_share"] = record["gflops"] / record["ceiling"]
+    if record["ceiling_share"] > SUSPECT:
+        record["voided"], record["error"] = True, record["error"] or "suspect: above this run's ceiling"
+
+
+def ceilings(run, cases, records, write):
+    """What this machine reaches on work that does nothing else, in this run."""
+    key = lambda r: (r["op"], r["device"]["limits"]["threads"])
+    found = {key(r): r for r in records}
+    for case in (c for c in cases if c["group"] == "ceiling"):
+        if (case["op"], run.options.threads) not in found:
+            (record,) = run.match(case["name"], "forward", [case], None)
+            write([record])
+            found[key(record)] = record
+    best = {}
+    for (op, threads), r in found.items():
+        if threads == run.options.threads and r["passed"]:
+            rate = (r["flops"], r["bytes"])
+            best[op] = [x / r["min_us"] / 1e3 for x in rate]
+    copies = [rate[1] for op, rate in best.items() if op != "multiply_add_chain"]
+    return {"gflops": best["multiply_add_chain"][0], "gb": max(copies)}
+
+
+def listed(program):
+    command = [program, "kernels", "bench", "--sizes", "cpu", "--list", "--format", "json"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def describe(name, mode, records):
+    ours = sum(r["median_us"] for r in records if r["device"]["registry"] == ["espalier"])
+    parts = [f"{name} ({mode}): {ours:.0f} us"]
+    for r in records:
+        if r["error"]:
+            parts.append(f"{r['device']['registry'][0]}: {r['error']}")
+        elif r["device"]["registry"] != ["espalier"] and ours:
+            parts.append(f"{r['device']['registry'][0]} {r['median_us'] / ours:.2f}")
+    return ", ".join(parts)
+
+
+def main():
+    options = arguments()
+    if options.fresh and os.path.exists(options.out):
+        os.remove(options.out)
+    os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
+    begin, cases = time.monotonic(), listed(options.espalier)
+    records = read_records(options.out) if os.path.exists(options.out) else []
+    done = {(r["op"], r["params"], r["device"]["limits"]["threads"], r["device"]["registry"][0]) for r in records}
+    run = Run(options)
+    try:
+        with open(options.out, "a", encoding="utf-8") as out:
+
+            def write(found):
+                for record in found:
+                    out.write(json.dumps(record) + "\n")
+                out.flush()
+
+            ceiling = ceilings(run, cases, records, write)
+            say(f"ceilings of this run: {ceiling['gflops']:.0f} GFLOP/s in f32, {ceiling['gb']:.1f} GB/s")
+            for name, mode, parts in matches([c for c in cases if c["group"] != "ceiling"]):
+                last = parts[-1]
+                wanted = fnmatch.fnmatchcase(last["op"], options.op) and fnmatch.fnmatchcase(name, options.case)
+                if not wanted or (last["op"], last["params"], options.threads, "espalier") in done:
+                    continue
+                if time.monotonic() - begin > options.limit_seconds:
+                    say("time is up; the next call goes on from here")
+                    break
+                found = run.match(name, mode, parts, ceiling)
+                write(found)
+                say(f"{time.monotonic() - begin:6.1f} s  {describe(name, mode, found)}")
+    finally:
+        run.end()
+    if options.page:
+        import page
+
+        page.write(read_records(options.out), cases, options.page)
+
+
+if __name__ == "__main__":
+    main()

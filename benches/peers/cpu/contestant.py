@@ -1,0 +1,70 @@
+"""One side of a comparison, as a process that holds no clock.
+
+It is asked line by line over a pipe (JSON both ways) to take inputs from files, to run, and to hand results back. How long a
+run took is read here, from outside: the processor time of the whole process, all its threads, by the kernel's own clock; and
+the wall time of question and answer.
+"""
+
+import json
+import os
+import subprocess
+import time
+
+
+class Refused(Exception):
+    """What a contestant says instead of an answer."""
+
+
+class Contestant:
+    def __init__(self, command, threads, cpus=None, environment=None):
+        # One count for every library that reads one; no allocator gives memory back between runs of those who allocate.
+        counts = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MATMUL_NUM_THREADS", "PEER_THREADS")
+        environment = {
+            **os.environ,
+            **{name: str(threads) for name in counts},
+            "MALLOC_MMAP_MAX_": "0",
+            "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+            **(environment or {}),
+        }
+        pin = (lambda: os.sched_setaffinity(0, cpus)) if cpus else None
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, preexec_fn=pin, text=True, bufsize=1
+        )
+        # Linux's clock of another process: MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED).
+        self.clock = (~self.process.pid << 3) | 2
+        self.about = self.ask("hello")
+
+    def ask(self, what, **fields):
+        try:
+            self.process.stdin.write(json.dumps({"do": what, **fields}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise Refused(f"{self.process.args[0]} ended while asked to {what}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise Refused(answer["error"])
+        return answer
+
+    def alive(self):
+        return self.process.poll() is None
+
+    def cpu(self):
+        """Seconds of processor time so far, of all threads."""
+        try:
+            return time.clock_gettime(self.clock)
+        except OSError:
+            raise Refused(f"{self.process.args[0]} is gone") from None
+
+    def timed(self, what, **fields):
+        """Processor and wall seconds from question to answer."""
+        cpu, wall = self.cpu(), time.perf_counter()
+        self.ask(what, **fields)
+        return self.cpu() - cpu, time.perf_counter() - wall
+
+    def end(self):
+        for pipe in (self.process.stdin, self.process.stdout):
+            pipe.close()
+        self.process.wait(timeout=30)

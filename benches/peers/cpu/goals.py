@@ -1,0 +1,30 @@
+"""What is wanted of each case against which peers on a CPU: "must" and "aim" are ratios of their time to ours."""
+
+
+class Goal:
+    """Against the fastest of the named peers, in every case that fits."""
+
+    def __init__(self, title, cases, mode, peers, must, aim):
+        self.title, self.cases, self.mode, self.peers, self.must, self.aim = title, cases, mode, peers, must, aim
+
+
+GOALS = [
+    Goal("f32 products", "NN * f32", "forward", ("faer", "gemm x86-v4"), 0.95, 1.05),
+    Goal("f32 products", "NN * f32", "forward", ("PyTorch",), 1.8, 2.2),
+    Goal("f32 products", "NN * f32", "forward", ("candle",), 1.7, 2.1),
+    Goal("bf16 products", "NN * bf16", "forward", ("PyTorch",), 0.85, 1.0),
+    Goal("int8 products", "int8 *", "forward", ("rten-gemm",), 1.0, 1.2),
+    Goal("int8 products", "int8 *", "forward", ("ONNX Runtime",), 1.0, 1.2),
+    Goal("2:4 product", "2:4 *", "forward", ("faer",), 1.25, 1.6),
+    Goal("attention", "full d64 *", "forward", ("PyTorch",), 1.6, 2.2),
+    Goal("attention, forward and backward", "full d64 *", "both", ("PyTorch",), 1.6, 2.2),
+    Goal("softmax", "softmax *", "forward", ("PyTorch",), 1.5, 2.2),
+    Goal("RMSNorm", "rmsnorm *", "forward", ("PyTorch",), 1.5, 2.2),
+    Goal("GELU", "gelu *", "forward", ("PyTorch",), 1.5, 2.2),
+    Goal("LayerNorm", "layernorm *", "forward", ("PyTorch",), 1.0, 1.3),
+    Goal("cross-entropy with its gradient", "cross-entropy *", "both", ("PyTorch",), 5, 12),
+    Goal("KL with its gradient", "kl *", "both", ("PyTorch",), 8, 20),
+    Goal("fake quantization", "fake-quant *", "forward", ("PyTorch",), 8, 15),
+    Goal("top-k", "top *", "forward", ("PyTorch",), 2, 5),
+    Goal("AdamW", "adamw *", "forward", ("PyTorch",), 0.95, 1.1),
+]

@@ -1,0 +1,22 @@
+//! faer, `gemm`, rten-gemm and matrixmultiply on the cases of `benches/peers/cpu`.
+
+mod int8;
+mod product;
+mod protocol;
+
+use protocol::{Case, Work};
+
+const PEERS: [(&str, &str); 4] =
+    [("faer", "0.24.4"), ("gemm x86-v4", "0.19.0"), ("rten-gemm", "0.27.0"), ("matrixmultiply", "0.3.11")];
+
+fn open(peer: &str, case: &Case, slots: usize) -> Option<Box<dyn Work>> {
+    match case.op.as_str() {
+        "matmul" | "matmul_sparse24" => product::open(peer, case, slots),
+        "matmul_int8" if peer == "rten-gemm" => Some(Box::new(int8::Int8::new(case, slots))),
+        _ => None,
+    }
+}
+
+fn main() {
+    protocol::serve(&PEERS, open);
+}

@@ -1,0 +1,49 @@
+#!/bin/sh
+# Times espalier and other libraries on this CPU, in turn, and writes docs/benchmarks.md. What cannot be built or installed
+# is left out, and said. A run that was cut short goes on where it was; FRESH=1 forgets what it has.
+#
+#   sh scripts/peers.sh [OPTION...]    options of benches/peers/cpu/compare.py, such as --op 'matmul*' or --rounds 3
+#
+# PYTHON names an interpreter that has PyTorch already; without it one is set up below target/. THREADS=2 adds two threads'
+# wall times, which are void while others work. TARGET is where things are built (target).
+set -u
+cd "$(dirname "$0")/.." || exit 1
+cargo=${CARGO:-cargo}
+target=${TARGET:-target}
+work=$target/peers
+mkdir -p "$work" || exit 1
+
+CARGO_TARGET_DIR=$target "$cargo" build --release --bin espalier || exit 1
+
+python=${PYTHON:-$work/venv/bin/python}
+if [ ! -x "$python" ] && ! command -v "$python" >/dev/null 2>&1; then
+  python3 -m venv "$work/venv" || exit 1
+  # One by one: a machine that lacks one library still compares with the others.
+  grep -v '^#' benches/peers/cpu/requirements.txt | while read -r package; do
+    "$python" -m pip install --quiet --disable-pip-version-check "$package" || echo "left out: $package" >&2
+  done
+fi
+"$python" -c 'import numpy' || { echo "the judge needs numpy" >&2; exit 1; }
+
+set -- --espalier "$target/release/espalier" --out "$work/results.jsonl" "$@"
+for project in rust candle; do
+  if CARGO_TARGET_DIR=$work/$project "$cargo" build --release --locked --manifest-path "benches/peers/$project/Cargo.toml"; then
+    set -- "$@" --rust "$work/$project/release/peers-$project"
+  else
+    echo "left out: benches/peers/$project does not build here" >&2
+  fi
+done
+for module in torch onnxruntime; do
+  script=benches/peers/cpu/$(echo $module | sed 's/onnxruntime/onnx/')_peer.py
+  if [ -e "$script" ] && "$python" -c "import $module" 2>/dev/null; then
+    set -- "$@" --python "$script"
+  else
+    echo "left out: $module is not installed" >&2
+  fi
+done
+[ -z "${FRESH:-}" ] || set -- "$@" --fresh
+if [ -n "${THREADS:-}" ]; then
+  "$python" benches/peers/cpu/compare.py "$@" || exit 1
+  set -- "$@" --threads "$THREADS"
+fi
+exec "$python" benches/peers/cpu/compare.py "$@" --page docs/benchmarks.md
