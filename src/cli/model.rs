@@ -11,7 +11,7 @@ use crate::data::table::{self, TableOptions};
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::nn::{Head, Model};
-use crate::recipe::corpus::Corpus;
+use crate::recipe::corpus::{Corpus, tagging};
 use crate::recipe::{contents, evaluate, run_folder, schema};
 use crate::report::{self, Alignment, RunReport, Table};
 use crate::train::store;
@@ -37,17 +37,13 @@ pub fn without_result(path: &Path, what: &str) -> Error {
     Error::file(path, "run", rule)
 }
 
-/// A language model that can be used, and its tokenizer.
+/// A model that can be used, and its tokenizer.
 fn load(global: &Global, path: &Path) -> Result<(Model, Tokenizer)> {
     let folder = model_folder(path)?;
     let device = global.open()?;
     let (model, choices) = fastest::load(&folder, &device)?;
     if !global.quiet {
         fastest::notes(&choices).iter().for_each(console::tell);
-    }
-    if matches!(model.config.head, Head::Tagging { .. }) {
-        let rule = "this is a tagger (espalier train-tagger); eval and translate take a language model of a run";
-        return Err(Error::file(folder.join(store::CONFIG), "head", rule));
     }
     for (name, tensor) in model.tensors.iter().filter(|(_, t)| t.dtype().is_float()) {
         let values = tensor.to_f64()?;
@@ -77,12 +73,12 @@ fn check_languages(tokenizer: &Tokenizer, languages: [(&'static str, &str); 2]) 
     Ok(())
 }
 
-/// Quality, sizes and latency of a saved model
+/// Quality, sizes and latency of a saved model: a translator's on pairs, a tagger's on generated sentences
 #[derive(clap::Args)]
 pub struct Eval {
     /// A run folder or a model folder
     model: PathBuf,
-    /// Pairs as TSV or JSON lines; without it the embedded English-Chinese test set. A TSV starts with a header line that
+    /// Pairs as TSV or JSON lines, of a translator; without it the embedded English-Chinese test set. A TSV starts with a header line that
     /// names the columns source and target (source<TAB>target); JSON lines have fields of these names
     #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
@@ -108,6 +104,33 @@ fn beams(text: &str) -> std::result::Result<usize, String> {
 
 pub fn eval(global: &Global, args: Eval) -> Result<()> {
     let (model, tokenizer) = load(global, &args.model)?;
+    let corpus = match &model.config.head {
+        Head::Tagging { labels } => {
+            if let Some(path) = &args.data {
+                let rule = "a tagger is measured on generated sentences, whose tags are known: leave it out".into();
+                return Err(Error::Usage { argument: "--data", value: path.display().to_string(), rule });
+            }
+            tagging::for_evaluation(tokenizer, labels, model.config.max_positions)?
+        }
+        _ => translations(&args, &model, tokenizer)?,
+    };
+    let settings = schema::Evaluate {
+        sentences: args.sentences,
+        decoded: if args.sentences == 0 { usize::MAX } else { args.sentences },
+        beams: args.beams,
+        ..Default::default()
+    };
+    let row = evaluate::evaluate(&model, &corpus, &settings, "model")?;
+    if global.json() {
+        say_json(&row);
+        return Ok(());
+    }
+    say(report::table::measured(&RunReport { stages: vec![row], ..RunReport::default() }));
+    Ok(())
+}
+
+/// The pairs that a translator is measured on.
+fn translations(args: &Eval, model: &Model, tokenizer: Tokenizer) -> Result<Corpus> {
     check_languages(&tokenizer, [("--source", &args.source), ("--target", &args.target)])?;
     let languages = (args.source.as_str(), args.target.as_str());
     let pairs = match &args.data {
@@ -127,19 +150,7 @@ pub fn eval(global: &Global, args: Eval) -> Result<()> {
         let rule = format!("none of {rows} pairs can be measured: each needs at most {longest} tokens in all");
         return Err(Error::file(path, "rows", rule));
     }
-    let settings = schema::Evaluate {
-        sentences: args.sentences,
-        decoded: if args.sentences == 0 { usize::MAX } else { args.sentences },
-        beams: args.beams,
-        ..Default::default()
-    };
-    let row = evaluate::evaluate(&model, &corpus, &settings, "model")?;
-    if global.json() {
-        say_json(&row);
-        return Ok(());
-    }
-    say(report::table::measured(&RunReport { stages: vec![row], ..RunReport::default() }));
-    Ok(())
+    Ok(corpus)
 }
 
 /// Translate text with a saved model
@@ -177,6 +188,10 @@ fn standard_input() -> Result<Vec<std::result::Result<String, String>>> {
 
 pub fn translate(global: &Global, args: Translate) -> Result<()> {
     let (model, tokenizer) = load(global, &args.model)?;
+    if matches!(model.config.head, Head::Tagging { .. }) {
+        let rule = "is that of a tagger, which translates nothing; espalier eval measures it";
+        return Err(Error::file(model_folder(&args.model)?.join(store::CONFIG), "head", rule));
+    }
     check_languages(&tokenizer, [("--from", &args.from), ("--to", &args.to)])?;
     let place = if args.text.is_empty() { "standard input" } else { "command line" };
     let texts = if args.text.is_empty() { standard_input()? } else { args.text.into_iter().map(Ok).collect() };

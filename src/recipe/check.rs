@@ -18,6 +18,9 @@ pub(super) const MAX_CALIBRATION: usize = 100_000;
 /// Entries of one block's rotary tables, as a saved model's config has it.
 const MAX_ROTARY: usize = 1 << 26;
 const MAX_WIDTH: usize = 65_536;
+const MAX_POSITIONS: usize = 1_000_000;
+/// Tokens that `data.max_length` must leave room for.
+const SHORTEST: usize = 8;
 
 pub(super) fn refuse<T>(key: &str, value: impl ToString, allowed: impl ToString) -> Result<T> {
     Err(Error::Recipe { key: key.into(), value: legible(value.to_string()), allowed: allowed.to_string() })
@@ -49,14 +52,21 @@ impl Training {
         if !(0.0..=1.0).contains(&self.warmup) {
             return rule("warmup", self.warmup.to_string(), "0 to 1, a share of the steps");
         }
-        let numbers = [self.weight_decay, self.clip];
-        let betas = match self.rule {
-            Rule::Adamw { beta1, beta2, epsilon } => [beta1, beta2, epsilon.min(0.5)],
-            Rule::Sgd { momentum } => [momentum, 0.0, 0.5],
+        let numbers = [("weight_decay", self.weight_decay), ("clip", self.clip)];
+        if let Some((field, x)) = numbers.into_iter().find(|(_, x)| !x.is_finite() || *x < 0.0) {
+            return rule(field, x.to_string(), "finite and not negative");
+        }
+        let shares = match self.rule {
+            Rule::Adamw { beta1, beta2, epsilon } => {
+                if !(epsilon.is_finite() && epsilon >= 0.0) {
+                    return rule("rule.epsilon", epsilon.to_string(), "finite and not negative");
+                }
+                vec![("rule.beta1", beta1), ("rule.beta2", beta2)]
+            }
+            Rule::Sgd { momentum } => vec![("rule.momentum", momentum)],
         };
-        if numbers.iter().any(|x| !x.is_finite() || *x < 0.0) || betas.iter().any(|b| !(0.0..1.0).contains(b)) {
-            let value = format!("weight_decay {}, clip {}, {:?}", self.weight_decay, self.clip, self.rule);
-            return rule("rule", value, "finite and not negative; betas and momentum below 1");
+        if let Some((field, x)) = shares.into_iter().find(|(_, x)| !(0.0..1.0).contains(x)) {
+            return rule(field, x.to_string(), "0 to below 1");
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return rule("dropout", self.dropout.to_string(), "0 to below 1");
@@ -112,8 +122,14 @@ impl Recipe {
             let allowed = "300 to 1000000 (256 bytes and special tokens come first)";
             return refuse("data.vocabulary", data.vocabulary, allowed);
         }
-        if !(8..=8192).contains(&data.max_length) || data.max_length > self.model.max_positions {
-            return refuse("data.max_length", data.max_length, "8 to 8192, at most model.max_positions");
+        let positions = self.model.max_positions;
+        if positions < SHORTEST {
+            return refuse("model.max_positions", positions, format!("{SHORTEST} to {MAX_POSITIONS}"));
+        }
+        if !(SHORTEST..=positions.min(8192)).contains(&data.max_length) {
+            let limit = if positions < 8192 { " (model.max_positions)" } else { "" };
+            let allowed = format!("{SHORTEST} to {}{limit}", positions.min(8192));
+            return refuse("data.max_length", data.max_length, allowed);
         }
         if !(0.0..=1.0).contains(&data.target_share) {
             return refuse("data.target_share", data.target_share, "0 to 1");
@@ -146,14 +162,18 @@ impl Recipe {
     fn check_model(&self) -> Result<()> {
         self.model.check()?;
         let m = self.model.size();
-        let sizes = [m.layers, m.heads, m.head_size, m.ffn_width, m.max_positions];
-        let most = [1024, 1024, 4096, 1 << 20, 1_000_000];
-        if sizes.iter().zip(most).any(|(&n, most)| n == 0 || n > most)
-            || !m.head_size.is_multiple_of(4)
-            || !m.ffn_width.is_multiple_of(16)
-        {
-            let allowed = "from 1 to 1024 layers and heads, 4096 head_size, 1048576 ffn_width, 1000000 max_positions; head_size a multiple of 4 (2-D rotary), ffn_width of 16";
-            return refuse("model", format!("{m:?}"), allowed);
+        for (key, value, multiple, most) in [
+            ("model.layers", m.layers, 1, 1024),
+            ("model.heads", m.heads, 1, 1024),
+            // Whole pairs of the 2-D rotary.
+            ("model.head_size", m.head_size, 4, 4096),
+            ("model.ffn_width", m.ffn_width, 16, 1 << 20),
+            ("model.max_positions", m.max_positions, 1, MAX_POSITIONS),
+        ] {
+            if value == 0 || value > most || !value.is_multiple_of(multiple) {
+                let of = if multiple > 1 { format!("a multiple of {multiple}, ") } else { String::new() };
+                return refuse(key, value, format!("{of}{multiple} to {most}"));
+            }
         }
         if m.heads * m.head_size > MAX_WIDTH {
             let value = format!("{} x {}", m.heads, m.head_size);
@@ -181,18 +201,20 @@ impl Recipe {
             );
         }
         let layerwise = [
-            self.structure.as_ref().map(|s| &s.distil),
-            self.sparsify.as_ref().map(|s| &s.distil),
-            self.quantize.as_ref().map(|q| &q.distil),
-            self.tune.as_ref().and_then(|t| t.distil.as_ref()),
+            ("structure", self.structure.as_ref().map(|s| &s.distil)),
+            ("sparsify", self.sparsify.as_ref().map(|s| &s.distil)),
+            ("quantize", self.quantize.as_ref().map(|q| &q.distil)),
+            ("experts", self.experts.as_ref().map(|e| &e.distil)),
+            ("tune", self.tune.as_ref().and_then(|t| t.distil.as_ref())),
         ];
-        if family == Family::T5 && layerwise.into_iter().flatten().any(Distil::layerwise) {
-            let allowed = "the last layer alone for model.family t5, whose blocks are no chain";
-            return refuse("distil.matches", "layers", allowed);
+        let layerwise = layerwise.into_iter().find_map(|(stage, distil)| Some((stage, distil?.layerwise_key()?)));
+        if let Some((stage, key)) = layerwise.filter(|_| family == Family::T5) {
+            let allowed = "absent for model.family t5, whose blocks are no chain: the last layer alone is heard";
+            return refuse(&format!("{stage}.distil.{key}"), "layer by layer", allowed);
         }
         if family == Family::T5 && self.tune.as_ref().is_some_and(|t| matches!(t.method, Tuning::Prefix(_))) {
-            let allowed = "adapters or lora for model.family t5: a prefix has no distance to the tokens";
-            return refuse("tune.method", "prefix", allowed);
+            let allowed = "adapter or lora for model.family t5: a prefix has no distance to the tokens";
+            return refuse("tune.method.kind", "prefix", allowed);
         }
         let generated = |q: &&Quantize| q.method == Method::DataFree && q.inputs == Some(Inputs::SelfGenerated);
         if family == Family::Tagger && self.quantize.as_ref().filter(generated).is_some() {
@@ -200,13 +222,17 @@ impl Recipe {
             return refuse("quantize.inputs", "self_generated", allowed);
         }
         // Statistics of inputs are taken by walking one chain of blocks.
-        let walked = self.sparsify.as_ref().is_some_and(Sparsify::walks_blocks)
-            || self.quantize.as_ref().is_some_and(Quantize::walks_blocks);
-        if family == Family::T5 && walked {
-            let allowed = "methods without calibration on inputs for model.family t5, whose blocks are no chain";
-            return refuse("sparsify.method, quantize.method", "with calibration", allowed);
+        let walked = [
+            self.sparsify.as_ref().and_then(Sparsify::walks_blocks),
+            self.quantize.as_ref().and_then(Quantize::walks_blocks),
+        ];
+        match walked.into_iter().flatten().next().filter(|_| family == Family::T5) {
+            Some((key, value)) => {
+                let allowed = "what needs no calibration on inputs for model.family t5, whose blocks are no chain";
+                refuse(key, value, allowed)
+            }
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn check_compression(&self) -> Result<()> {
@@ -214,7 +240,9 @@ impl Recipe {
             s.check(self.model.size(), self.model.family, self.pipeline.is_some())?;
         }
         if let Some(s) = &self.sparsify {
-            s.check(self.smallest(), self.pipeline.is_some())?;
+            let linears = self.linears(self.smallest());
+            s.check(&linears, self.pipeline.is_some())?;
+            s.check_grid(self)?;
         }
         if let Some(q) = &self.quantize {
             q.check(self)?;
@@ -241,7 +269,8 @@ impl Recipe {
     /// Layers that students listen to, by the student's sizes when its stage comes; and what is tuned of it.
     fn check_listening(&self) -> Result<()> {
         let (mut size, mut experts, pipeline) = (self.model.size(), false, self.pipeline.is_some());
-        let mut width = size.heads * size.head_size;
+        let whole = size.heads * size.head_size;
+        let mut width = whole;
         for step in self.steps() {
             let distil = match step {
                 Step::Structure => {
@@ -258,14 +287,20 @@ impl Recipe {
                 Step::Hybrid => None,
                 Step::Tune => {
                     if let Some(tune) = &self.tune {
-                        tune.check((size, width), experts, pipeline)?;
+                        let mut linears = self.linears(size);
+                        linears.retain(|name| !(experts && name.contains(".ffn.")));
+                        tune.check((size, width), &linears, pipeline)?;
                     }
                     self.tune.as_ref().and_then(|t| t.distil.as_ref())
                 }
             };
             if let Some(distil) = distil {
                 self.check_vocabulary(&format!("{}.distil", step.name()), distil)?;
-                distil.check_layers(&format!("{}.distil", step.name()), size, self.model.size(), pipeline)?;
+                let gated = self.structure.as_ref().is_some_and(|s| s.gates_channels());
+                // Gates choose how many channels stay.
+                let width = (width == whole || !gated).then_some(width);
+                let key = format!("{}.distil", step.name());
+                distil.check_layers(&key, (size, width), (self.model.size(), whole), pipeline)?;
             }
         }
         Ok(())
@@ -274,6 +309,12 @@ impl Recipe {
     /// Sizes of the model once its structures are pruned: what each block has, and what the sizes of all are multiples of.
     pub fn smallest(&self) -> Size {
         self.structure.as_ref().map_or(self.model.size(), |s| s.granule(self.model.size()))
+    }
+
+    /// Names of all linears of this recipe's model, were it of these sizes.
+    fn linears(&self, size: Size) -> Vec<String> {
+        // Neither tokens nor labels have any.
+        self.model.config(size, 1, &[]).all_linears()
     }
 
     /// Channels of the model once its structures are pruned.
@@ -295,7 +336,11 @@ mod tests {
             ("evaluate.latency_length=0", "evaluate.latency_length"),
             ("evaluate.beams=0", "evaluate.beams"),
             ("evaluate.beams=1000000", "evaluate.beams"),
-            ("model.max_positions=1048576", "model"),
+            ("model.max_positions=1048576", "model.max_positions"),
+            ("model.max_positions=4", "model.max_positions"),
+            ("model.head_size=30", "model.head_size"),
+            ("teacher.clip=-1.0", "teacher.clip"),
+            ("teacher.rule={ kind = \"sgd\", momentum = 1.0 }", "teacher.rule.momentum"),
             ("teacher.learning_rate=1e300", "teacher.learning_rate"),
             ("teacher.accumulate=100000", "teacher.accumulate"),
             ("structure.distil={ weights = { hidden = 0.0, soft = 0.0, hard = 0.0 }, gold = 0.0 }", "structure.distil"),
@@ -307,10 +352,19 @@ mod tests {
             ("hybrid.alpha=2.0", "hybrid.alpha"),
             ("experts.router_rate=1e30", "experts.router_rate"),
             ("structure.distil={ preset = \"tiny_bert\", temperature = 4.0 }", "structure.distil"),
-            ("structure.distil={ matches = [{ teacher = 9, student = 1 }] }", "structure.distil.matches[0].layer"),
+            ("structure.distil={ matches = [{ teacher = 9, student = 1 }] }", "structure.distil.matches[0].teacher"),
             (
                 "structure.distil={ matches = [{ teacher = 1, student = 1, tutor = 1 }] }",
-                "structure.distil.matches.tutor",
+                "structure.distil.matches[0].tutor",
+            ),
+            ("structure.distil={ matches = [{ teacher = 1, student = -9 }] }", "structure.distil.matches[0].student"),
+            (
+                "structure.distil={ matches = [{ teacher = -1, student = -1, projection = \"none\" }] }",
+                "structure.distil.matches[0].projection",
+            ),
+            (
+                "structure.distil={ matches = [{ teacher = 1, student = 1, feature = \"query\", heads = 5 }] }",
+                "structure.distil.matches[0].heads",
             ),
             ("structure.distil={ logits = { temperature = 0.0 } }", "structure.distil.logits.temperature"),
             ("sparsify.distil={ top_k = 8, preset = \"mini_lm\" }", "sparsify.distil.top_k"),

@@ -9,7 +9,10 @@ use crate::data::collect::CARD_FILE;
 use crate::error::{Error, Result};
 
 /// Names end in `*` where a number or a time follows.
-const TOP: &[&str] = &["report.json", "report.md", "report.html", "report.csv", "tokenizer.json", ".write-*"];
+const TOP: &[&str] =
+    &["report.json", "report.md", "report.html", "report.csv", "tokenizer.json", ".write-*", ".espalier-*"];
+/// What is written aside before it gets its name, or on its way out.
+const TORN: &[&str] = &[".write-*", ".espalier-*", ".removing-*"];
 const SAVED: &[&str] = &[
     "manifest.json",
     "config.json",
@@ -20,7 +23,7 @@ const SAVED: &[&str] = &[
     ".espalier-*",
 ];
 const DATA: &[&str] = &[CARD_FILE, "train.tsv", "validation.tsv", "test.tsv", ".espalier-*"];
-const STAGE: &[&str] = &[RECORD, ORIGIN, "metrics.jsonl", ".write-*"];
+const STAGE: &[&str] = &[RECORD, ORIGIN, "metrics.jsonl", ".write-*", ".espalier-*"];
 const EVENTS: &[&str] = &["events.out.tfevents.*"];
 const STEPS: &[&str] = &["step-*", ".removing-*", ".espalier-*"];
 
@@ -66,6 +69,19 @@ pub fn remove(run: &Path) -> Result<()> {
     }
     let recipe = run.join(RECIPE);
     std::fs::remove_file(&recipe).map_err(|e| Error::io(&recipe, e))
+}
+
+/// Removes what killed processes have left half-written. For the one that holds the run's folder: no other writes there.
+pub fn sweep(run: &Path) -> Result<()> {
+    let mut folders = vec![run.to_path_buf(), run.join(MODEL), run.join("data")];
+    for stage in entries(&run.join(STAGES))? {
+        folders.extend([CHECKPOINTS, MODEL, "deployed"].map(|part| stage.join(part)));
+        folders.push(stage);
+    }
+    for folder in folders {
+        entries(&folder)?.iter().filter(|path| is_one_of(path, TORN)).try_for_each(|path| remove_entry(path))?;
+    }
+    Ok(())
 }
 
 /// Removes what a training wrote into its folder: the log, the events and the checkpoints.

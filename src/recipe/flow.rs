@@ -55,6 +55,7 @@ pub(super) struct Flow<'a> {
 pub fn run(recipe: &Recipe, device: &Arc<dyn Device>, options: &Options) -> Result<PathBuf> {
     let started = Instant::now();
     super::plan::check_memory(recipe, device)?;
+    super::plan::check_files(recipe)?;
     let ranks = options.ranks.as_ref().map(|post| post.ranks()).filter(|ranks| *ranks > 1);
     super::plan::check_devices(recipe, device, ranks)?;
     let resolved = recipe.to_toml()?;
@@ -187,7 +188,7 @@ impl<'a> Flow<'a> {
         let ranks = self.options.ranks.as_ref();
         let context = Context { recipe: self.recipe, corpus, folder: &path, name, progress, ranks };
         let started = Instant::now();
-        let mut outcome = work(&context)?;
+        let mut outcome = work(&context).map_err(|error| in_stage(error, name))?;
         let deployed = freeze(&outcome.model, outcome.state.form())?;
         let rows = [vec![1], self.recipe.evaluate.rows()].concat();
         let (fast, choices) = fastest::fastest(&deployed, &rows)?;
@@ -315,6 +316,16 @@ impl<'a> Flow<'a> {
     }
 }
 
+/// What is not finite is looked for in a stage's training: its name comes before the layer's.
+fn in_stage(error: Error, stage: &str) -> Error {
+    match error {
+        Error::NonFinite { step, layer, tensor, count, index } => {
+            Error::NonFinite { step, layer: format!("stage {stage}: {layer}"), tensor, count, index }
+        }
+        other => other,
+    }
+}
+
 /// Settings of a stage.
 fn section<'r, T>(step: &Step, settings: &'r Option<T>) -> Result<&'r T> {
     settings.as_ref().ok_or_else(|| Error::Recipe {
@@ -340,4 +351,16 @@ fn sparsity(model: &Model) -> Result<Vec<(String, f64)>> {
             Ok((name.trim_end_matches(".weight").to_string(), zeros as f64 / values.len().max(1) as f64))
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_finite_names_its_stage() {
+        let (layer, tensor) = ("blocks.0.ffn.in".to_string(), "gradient of weight".to_string());
+        let error = in_stage(Error::NonFinite { step: 7, layer, tensor, count: 1, index: 0 }, "sparsify").to_string();
+        assert!(error.starts_with("step 7: stage sparsify: blocks.0.ffn.in: gradient of weight"), "{error}");
+    }
 }

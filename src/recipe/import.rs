@@ -85,14 +85,18 @@ fn value(part: &impl Serialize) -> Result<toml::Value> {
 
 /// A config by its type: unknown keys, wrong types and missing values are errors that name their place.
 fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
-    let mut reader = serde_json::Deserializer::from_slice(bytes);
-    let config = serde_path_to_error::deserialize(&mut reader).map_err(|e| {
-        let place = e.path().to_string();
-        Error::file(path, place, e.inner())
-    })?;
-    reader.end().map_err(|e| Error::file(path, "end", e))?;
     refuse_rows(path, bytes)?;
-    Ok(config)
+    let mut reader = serde_json::Deserializer::from_slice(bytes);
+    serde_path_to_error::deserialize(&mut reader)
+        .map_err(|e| Error::file(path, place(&e.path().to_string(), &e.inner().to_string()), e.inner()))
+}
+
+/// The key that an error is about: where the reader stood, or a key that is missing there.
+fn place(section: &str, message: &str) -> String {
+    let key = message.strip_prefix("missing field `").and_then(|rest| rest.split_once('`')).map(|(key, _)| key);
+    let section = Some(section).filter(|section| *section != ".");
+    let parts: Vec<&str> = section.into_iter().chain(key).collect();
+    if parts.is_empty() { "config".into() } else { parts.join(".") }
 }
 
 /// Refuses arrays where the config or a section of it stands: they would be read by position. Neither system has an array

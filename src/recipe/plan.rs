@@ -2,11 +2,15 @@
 
 mod spread;
 
+use std::path::Path;
 use std::sync::Arc;
 
+use super::check::refuse;
 use super::corpus::{Corpus, tagging};
 use super::order::Step;
-use super::schema::{Recipe, Training};
+use super::schema::{self, PruningMethod, Recipe, Training};
+use super::stages::linears;
+use crate::compress::pruning::fisher::{self, device_bytes};
 use crate::device::{Device, Kind};
 use crate::error::{Error, Result};
 use crate::nn::Config;
@@ -57,8 +61,15 @@ pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
                 stages.push(planned("structure", size, recipe, Some(&s.training)));
             }
             Step::Sparsify => {
-                let training = recipe.sparsify.as_ref().map(|s| &s.training);
-                stages.push(planned("sparsify", size, recipe, training));
+                let Some(s) = &recipe.sparsify else { continue };
+                let mut stage = planned("sparsify", size, recipe, Some(&s.training));
+                // Inverse Fisher matrices: f32 on the device, f64 beside it.
+                let fisher: u64 =
+                    fisher_weights(recipe, size).iter().map(|(_, n)| 3 * device_bytes(*n, s.obs.block)).sum();
+                let scoring = fisher as usize + 2 * stage.bytes;
+                let training = stage.estimated_memory;
+                stage.estimated_memory = if s.at_once() { training.max(scoring) } else { training + fisher as usize };
+                stages.push(stage);
             }
             Step::Quantize => {
                 let training = recipe.quantize.as_ref().and_then(|q| q.training.as_ref());
@@ -89,6 +100,11 @@ pub fn plan(recipe: &Recipe) -> Vec<PlannedStage> {
 /// in the middle of it. Devices with memory of their own say so themselves.
 pub fn check_memory(recipe: &Recipe, device: &Arc<dyn Device>) -> Result<()> {
     let info = device.info();
+    if let Some((s, stage)) = recipe.sparsify.as_ref().zip(plan(recipe).into_iter().find(|p| p.stage == "sparsify"))
+        && let Some((size, _)) = stage.training
+    {
+        fisher::check_memory(info, &fisher_weights(recipe, size), s.obs.block)?;
+    }
     if !(matches!(info.kind, Kind::Cpu | Kind::Reference) || info.software) {
         return Ok(());
     }
@@ -102,6 +118,47 @@ pub fn check_memory(recipe: &Recipe, device: &Arc<dyn Device>) -> Result<()> {
         }),
         _ => Ok(()),
     }
+}
+
+/// Weights of which OBS holds inverse Fisher matrices, with their elements, in a model of these sizes; none where gates are
+/// yet to choose them.
+fn fisher_weights(recipe: &Recipe, (size, width): (Size, usize)) -> Vec<(String, usize)> {
+    let gated = recipe.structure.as_ref().is_some_and(|s| s.l0.is_some());
+    let Some(s) = recipe.sparsify.as_ref().filter(|s| s.method == PruningMethod::Obs && !gated) else {
+        return Vec::new();
+    };
+    let config = Config { width, ..recipe.model.config(size, recipe.data.vocabulary, &[]) };
+    let pruned: Vec<String> = linears(&config, &s.linears).iter().map(|linear| format!("{linear}.weight")).collect();
+    let weights = config.parameters().into_iter().filter(|(name, _)| pruned.contains(name));
+    weights.map(|(name, dims)| (name, dims.iter().product())).collect()
+}
+
+/// Refuses a recipe that names files and folders which are not there: its stages would find out after hours.
+pub fn check_files(recipe: &Recipe) -> Result<()> {
+    let missing = |key: &str, path: &Path, what: &str| {
+        refuse(key, format!("\"{}\"", path.display()), format!("{what}; there is none"))
+    };
+    match &recipe.data.corpus {
+        schema::Corpus::Folder { path } => {
+            let files = ["train.tsv", "validation.tsv", "test.tsv"].map(|name| Path::new(path).join(name));
+            if let Some(file) = files.iter().find(|file| !file.is_file()) {
+                return missing("data.corpus.folder.path", file, "a folder with this file");
+            }
+        }
+        schema::Corpus::Catalogs { root } if !Path::new(root).is_dir() => {
+            return missing("data.corpus.catalogs.root", Path::new(root), "a folder");
+        }
+        _ => {}
+    }
+    let Some(structure) = &recipe.structure else { return Ok(()) };
+    let text = structure.vocabulary.as_ref().and_then(|vocabulary| vocabulary.text.as_ref());
+    let table = structure.l0.as_ref().and_then(|l0| l0.table.as_ref());
+    for (key, path) in [("structure.vocabulary.text", text), ("structure.l0.table", table)] {
+        if let Some(path) = path.map(Path::new).filter(|path| !path.is_file()) {
+            return missing(key, path, "a file");
+        }
+    }
+    Ok(())
 }
 
 /// Bytes of physical memory, where the system tells.
@@ -214,5 +271,20 @@ mod tests {
         let stages = plan(&recipe);
         let find = |name: &str| stages.iter().find(|s| s.stage == name).unwrap();
         assert!(find("structure").parameters < find("teacher").parameters);
+    }
+
+    #[test]
+    fn inverse_fisher_matrices_are_planned() {
+        let memory = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+            let stages = plan(&Recipe::load(None, &sets).unwrap());
+            stages.iter().find(|s| s.stage == "sparsify").unwrap().estimated_memory
+        };
+        // While masks grow the matrices are there beside the training, for 12 bytes each element.
+        let grown = ["sparsify.pattern=unstructured", "sparsify.linears=[\"blocks.0.ffn.in\"]"];
+        let weights = 384 * 96;
+        let obs = memory(&[&grown[..], &["sparsify.method=obs"]].concat());
+        assert_eq!(obs - memory(&grown), 12 * 64 * weights);
+        assert!(memory(&["sparsify.method=obs", "sparsify.obs.block=128"]) >= 12 * 128 * weights);
     }
 }

@@ -158,6 +158,7 @@ impl RunFolder {
                 }
             }
         }
+        contents::sweep(path)?;
         write_atomic(&resolved, recipe.as_bytes())?;
         Ok(Self { path: path.to_path_buf(), _lock: lock })
     }

@@ -65,7 +65,7 @@ fn default_seed() -> u64 {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Corpus {
     /// The embedded English-Chinese computer terms, expanded to this many pairs.
     Terms { pairs: usize },

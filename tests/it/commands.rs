@@ -143,6 +143,22 @@ fn a_dry_run_plans_the_stages_and_refuses_what_the_run_would() {
         let output = dry(&format!("pipeline={{ stages = 2, devices = {devices} }}"));
         assert!(!output.status.success() && text(&output.stderr).contains(word), "{}", text(&output.stderr));
     }
+    let training = "training = { steps = 1, batch = 1, learning_rate = 1.0 }";
+    for (set, key) in [
+        ("data.corpus={ folder = { path = \"no such\" } }".to_string(), "data.corpus.folder.path"),
+        ("data.corpus={ catalogs = { root = \"no such\" } }".into(), "data.corpus.catalogs.root"),
+        (format!("structure={{ vocabulary = {{ text = \"no such\" }}, {training} }}"), "structure.vocabulary.text"),
+        (
+            format!(
+                "structure={{ method = \"l0\", {training}, l0 = {{ target = 0.5, cost = \"latency\", table = \"no such\", {training} }} }}"
+            ),
+            "structure.l0.table",
+        ),
+    ] {
+        let output = dry(&set);
+        let message = text(&output.stderr);
+        assert!(output.status.code() == Some(2) && message.contains(key) && message.contains("no such"), "{message}");
+    }
     let json: serde_json::Value = serde_json::from_slice(
         &call(&["run", recipe, "--dry-run", "--format", "json", "--set", "pipeline={ stages = 2 }"]).stdout,
     )
@@ -206,6 +222,20 @@ fn a_bad_line_costs_its_own_translation_only() {
     assert_eq!(text(&output.stdout).lines().count(), 5);
     refused(&["translate", finished(), "text", "--from", "zh", "--to", "zh"], 2, &["--to", "two different"]);
     refused(&["translate", finished(), "text", "--to", "fr"], 2, &["en, zh"]);
+}
+
+#[test]
+fn a_tagger_of_a_run_is_measured_and_translates_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let recipe = teacher(&["model.family=tagger"]);
+    espalier::recipe::run(&recipe, &crate::model::cpu(), &crate::training::options(&out)).unwrap();
+    let out = out.to_str().unwrap();
+    let output = call(&["eval", out, "--device", "cpu", "--sentences", "5"]);
+    let shown = text(&output.stdout);
+    assert!(["F1", "en", "zh", "Batch 1"].iter().all(|word| shown.contains(word)), "{shown}{}", text(&output.stderr));
+    refused(&["eval", out, "--data", "pairs.tsv"], 2, &["--data", "tagger"]);
+    refused(&["translate", out, "text"], 3, &["head", "tagger", "espalier eval"]);
 }
 
 #[test]

@@ -133,7 +133,7 @@ fn quantize_sections_that_cannot_hold_are_refused_with_their_key() {
         ("{ method = \"gptq\", levels = \"binary\" }".into(), "quantize.levels"),
         ("{ method = \"data_free\", inputs = \"data\" }".into(), "quantize.inputs"),
         ("{ method = \"dynamic\", learned_steps = true }".into(), "quantize.learned_steps"),
-        (format!("{{ bits = 4, schedule = {{ start = 8, period = 5 }}, {training} }}"), "quantize.schedule"),
+        (format!("{{ bits = 4, schedule = {{ start = 8, period = 5 }}, {training} }}"), "quantize.schedule.period"),
     ] {
         let sets = ["experts=false".to_string(), format!("quantize={section}")];
         match Recipe::load(None, &sets) {

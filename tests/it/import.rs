@@ -114,6 +114,25 @@ fn textpruner_becomes_structure_with_everything_reported_that_differs() {
 }
 
 #[test]
+fn mistakes_name_their_key() {
+    let pruning = r#"{ "config_class": "TransformerPruningConfig", "n_iters": "many" }"#;
+    for (system, text, key) in [
+        (System::Textpruner, pruning, "n_iters"),
+        (System::Textpruner, &pruning.replace("n_iters", "n_rounds"), "n_rounds"),
+        (System::Textpruner, &pruning.replace("TransformerPruning", "Other"), "config_class"),
+        (System::Textpruner, "{}", "config_class"),
+        (System::Bmcook, r#"{ "quantisation": {} }"#, "quantisation"),
+        (System::Bmcook, r#"{ "pruning": { "is_prune": true } }"#, "pruning.is_prune"),
+        (System::Bmcook, "3", "config"),
+    ] {
+        match import(system, text) {
+            Err(espalier::Error::File { position, .. }) => assert_eq!(position, key, "{text}"),
+            other => panic!("{text}: {other:?}"),
+        }
+    }
+}
+
+#[test]
 fn arrays_are_no_sections() {
     for (system, text) in
         [(System::Bmcook, "[]"), (System::Bmcook, r#"{"quantization": [true]}"#), (System::Textpruner, "[]")]

@@ -28,6 +28,7 @@ mod properties;
 mod pruning;
 mod pruning_recipes;
 mod quantization;
+mod recipe_page;
 mod report;
 mod roads;
 mod run_folder;

@@ -1,5 +1,6 @@
 //! `[sparsify]` of a recipe: every method through the flow, its promise held by the stages after it, and refusals.
 
+use espalier::compress::pruning::Scope;
 use espalier::recipe::{self, Recipe};
 use espalier::report::{self, RunReport};
 
@@ -52,6 +53,99 @@ fn every_method_runs_from_a_recipe() {
     }
     let rows = ["sparsify.method=activation", "sparsify.pattern=row", "sparsify.sparsity=0.25"];
     assert!((sparsity(&[&alone[..], &rows].concat()).0 - 0.25).abs() < 0.01);
+}
+
+fn load(sets: &[&str]) -> espalier::Result<Recipe> {
+    Recipe::load(None, &sets.iter().map(|s| s.to_string()).collect::<Vec<_>>())
+}
+
+#[test]
+fn wanda_compares_within_rows_unless_told_otherwise() {
+    let scope = |sets: &[&str]| {
+        let recipe = load(&[&["sparsify.pattern=unstructured"], sets].concat()).unwrap();
+        let again = Recipe::parse(std::path::Path::new("again"), &recipe.to_toml().unwrap(), &[]).unwrap();
+        assert_eq!(recipe, again);
+        recipe.sparsify.unwrap().settings().scope
+    };
+    assert_eq!(scope(&["sparsify.method=wanda"]), Scope::Row);
+    assert_eq!(scope(&["sparsify.method=wanda", "sparsify.scope=layer"]), Scope::Layer);
+    assert_eq!(scope(&["sparsify.method=wanda", "sparsify.pattern=row"]), Scope::Layer);
+    for method in ["magnitude", "obs", "sparse_gpt"] {
+        assert_eq!(scope(&[&format!("sparsify.method={method}")]), Scope::Layer, "{method}");
+    }
+}
+
+/// Weights that SparseGPT rounds stay on their grid through every training after it, and are stored by it.
+#[test]
+fn joint_quantization_stays_on_its_grid() {
+    let joint = ["sparsify.method=sparse_gpt", "sparsify.sparse_gpt.bits=4", "quantize=false"];
+    let (share, report) = sparsity(&joint);
+    assert!((share - 0.5).abs() < 0.1, "{share}");
+    let names: Vec<&str> = report.stages.iter().map(|s| s.name.as_str()).collect();
+    assert_eq!(names, ["teacher", "sparsify", "experts"]);
+    for stage in &report.stages[1..] {
+        let held = |rule: &str| stage.invariants.iter().any(|i| i.name.contains(rule));
+        assert!(held("stored integers times their steps") && held("declared sparsity"), "{:?}", stage.invariants);
+    }
+    let [dense, joint_bytes] = [0, 1].map(|i: usize| report.stages[i].activated_bytes);
+    assert!(4 * joint_bytes < dense, "four bits are stored as four: {joint_bytes} of {dense} bytes");
+    for (sets, key) in [
+        (&["quantize.bits=8"][..], "sparsify.sparse_gpt.bits"),
+        (&["quantize=false", "sparsify.linears=[\"ffn\"]"], "sparsify.sparse_gpt.bits"),
+        (&["quantize=false", "sparsify.window=[0, 0.5]"], "sparsify.window"),
+    ] {
+        let error = load(&[&joint[..2], sets].concat()).unwrap_err().to_string();
+        assert!(error.contains(key), "{sets:?}: {error}");
+    }
+}
+
+#[test]
+fn refusals_name_the_key_in_the_recipes_words() {
+    let qat = "quantize.method=gptq";
+    for (sets, said) in [
+        (&["data.max_length=65"][..], "data.max_length: 65 is not allowed; allowed: 8 to 64 (model.max_positions)"),
+        (&["sparsify.method=learned", "sparsify.pattern=unstructured"], "sparsify.pattern: \"unstructured\" is"),
+        (&["sparsify.method=sparse_gpt", "sparsify.pattern={ block = { rows = 2, columns = 4 } }"], "{ block = {"),
+        (&["sparsify.method=movement", "sparsify.window=[0, 0]"], "sparsify.window: [0.0, 0.0]"),
+        (&[qat], "quantize.training: a table is not allowed; allowed: nothing: \"gptq\" does not train (--set"),
+        (&[qat, "quantize.training=false", "quantize.levels=binary"], "quantize.levels: \"binary\""),
+        (&["quantize.schedule={ start = 9, period = 1 }"], "quantize.schedule.start: 9"),
+        (&["hybrid.stream_weights=[0.0, 1.0]"], "hybrid.stream_weights: [0.0, 1.0]"),
+        (&["structure.layers=9"], "structure.layers: 9"),
+        (&["structure.distil={ gold = -1.0 }"], "structure.distil.gold: -1"),
+    ] {
+        let error = load(sets).unwrap_err().to_string();
+        assert!(error.contains(said), "{sets:?}: {error}");
+    }
+    let whole = ["structure=false", "model.family=t5"];
+    for (sets, key) in [
+        (&["sparsify.distil={ preset = \"mini_lm\" }"][..], "sparsify.distil.preset"),
+        (&["quantize.distil={ logits = {} }"], "quantize.distil.logits"),
+        (&["sparsify.method=wanda"], "sparsify.method: \"wanda\""),
+        (&["quantize.smooth=0.5"], "quantize.smooth: 0.5"),
+        (&["quantize.observer=mse"], "quantize.observer: \"mse\""),
+    ] {
+        let error = load(&[&whole, sets].concat()).unwrap_err().to_string();
+        assert!(error.contains(key) && error.contains("t5"), "{sets:?}: {error}");
+    }
+    let error = load(&["model.family=t5"]).unwrap_err().to_string();
+    assert!(error.contains("structure.layers: 3") && error.contains("t5"), "{error}");
+}
+
+/// Of a decoder behind an encoder: its blocks come behind the encoder's, and look at the source too.
+#[test]
+fn every_linear_of_an_encoder_decoder_can_be_named() {
+    let t5 = ["structure=false", "experts=false", "hybrid=false", "model.family=t5"];
+    for part in ["cross", "blocks.7.ffn"] {
+        let linears = format!("sparsify.linears=[\"{part}\"]");
+        let training = "training = { steps = 1, batch = 1, learning_rate = 1.0 }";
+        let tune = format!("tune={{ method = {{ kind = \"lora\", linears = [\"{part}\"] }}, {training} }}");
+        load(&[&t5[..], &[&linears, &tune]].concat()).unwrap();
+        for set in [&linears, &tune] {
+            let error = load(&["structure=false", "experts=false", set]).unwrap_err().to_string();
+            assert!(error.contains("linears"), "{error}");
+        }
+    }
 }
 
 /// Unstructured zeros of every weight, unevenly spread, are held through quantization and the split into experts.

@@ -249,3 +249,19 @@ fn finished_stages_of_another_run_are_taken_where_all_they_follow_from_is_the_sa
     let weights = |run: &Path| fs::read(run.join("stages/teacher/model/model.safetensors")).unwrap();
     assert_ne!(weights(&first), weights(&other));
 }
+
+#[test]
+fn what_a_killed_process_left_half_written_goes_when_the_run_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    run(&teacher(&[]), &cpu(), &out).unwrap();
+    let torn = [".write-a1.tmp", "stages/teacher/.write-b2.tmp", "model/.espalier-c3/new/model.safetensors"];
+    let own = ["notes.tmp", "stages/teacher/write.tmp"];
+    for name in torn.iter().chain(&own) {
+        fs::create_dir_all(out.join(name).parent().unwrap()).unwrap();
+        fs::write(out.join(name), "half").unwrap();
+    }
+    run(&teacher(&[]), &cpu(), &out).unwrap();
+    assert!(torn.iter().all(|name| !out.join(name).exists()) && !out.join("model/.espalier-c3").exists());
+    assert!(own.iter().all(|name| out.join(name).exists()));
+}

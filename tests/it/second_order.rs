@@ -3,21 +3,34 @@
 use faer::linalg::solvers::DenseSolveCore;
 use faer::{Mat, Side};
 
+use espalier::DType;
 use espalier::compress::pruning::fisher::{self, Inverse, SecondOrder, Update};
 use espalier::compress::pruning::sparsegpt::{self, SparseGpt, Target};
 use espalier::compress::pruning::{Criterion, Curve, Pattern, Pruner, Scope, Settings, Timing, prunable};
+use espalier::device::{self, Info, Limits};
 use espalier::dispatch;
 use espalier::nn::Model;
 use espalier::ops::fisher::RankOneInverse;
 use espalier::rng::Stream;
 use espalier::tensor::Tensor;
 use espalier::train::lifecycle::Method;
-use espalier::{DType, device};
 
 use crate::pruning::{Steps, linears, micros, model, trained};
 
 fn normals(count: usize, stream: &mut Stream) -> Vec<f64> {
     (0..count).map(|_| stream.normal()).collect()
+}
+
+#[test]
+fn a_matrix_that_no_buffer_holds_is_refused_with_its_numbers() {
+    let cpu = device::open("cpu").unwrap().info().clone();
+    let weights = [("small.weight".to_string(), 64), ("large.weight".to_string(), 1 << 20)];
+    fisher::check_memory(&cpu, &weights, 64).unwrap();
+    let small = Info { limits: Limits::webgpu(), ..cpu };
+    fisher::check_memory(&small, &weights, 32).unwrap();
+    let error = fisher::check_memory(&small, &weights, 64).unwrap_err().to_string();
+    let said = ["sparsify.obs.block: 64", "large.weight takes 268435456 bytes", "at most 32", "134217728 bytes"];
+    assert!(said.iter().all(|part| error.contains(part)), "{error}");
 }
 
 /// (damping I + 1/m sum g g^T)^-1 of one block, and its dense twin.

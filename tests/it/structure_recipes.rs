@@ -2,7 +2,7 @@
 
 use espalier::data::tokenizer::Tokenizer;
 use espalier::data::vocabulary::VocabularyMap;
-use espalier::nn::Model;
+use espalier::nn::{Config, Model};
 use espalier::recipe::{self, Recipe};
 use espalier::report::{self, RunReport};
 use espalier::train::store;
@@ -172,6 +172,29 @@ fn what_structure_cannot_do_is_refused_with_its_key() {
         let text = toml::to_string(&table).unwrap();
         let error = Recipe::parse(std::path::Path::new("r.toml"), &text, &[set.to_string()]).unwrap_err().to_string();
         assert!(error.contains(key), "{set}: {error}");
+    }
+}
+
+/// Sizes of other teachers are read with the recipe.
+#[test]
+fn other_teachers_are_held_against_the_student() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tutor");
+    let tutor = Model::init(Config::glm(crate::model::SIZE, 37), &cpu(), 1).unwrap();
+    store::save(&path, &store::model_files(&tutor).unwrap(), Default::default()).unwrap();
+    for (matched, key) in [
+        ("teacher = -1, student = -1", None),
+        ("teacher = 99, student = 1", Some("structure.distil.matches[0].teacher")),
+        ("teacher = 1, student = 1, projection = \"none\"", Some("structure.distil.matches[0].projection")),
+        ("teacher = 1, student = 1, projection = \"kept\"", Some("structure.distil.matches[0].projection")),
+    ] {
+        let distil = format!("{{ teachers = [{path:?}], matches = [{{ tutor = 1, {matched} }}] }}");
+        let read = Recipe::load(None, &[format!("structure.distil={distil}")]);
+        match (read, key) {
+            (Ok(_), None) => {}
+            (Err(error), Some(key)) => assert!(error.to_string().contains(key), "{matched}: {error}"),
+            (read, _) => panic!("{matched}: {read:?}"),
+        }
     }
 }
 

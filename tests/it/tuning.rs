@@ -338,6 +338,15 @@ fn a_tuned_model_decodes_as_its_full_passes_say_and_survives_a_file() {
 }
 
 #[test]
+fn low_rank_updates_reach_a_decoders_look_at_its_source() {
+    let mut model = Model::init(Config::t5(SIZE, VOCABULARY), &cpu(), 1).unwrap();
+    lora(&["cross.value"]).add(&mut model, 1).unwrap();
+    let named = |block: usize| model.tensors.contains_key(&format!("{TUNING}blocks.{block}.cross.value.lora.up"));
+    let blocks: Vec<usize> = (0..2 * SIZE.layers).filter(|&block| named(block)).collect();
+    assert_eq!(blocks, (SIZE.layers..2 * SIZE.layers).collect::<Vec<_>>());
+}
+
+#[test]
 fn sizes_that_cannot_be_are_refused() {
     let device = cpu();
     let refused = |tuning: Tuning, word: &str| {

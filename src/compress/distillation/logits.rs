@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::schedule::{Number, TemperatureSchedule, WeightSchedule};
 use super::{MUL, SUB, labelled_shares, row_scaled, total};
+use crate::compress::written;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -113,7 +114,7 @@ impl Logits {
         }
         if cached && self.temperature_schedule != TemperatureSchedule::Constant {
             let allowed = "constant with cached largest logits: their log-sum-exp is that of one temperature";
-            return refuse("temperature_schedule", format!("{:?}", self.temperature_schedule), allowed);
+            return refuse("temperature_schedule", written(&self.temperature_schedule), allowed);
         }
         Ok(())
     }

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::schedule::WeightSchedule;
 use super::{MUL, labelled_shares, row_scaled, scaled};
+use crate::compress::written;
 use crate::error::{Error, Result};
 use crate::nn::{Batch, Config, Pass, Tap};
 use crate::ops::distill::{Cosine, HiddenMse, Reduction};
@@ -167,7 +168,7 @@ impl Match {
             _ => relation,
         };
         if !fits {
-            let value = format!("{:?} of {:?}", self.loss, self.feature);
+            let value = format!("{} of {}", written(&self.loss), written(&self.feature));
             return refuse("loss", value, "mse or kl of attention and relations, anything but kl of hidden states");
         }
         let layers = [self.teacher.of(teacher)?, self.student.of(student)?];

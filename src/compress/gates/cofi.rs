@@ -8,6 +8,7 @@ use super::decision::{Decision, decide, shrink};
 use super::hook::{Gates, Phase};
 use super::layout::{Layout, Level};
 use crate::compress::structure::{Keep, KeepBlock};
+use crate::compress::written;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -180,7 +181,7 @@ impl Settings {
             return refuse("rate", self.rate.to_string(), "finite and above 0");
         }
         if !self.levels.iter().any(|level| layout.count(*level) > 0) {
-            return refuse("levels", format!("{:?}", self.levels), "at least one that the model has");
+            return refuse("levels", written(&self.levels), "at least one that the model has");
         }
         if self.multiple == 0 {
             return refuse("multiple_of", "0".into(), "1 or more");

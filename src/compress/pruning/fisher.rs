@@ -7,6 +7,7 @@ use faer::{Mat, Side};
 use super::pattern::{Pattern, matrix_dims};
 use super::pruner::{Criterion, Work};
 use crate::cpu::PAIRS;
+use crate::device::Info;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -134,10 +135,36 @@ impl Inverse {
     }
 }
 
+/// Bytes of the inverse Fisher matrix of `count` weights in blocks of `block` on its device.
+pub fn device_bytes(count: usize, block: usize) -> u64 {
+    4 * (count.div_ceil(block.max(1)) * block * block) as u64
+}
+
+/// That one buffer of a device holds the matrix of each of these weights, which are named with their elements.
+///
+/// # Errors
+/// `Error::Recipe` with the bytes and the largest block that fits.
+pub fn check_memory(device: &Info, weights: &[(String, usize)], block: usize) -> Result<()> {
+    let most = device.limits.binding_bytes.min(device.limits.buffer_bytes);
+    let Some((name, count)) = weights.iter().max_by_key(|(_, count)| *count) else { return Ok(()) };
+    let bytes = device_bytes(*count, block);
+    if bytes <= most {
+        return Ok(());
+    }
+    let fits = |b: &usize| weights.iter().all(|(_, count)| device_bytes(*count, *b) <= most);
+    let largest = (1..block).rev().find(fits).map_or("another device".into(), |b| format!("at most {b}"));
+    Err(Error::Recipe {
+        key: "sparsify.obs.block".into(),
+        value: format!("{block}, for which the inverse Fisher matrix of {name} takes {bytes} bytes,"),
+        allowed: format!("{largest}: a buffer of {} has {most} bytes", device.id),
+    })
+}
+
 /// Inverse Fisher matrices of `weights`, updated on the device gradient by gradient.
 ///
 /// # Errors
-/// `Error::Recipe` without micro-batches; `Error::Parameter` for a block or damping out of range.
+/// `Error::Recipe` without micro-batches and for matrices that the device cannot hold; `Error::Parameter` for a block or
+/// damping out of range.
 pub fn inverses(model: &Model, weights: &[String], micros: &[Micro], settings: &Settings) -> Result<Vec<Inverse>> {
     check(settings)?;
     if micros.is_empty() {
@@ -151,6 +178,8 @@ pub fn inverses(model: &Model, weights: &[String], micros: &[Micro], settings: &
         Tensor::from_slice(model.device(), &[blocks, b, b], &values)
     };
     let counts = weights.iter().map(|name| Ok(model.get(name)?.count())).collect::<Result<Vec<_>>>()?;
+    let named: Vec<(String, usize)> = weights.iter().cloned().zip(counts.iter().copied()).collect();
+    check_memory(model.device().info(), &named, b)?;
     let all = counts.iter().map(|count| identity(count.div_ceil(b))).collect::<Result<Vec<_>>>()?;
     for micro in micros {
         let mut pass = Pass::training(model);

@@ -7,6 +7,7 @@ use super::gates;
 use super::pattern::{Pattern, matrix_dims};
 use super::pruner::{Settings, declared_units, pruned_units};
 use super::selection::select;
+use crate::compress::written;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -70,7 +71,7 @@ impl Movement {
     ) -> Result<Self> {
         let chosen = binariser == Binariser::TopK;
         if settings.pattern.is_24() && !(chosen && settings.pattern == Pattern::TwoFour) {
-            let (value, allowed) = (format!("{:?}", settings.pattern), "any with top-k but two-dimensional 2:4");
+            let (value, allowed) = (written(&settings.pattern), "any with top-k but two-dimensional 2:4");
             return Err(Error::Parameter { op: "movement pruning", parameter: "pattern", value, allowed });
         }
         let mut units = Vec::new();

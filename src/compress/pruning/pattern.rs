@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::compress::written;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -15,7 +16,7 @@ use crate::tensor::Tensor;
 
 /// Units of a weight `[n, k]` (experts `[E, n, k]` as `[E n, k]`) that are kept or pruned as one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Pattern {
     Unstructured,
     /// Blocks of this many rows and columns; they divide n and k.
@@ -76,7 +77,7 @@ impl Pattern {
     /// `Error::Shape` where the weight is not made of whole units.
     pub fn grid(self, dims: [usize; 2]) -> Result<[usize; 2]> {
         if !self.divides(dims) {
-            let got = format!("{dims:?} for {self:?}");
+            let got = format!("{dims:?} for {}", written(&self));
             return Err(Error::Shape { op: "pruning pattern", rule: "a weight [n, k] of whole units", got });
         }
         let [rows, columns] = self.unit(dims);

@@ -99,6 +99,11 @@ pub trait Criterion {
     /// Units to keep, per weight in order: grids of zeros and ones. It may change the weights that stay.
     fn prune(&mut self, work: &Work) -> Result<Vec<Tensor>>;
 
+    /// The grid's step of each row of the weights that it has rounded too.
+    fn steps(&self) -> BTreeMap<String, Vec<f64>> {
+        BTreeMap::new()
+    }
+
     /// What a resumed training needs, by name.
     fn state(&self) -> BTreeMap<String, Tensor> {
         BTreeMap::new()
@@ -134,6 +139,11 @@ impl Pruner {
         };
         let units = weights.iter().map(full).collect::<Result<_>>()?;
         Ok(Self { weights, settings, criterion, units, made: None, resumed: None })
+    }
+
+    /// As [`Criterion::steps`].
+    pub fn steps(&self) -> BTreeMap<String, Vec<f64>> {
+        self.criterion.steps()
     }
 
     /// Names of the weights and the share of their units that is pruned so far.

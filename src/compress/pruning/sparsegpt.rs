@@ -11,6 +11,7 @@ use super::pattern::{Pattern, matrix_dims};
 use super::pruner::{Criterion, Work};
 use super::selection::{Scope, pruned};
 use crate::compress::curvature::inverse_factor;
+use crate::compress::written;
 use crate::error::{Error, Result};
 use crate::ops::quant::{Grid, Scheme};
 use crate::tensor::Tensor;
@@ -36,7 +37,7 @@ pub struct SparseGpt {
     pub settings: Settings,
     pub micros: Vec<Micro>,
     /// With `Settings::bits`, the grid's step of each row of each weight.
-    pub scales: BTreeMap<String, Vec<f64>>,
+    scales: BTreeMap<String, Vec<f64>>,
 }
 
 impl SparseGpt {
@@ -159,13 +160,17 @@ impl Criterion for SparseGpt {
         "SparseGPT pruning"
     }
 
+    fn steps(&self) -> BTreeMap<String, Vec<f64>> {
+        self.scales.clone()
+    }
+
     /// # Errors
     /// `Error::Parameter` for a pattern or scope that the method does not have.
     fn prune(&mut self, work: &Work) -> Result<Vec<Tensor>> {
         let refuse =
             |parameter, value: String, allowed| Error::Parameter { op: "SparseGPT", parameter, value, allowed };
         if !matches!(work.pattern, Pattern::Unstructured | Pattern::TwoFour) {
-            return Err(refuse("pattern", format!("{:?}", work.pattern), "unstructured or two_four"));
+            return Err(refuse("pattern", written(&work.pattern), "unstructured or two_four"));
         }
         if work.scope == Scope::Global {
             return Err(refuse("scope", "global".into(), "row or layer: each linear is pruned by itself"));
@@ -189,7 +194,9 @@ impl Criterion for SparseGpt {
                 matrix.assign(&Tensor::from_f64(matrix.device(), &dims, matrix.dtype(), &done.weights)?)?;
                 let units: Vec<f32> = done.kept.iter().map(|&kept| f32::from(u8::from(kept))).collect();
                 found.insert(index, Tensor::from_slice(matrix.device(), &dims, &units)?);
-                scales.insert(name.clone(), done.scales);
+                if settings.bits.is_some() {
+                    scales.insert(name.clone(), done.scales);
+                }
             }
             Ok(())
         })?;

@@ -6,6 +6,7 @@ use super::calibration::{Statistic, Sums, walk};
 use super::pattern::{Pattern, absolute};
 use super::pruner::{Criterion, Work};
 use super::selection::Scope;
+use crate::compress::written;
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::ops::binary::{Binary, BinaryFunction};
@@ -80,7 +81,7 @@ impl Criterion for Activation {
     /// `Error::Recipe` for a pattern other than rows and columns: single weights have no activation.
     fn prune(&mut self, work: &Work) -> Result<Vec<Tensor>> {
         if !matches!(work.pattern, Pattern::Row | Pattern::Column) {
-            let (key, value) = ("pattern".into(), format!("{:?}", work.pattern));
+            let (key, value) = ("pattern".into(), written(&work.pattern));
             return Err(Error::Recipe { key, value, allowed: "row or column with activation-based scores".into() });
         }
         let rows = work.pattern == Pattern::Row;

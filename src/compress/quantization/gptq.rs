@@ -8,6 +8,7 @@ use super::format::{Format, Levels};
 use crate::compress::curvature::inverse_factor;
 use crate::compress::inputs::{self, Seen};
 use crate::compress::pruning::held::keep_alive;
+use crate::compress::written;
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::nn::{Batch, Config, Model};
@@ -88,7 +89,7 @@ impl Grams {
 pub fn quantize(model: &mut Model, linears: &[String], format: &Format, batches: &[Batch]) -> Result<()> {
     format.check_model(model, linears)?;
     if format.levels != Levels::Uniform {
-        let value = format!("{:?}", format.levels);
+        let value = written(&format.levels);
         return Err(Error::Parameter { op: "gptq", parameter: "levels", value, allowed: "uniform" });
     }
     let grams = std::cell::RefCell::new(Grams::default());

@@ -7,8 +7,8 @@ use super::{put, refuse, uniform};
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::nn::Model;
 use crate::nn::tuning::TUNING;
-use crate::nn::{Config, Model};
 use crate::ops::binary::{ADD, Binary, BinaryFunction};
 use crate::ops::layout::Fill;
 use crate::ops::matmul::Matmul;
@@ -27,7 +27,7 @@ pub struct Lora {
     pub rank: usize,
     #[serde(default = "default_alpha")]
     pub alpha: f32,
-    /// Parts of linear names that are updated; empty: query and value of every block, as in the paper.
+    /// Parts of linear names that are updated; empty: query and value of every block's own attention, as in the paper.
     #[serde(default)]
     pub linears: Vec<String>,
 }
@@ -72,10 +72,10 @@ impl Merged {
 impl Lora {
     /// Names of the linears that it updates.
     fn targets(&self, model: &Model) -> Vec<String> {
-        let all = (0..model.config.blocks.len()).flat_map(Config::linears);
         let usual = ["attention.query".to_string(), "attention.value".to_string()];
         let parts = if self.linears.is_empty() { &usual[..] } else { &self.linears };
         let wanted = |name: &String| parts.iter().any(|part| !part.is_empty() && name.contains(part.as_str()));
+        let all = model.config.all_linears().into_iter();
         all.filter(|name| wanted(name) && extents(model, name).is_some()).collect()
     }
 

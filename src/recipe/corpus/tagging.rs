@@ -6,10 +6,11 @@ use crate::data::batch::{Example, Stream};
 use crate::data::frame::Span;
 use crate::data::split::{Fractions, Split};
 use crate::data::tagging::{tag_names, tagged};
-use crate::data::terms::{TermSentence, TermSet};
+use crate::data::terms::{DEFAULT_COUNT, TermSentence, TermSet};
 use crate::data::tokenizer::Tokenizer;
-use crate::error::Result;
-use crate::recipe::schema::Recipe;
+use crate::error::{Error, Result};
+use crate::recipe::schema::{Family, Recipe};
+use crate::train::store::CONFIG;
 
 /// Tag names by id.
 pub fn labels() -> Result<Vec<String>> {
@@ -43,6 +44,69 @@ pub(super) fn prepare(recipe: &Recipe, count: usize) -> Result<Corpus> {
     with_narrowed(recipe, &parts, tokenizer, |tokenizer| encoded(recipe, &parts, sentences, tokenizer))
 }
 
+/// The tagged sentences of one side; those longer than `max_length` tokens are left out and counted.
+fn stream(
+    tokenizer: &Tokenizer,
+    name: &str,
+    sentences: &[TermSentence],
+    side: Side,
+    max_length: usize,
+) -> Result<Stream> {
+    let mut stream = Stream { name: name.into(), ..Stream::default() };
+    for sentence in sentences {
+        let (text, spans) = side(sentence);
+        let example = tagged(tokenizer, text, spans)?;
+        if example.tokens.len() > max_length {
+            stream.dropped += 1;
+        } else {
+            stream.examples.push(Example { context: example.tokens, labels: example.tags });
+        }
+    }
+    Ok(stream)
+}
+
+fn held_out(language: &str, validation: Stream, test: Stream) -> HeldOut {
+    let sentence = |example: Example| Sentence { example, reference: String::new() };
+    HeldOut {
+        name: language.into(),
+        target_language: language.into(),
+        validation: validation.examples,
+        test: test.examples.into_iter().map(sentence).collect(),
+    }
+}
+
+/// Test sentences of the embedded terms for a tagger that is already trained, in the languages that its tokenizer knows.
+///
+/// # Errors
+/// `Error::File` for a tagger of other labels.
+pub fn for_evaluation(tokenizer: Tokenizer, own: &[String], max_length: usize) -> Result<Corpus> {
+    let labels = labels()?;
+    if own != labels {
+        let rule = format!("{} labels, where the generated sentences have the {} of terms", own.len(), labels.len());
+        return Err(Error::file(CONFIG, "head", rule));
+    }
+    let sentences = TermSet::embedded()?.expand(1, DEFAULT_COUNT, Fractions::default())?;
+    let test: Vec<TermSentence> = sentences.into_iter().filter(|s| s.split == Split::Test).collect();
+    let mut all = Vec::new();
+    for (language, side) in [("en", english as Side), ("zh", chinese as Side)] {
+        if tokenizer.language(language).is_ok() {
+            let test = stream(&tokenizer, "test", &test, side, max_length)?;
+            all.push(held_out(language, Stream::default(), test));
+        }
+    }
+    Ok(Corpus {
+        hash: String::new(),
+        layout: Family::Tagger.layout(),
+        labels,
+        held_out: all,
+        tokenizer,
+        source: Stream::default(),
+        target: Stream::default(),
+        notes: Vec::new(),
+        narrowed: None,
+    })
+}
+
 /// The tagged sentences for training, validation and test in a tokenizer's ids.
 fn encoded(
     recipe: &Recipe,
@@ -51,30 +115,14 @@ fn encoded(
     tokenizer: Tokenizer,
 ) -> Result<Corpus> {
     let (data, count) = (&recipe.data, train.len() + validation.len() + test.len());
-    let stream = |name: &str, sentences: &[TermSentence], side: Side| -> Result<Stream> {
-        let mut stream = Stream { name: name.into(), ..Stream::default() };
-        for sentence in sentences {
-            let (text, spans) = side(sentence);
-            let example = tagged(&tokenizer, text, spans)?;
-            if example.tokens.len() > data.max_length {
-                stream.dropped += 1;
-            } else {
-                stream.examples.push(Example { context: example.tokens, labels: example.tags });
-            }
-        }
-        Ok(stream)
-    };
+    let stream =
+        |name: &str, sentences: &[TermSentence], side: Side| stream(&tokenizer, name, sentences, side, data.max_length);
     let shared = labelled(train, data.target_share, recipe.seed);
     let source = stream("source language", train, english)?;
     let target = stream("target language", &shared, chinese)?;
     let held_out = [(&data.source, english as Side), (&data.target, chinese as Side)].map(|(language, side)| {
-        let sentence = |example: Example| Sentence { example, reference: String::new() };
-        Ok(HeldOut {
-            name: language.clone(),
-            target_language: language.clone(),
-            validation: stream("validation", validation, side)?.examples,
-            test: stream("test", test, side)?.examples.into_iter().map(sentence).collect(),
-        })
+        let (validation, test) = (stream("validation", validation, side)?, stream("test", test, side)?);
+        Ok(held_out(language, validation, test))
     });
     let notes = vec![format!(
         "text: {count} generated sentences of computer terms (synthetic slots), {} tagged in {}, {} in {} for training; {} left \

@@ -3,26 +3,34 @@
 use std::path::Path;
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use super::{Draft, Imported, parse, value};
 use crate::compress::structure::gates::Absolute;
 use crate::compress::structure::{Heads, Neurons, Objective, Order, Score};
 use crate::error::{Error, Result};
 
+/// Read before the rest, whose errors then name their keys.
 #[derive(Deserialize)]
-#[serde(tag = "config_class")]
-enum Config {
+struct Classed {
+    config_class: Class,
+}
+
+#[derive(Deserialize)]
+enum Class {
     #[serde(rename = "GeneralConfig")]
-    General(General),
+    General,
     #[serde(rename = "VocabularyPruningConfig")]
-    Vocabulary(Vocabulary),
+    Vocabulary,
     #[serde(rename = "TransformerPruningConfig")]
-    Transformer(Transformer),
+    Transformer,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct General {
+    #[serde(rename = "config_class")]
+    _class: IgnoredAny,
     #[serde(default)]
     use_device: Option<String>,
     #[serde(default)]
@@ -32,6 +40,8 @@ struct General {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Vocabulary {
+    #[serde(rename = "config_class")]
+    _class: IgnoredAny,
     #[serde(default)]
     min_count: Option<u64>,
     #[serde(default)]
@@ -41,6 +51,8 @@ struct Vocabulary {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Transformer {
+    #[serde(rename = "config_class")]
+    _class: IgnoredAny,
     target_ffn_size: Option<usize>,
     target_num_of_heads: Option<usize>,
     pruning_method: Method,
@@ -55,6 +67,7 @@ struct Transformer {
 impl Default for Transformer {
     fn default() -> Self {
         Self {
+            _class: IgnoredAny,
             target_ffn_size: None,
             target_num_of_heads: None,
             pruning_method: Method::Masks,
@@ -83,8 +96,9 @@ enum Direction {
 }
 
 pub(super) fn import(path: &Path, bytes: &[u8], mut draft: Draft) -> Result<Imported> {
-    match parse(path, bytes)? {
-        Config::General(general) => {
+    match parse::<Classed>(path, bytes)?.config_class {
+        Class::General => {
+            let general: General = parse(path, bytes)?;
             for (key, value, reason) in [
                 ("use_device", general.use_device, "espalier run takes --device"),
                 ("output_dir", general.output_dir, "espalier run takes --out"),
@@ -94,7 +108,8 @@ pub(super) fn import(path: &Path, bytes: &[u8], mut draft: Draft) -> Result<Impo
                 }
             }
         }
-        Config::Vocabulary(Vocabulary { min_count, prune_lm_head }) => {
+        Class::Vocabulary => {
+            let Vocabulary { min_count, prune_lm_head, .. } = parse(path, bytes)?;
             if prune_lm_head == Some(false.into()) {
                 draft.ignore("prune_lm_head", false, "the head's rows go with the embedding's");
             }
@@ -103,7 +118,7 @@ pub(super) fn import(path: &Path, bytes: &[u8], mut draft: Draft) -> Result<Impo
             section.insert("vocabulary".into(), toml::Value::Table(vocabulary));
             draft.stage("structure", section, true)?;
         }
-        Config::Transformer(transformer) => structure(path, &transformer, &mut draft)?,
+        Class::Transformer => structure(path, &parse(path, bytes)?, &mut draft)?,
     }
     draft.finish(path)
 }

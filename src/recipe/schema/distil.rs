@@ -4,12 +4,17 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::compress::distillation::{Dynamic, Feature, Lesson, Logits, Match, Preset, Weights};
+use crate::compress::distillation::{Dynamic, Feature, Lesson, Logits, Match, MatchProjection, Preset, Weights};
+use crate::compress::written;
+use crate::data::persist::read_capped;
 use crate::error::{Error, Result};
-use crate::nn::Config;
+use crate::json;
 use crate::nn::config::Size;
+use crate::nn::{Block, Config, Tap};
 use crate::recipe::check::refuse;
-use crate::train::store::MANIFEST;
+use crate::train::store::{CONFIG, MANIFEST};
+
+const MAX_CONFIG: u64 = 16 << 20;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -99,8 +104,20 @@ impl Default for Distil {
 impl Distil {
     /// Whether teachers run beside the student, or their largest logits are kept.
     pub fn layerwise(&self) -> bool {
-        let said = self.preset.is_some() || self.dynamic.is_some() || self.logits.is_some() || self.top_k > 0;
-        said || !self.matches.is_empty() || !self.teachers.is_empty()
+        self.layerwise_key().is_some()
+    }
+
+    /// The first of the keys that make it so.
+    pub(in crate::recipe) fn layerwise_key(&self) -> Option<&'static str> {
+        let keys = [
+            ("preset", self.preset.is_some()),
+            ("matches", !self.matches.is_empty()),
+            ("dynamic", self.dynamic.is_some()),
+            ("logits", self.logits.is_some()),
+            ("teachers", !self.teachers.is_empty()),
+            ("top_k", self.top_k > 0),
+        ];
+        keys.into_iter().find_map(|(key, said)| said.then_some(key))
     }
 
     /// Everything that a layerwise student of so many blocks learns from.
@@ -122,26 +139,32 @@ impl Distil {
     }
 
     pub(in crate::recipe) fn check(&self, key: &str) -> Result<()> {
-        let gold = self.gold.unwrap_or(1.0);
-        let factors = [self.weights.hidden, self.weights.soft, self.weights.hard, gold];
-        let sound = |x: &f32| x.is_finite() && *x >= 0.0;
-        if factors.iter().all(sound) && self.temperature.is_finite() && self.temperature > 0.0 {
-            if factors.iter().all(|x| *x == 0.0) && !self.layerwise() {
-                let value = format!("{:?}, gold {gold}", self.weights);
-                return refuse(key, value, "at least one factor above 0: with none there is nothing to learn from");
-            }
-            return Ok(());
+        let factors = [
+            ("weights.hidden", self.weights.hidden),
+            ("weights.soft", self.weights.soft),
+            ("weights.hard", self.weights.hard),
+            ("gold", self.gold.unwrap_or(1.0)),
+        ];
+        if let Some((field, x)) = factors.iter().find(|(_, x)| !(x.is_finite() && *x >= 0.0)) {
+            return refuse(&format!("{key}.{field}"), x, "finite, from 0");
         }
-        let value = format!("{:?}, gold {gold}, temperature {}", self.weights, self.temperature);
-        refuse(key, value, "finite factors from 0, a temperature above 0")
+        if !(self.temperature.is_finite() && self.temperature > 0.0) {
+            return refuse(&format!("{key}.temperature"), self.temperature, "finite and above 0");
+        }
+        if factors.iter().all(|(_, x)| *x == 0.0) && !self.layerwise() {
+            let allowed = "at least one factor above 0: with none there is nothing to learn from";
+            return refuse(key, "weights and gold of 0", allowed);
+        }
+        Ok(())
     }
 
-    /// What a layerwise student of sizes `student` cannot learn from a teacher of sizes `teacher`.
+    /// What a layerwise student of sizes `student` cannot learn from a teacher of sizes `teacher`, each with its width; a
+    /// student's that gates choose is not known.
     pub(in crate::recipe) fn check_layers(
         &self,
         key: &str,
-        student: Size,
-        teacher: Size,
+        (student, width): (Size, Option<usize>),
+        (teacher, whole): (Size, usize),
         pipeline: bool,
     ) -> Result<()> {
         if !self.layerwise() {
@@ -191,24 +214,26 @@ impl Distil {
         if let Some(logits) = &lesson.logits {
             logits.check(self.top_k > 0).map_err(|e| named("logits", e))?;
         }
-        // Layers alone are looked at: a vocabulary is not known yet.
+        // Shapes alone are looked at: a vocabulary is not known yet.
         let [student, own] = [student, teacher].map(|size| Config::glm(size, 1));
+        let own = Config { width: whole, ..own };
+        let tutors = self.teachers.iter().map(|path| tutor(path)).collect::<Result<Vec<_>>>()?;
         for (index, m) in lesson.matches.iter().enumerate() {
-            if m.tutor > self.teachers.len() {
-                let allowed = format!("0, or 1 to {} for the teachers of the list", self.teachers.len());
-                return refuse(&format!("{key}.matches.tutor"), m.tutor, allowed);
+            let key = format!("{key}.matches[{index}]");
+            let Some(teacher) = [&own].into_iter().chain(&tutors).nth(m.tutor) else {
+                let allowed = format!("0, or 1 to {} for the teachers of the list", tutors.len());
+                return refuse(&format!("{key}.tutor"), m.tutor, allowed);
+            };
+            for (field, layer, config) in [("teacher", m.teacher, teacher), ("student", m.student, &student)] {
+                if layer.of(config).is_err() {
+                    let allowed = format!("0 to {} (blocks), or from the end -1 on", config.blocks.len());
+                    return refuse(&format!("{key}.{field}"), layer.0, allowed);
+                }
             }
-            // Layers of other teachers are known when their files are read.
-            let other = if m.tutor == 0 { &own } else { &student };
-            let checked = if m.tutor == 0 { *m } else { Match { teacher: m.student, ..*m } };
-            checked.taps(other, &student).map_err(|e| named(&format!("matches[{index}]"), e))?;
-            let [heads, inner] = [student.blocks[0].heads, student.blocks[0].heads * student.blocks[0].head_size];
-            let apart = heads != own.blocks[0].heads && m.tutor == 0;
-            let whole = m.heads > 0 && inner.is_multiple_of(m.heads);
-            let of_heads = m.feature != Feature::Hidden && (m.feature == Feature::Attention || !whole);
-            if apart && of_heads {
-                let allowed = "hidden, or query, key and value with heads that every block can be split into: the student has other heads than its teacher";
-                return refuse(&format!("{key}.matches[{index}].feature"), format!("{:?}", m.feature), allowed);
+            let [tap, _] = m.taps(teacher, &student).map_err(|e| named(&format!("matches[{index}]"), e))?;
+            match tap {
+                Tap::Hidden(_) => check_widths(&key, m, width, teacher.width)?,
+                Tap::Attention(block) => check_heads(&key, m, &student.blocks[0], &teacher.blocks[block])?,
             }
         }
         if let Some(dynamic) = &lesson.dynamic {
@@ -223,4 +248,45 @@ impl Distil {
         }
         Ok(())
     }
+}
+
+/// Sizes of a saved model.
+fn tutor(path: &str) -> Result<Config> {
+    let file = Path::new(path).join(CONFIG);
+    let config: Config = json::read(&file, &read_capped(&file, MAX_CONFIG)?)?;
+    config.check(&file)?;
+    Ok(config)
+}
+
+/// That hidden states of these widths can meet: what a training would refuse when it starts.
+fn check_widths(key: &str, m: &Match, student: Option<usize>, teacher: usize) -> Result<()> {
+    let key = format!("{key}.projection");
+    match m.projection {
+        MatchProjection::None if student != Some(teacher) => {
+            let own = student.map_or("as many as gates leave".into(), |width| width.to_string());
+            let value = format!("none where the student has {own} channels and the teacher {teacher}");
+            refuse(&key, value, "auto, kept, linear, relu or tanh where widths differ")
+        }
+        MatchProjection::Kept if m.tutor > 0 => {
+            let allowed = "auto, none, linear, relu or tanh: of this teacher's channels the student kept none";
+            refuse(&key, "kept", allowed)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// That attention and relations of these blocks have as many heads, or can be split into as many.
+fn check_heads(key: &str, m: &Match, student: &Block, teacher: &Block) -> Result<()> {
+    let channels = [student, teacher].map(|block| block.heads * block.head_size);
+    let split = m.heads > 0 && channels.iter().all(|channels| channels.is_multiple_of(m.heads));
+    if student.heads != teacher.heads && (m.feature == Feature::Attention || !split) {
+        let allowed = "hidden, or query, key and value with heads that every block can be split into: the student has other heads than its teacher";
+        return refuse(&format!("{key}.feature"), written(&m.feature), allowed);
+    }
+    if m.heads > 0 && !split {
+        let allowed =
+            format!("0, or a divisor of {} and {}, the channels of both attentions", channels[0], channels[1]);
+        return refuse(&format!("{key}.heads"), m.heads, allowed);
+    }
+    Ok(())
 }

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Distil, Training, default_calibration};
 use crate::compress::experts::{Drop, Loss, Router, SIZE_MULTIPLE, Settings, Split};
+use crate::compress::written;
 use crate::error::Result;
 use crate::nn::Activation;
 use crate::nn::config::Size;
@@ -83,7 +84,7 @@ impl Experts {
             (None, Activation::Relu) | (Some(_), Activation::Gelu) => {}
             (None, _) => {
                 let allowed = "relu for experts, which are chosen by which neurons are positive; or [experts.training], which converts gelu";
-                return refuse("model.activation", format!("{activation:?}").to_lowercase(), allowed);
+                return refuse("model.activation", written(&activation), allowed);
             }
             (Some(_), _) => {
                 let allowed = "none where the model's FFNs are ReLU already: there is nothing to convert";

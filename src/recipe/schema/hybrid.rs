@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Training;
 use crate::compress::hybrid::{StudentLoss, student_factors};
+use crate::compress::written;
 use crate::error::Result;
 use crate::recipe::check::refuse;
 
@@ -53,7 +54,7 @@ impl Hybrid {
         }
         let weights = [self.stream_weights.0, self.stream_weights.1];
         if weights.iter().any(|w| !w.is_finite() || *w <= 0.0) {
-            return refuse("hybrid.stream_weights", format!("{:?}", self.stream_weights), "finite and above 0");
+            return refuse("hybrid.stream_weights", written(&self.stream_weights), "finite and above 0");
         }
         if !self.temperature.is_finite() || self.temperature <= 0.0 {
             return refuse("hybrid.temperature", self.temperature, "finite and above 0");

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::{Distil, Recipe, Training, default_calibration};
 use crate::compress::quantization::calibrate::{AVERAGING, Calibrator};
 use crate::compress::quantization::{Activations, BitSchedule, Format, Levels, Phase};
+use crate::compress::written;
 use crate::error::{Error, Result};
 use crate::recipe::check::{MAX_CALIBRATION, refuse};
 use crate::recipe::order::Step;
@@ -101,10 +102,13 @@ fn eight() -> u32 {
 }
 
 impl Quantize {
-    /// Whether it asks what blocks see, one after the other.
-    pub(in crate::recipe) fn walks_blocks(&self) -> bool {
-        let calibrated = !matches!(self.method, Method::Qat | Method::Dynamic | Method::WeightOnly);
-        calibrated || self.smooth.is_some() || self.calibrator().is_some()
+    /// The key, with its value, by which it asks what blocks see, one after the other.
+    pub(in crate::recipe) fn walks_blocks(&self) -> Option<(&'static str, String)> {
+        if !matches!(self.method, Method::Qat | Method::Dynamic | Method::WeightOnly) {
+            return Some(("quantize.method", written(&self.method)));
+        }
+        let smooth = self.smooth.map(|alpha| ("quantize.smooth", alpha.to_string()));
+        smooth.or_else(|| self.calibrator().map(|_| ("quantize.observer", written(&self.observer()))))
     }
 
     pub fn observer(&self) -> Observer {
@@ -173,12 +177,15 @@ impl Quantize {
     }
 
     fn check_method(&self) -> Result<()> {
-        let name = format!("{:?}", self.method);
+        let name = written(&self.method);
         let qat = self.method == Method::Qat;
         match &self.training {
             Some(training) if qat => training.check("quantize.training")?,
             None if qat => return refuse("quantize.training", "nothing", "a table: qat trains"),
-            Some(_) => return refuse("quantize.training", "a table", format!("nothing: {name} does not train")),
+            Some(_) => {
+                let allowed = format!("nothing: {name} does not train (--set quantize.training=false leaves it out)");
+                return refuse("quantize.training", "a table", allowed);
+            }
             None => {}
         }
         let observer = self.observer();
@@ -190,24 +197,25 @@ impl Quantize {
         };
         if !fits {
             let allowed = "token for dynamic; min_max, moving_average, percentile, entropy or mse for static and data_free; none for weight_only";
-            return refuse("quantize.observer", format!("{observer:?} with {name}"), allowed);
+            return refuse("quantize.observer", format!("{} with {name}", written(&observer)), allowed);
         }
         let uniform = self.levels == Levels::Uniform;
         if self.learned_steps && !(qat && uniform) {
             return refuse("quantize.learned_steps", true, "false, but for qat with uniform levels");
         }
         if !uniform && matches!(self.method, Method::Gptq | Method::Awq) {
-            return refuse("quantize.levels", format!("{:?}", self.levels), format!("uniform for {name}"));
+            return refuse("quantize.levels", written(&self.levels), format!("uniform for {name}"));
         }
         if let Some(schedule) = &self.schedule {
             let steps = self.training.as_ref().map_or(0, |t| t.steps);
             if !qat || !uniform {
-                return refuse("quantize.schedule", format!("{schedule:?}"), "only for qat with uniform levels");
+                return refuse("quantize.schedule", written(schedule), "only for qat with uniform levels");
             }
-            schedule.check(self.bits, steps).map_err(|e| Error::Recipe {
-                key: "quantize.schedule".into(),
-                value: format!("{schedule:?}"),
-                allowed: e.to_string(),
+            schedule.check(self.bits, steps).map_err(|e| match e {
+                Error::Parameter { parameter, value, allowed, .. } => {
+                    Error::Recipe { key: format!("quantize.schedule.{parameter}"), value, allowed: allowed.into() }
+                }
+                other => other,
             })?;
         }
         if self.method == Method::DataFree && self.inputs() == Inputs::Data {

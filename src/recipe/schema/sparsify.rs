@@ -2,12 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Distil, Training};
+use super::{Distil, Recipe, Training};
 use crate::compress::pruning::{Curve, Pattern, Scope, Settings, Timing, fisher, sparsegpt};
+use crate::compress::quantization::{Activations, Format};
+use crate::compress::written;
 use crate::error::Result;
-use crate::nn::Config;
-use crate::nn::config::Size;
 use crate::recipe::check::{MAX_CALIBRATION, MAX_RATE, refuse};
+use crate::recipe::order::Step;
 use crate::recipe::stages::matches;
 
 /// What ranks weights, or learns which of them stay.
@@ -39,8 +40,9 @@ pub struct Sparsify {
     /// `mask` is its earlier name.
     #[serde(default, alias = "mask")]
     pub pattern: Pattern,
-    #[serde(default)]
-    pub scope: Scope,
+    /// Without it row for Wanda, as in its paper, else layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<Scope>,
     /// Share of the units that is pruned at the end.
     #[serde(default = "half")]
     pub sparsity: f64,
@@ -173,9 +175,22 @@ impl PruningMethod {
 }
 
 impl Sparsify {
-    /// Whether its criterion asks what blocks see, one after the other.
-    pub(in crate::recipe) fn walks_blocks(&self) -> bool {
-        matches!(self.method, PruningMethod::Wanda | PruningMethod::Activation | PruningMethod::SparseGpt)
+    /// The key, with its value, by which it asks what blocks see, one after the other.
+    pub(in crate::recipe) fn walks_blocks(&self) -> Option<(&'static str, String)> {
+        let walks = matches!(self.method, PruningMethod::Wanda | PruningMethod::Activation | PruningMethod::SparseGpt);
+        walks.then(|| ("sparsify.method", written(&self.method)))
+    }
+
+    /// What units are compared with. A whole row has nothing within it to be compared with.
+    pub fn scope(&self) -> Scope {
+        let by_row = self.method == PruningMethod::Wanda && self.pattern != Pattern::Row;
+        self.scope.unwrap_or(if by_row { Scope::Row } else { Scope::Layer })
+    }
+
+    /// The grid of joint pruning and quantization: a step for each row of a weight, inputs as they are.
+    pub fn grid(&self) -> Option<Format> {
+        let bits = self.sparse_gpt.bits.filter(|_| self.method == PruningMethod::SparseGpt)?;
+        Some(Format { bits, activations: Activations::Float, ..Format::default() })
     }
 
     /// Steps of the masks.
@@ -194,8 +209,8 @@ impl Sparsify {
     }
 
     pub fn settings(&self) -> Settings {
-        let Self { pattern, scope, sparsity, .. } = *self;
-        Settings { pattern, scope, sparsity, timing: self.timing() }
+        let Self { pattern, sparsity, .. } = *self;
+        Settings { pattern, scope: self.scope(), sparsity, timing: self.timing() }
     }
 
     /// All masks are made before training.
@@ -211,17 +226,16 @@ impl Sparsify {
         }
     }
 
-    /// `size`: of the model that is pruned; `staged`: whether training is spread over devices.
-    pub(in crate::recipe) fn check(&self, size: Size, staged: bool) -> Result<()> {
+    /// `names`: linears of the model that is pruned; `staged`: whether training is spread over devices.
+    pub(in crate::recipe) fn check(&self, names: &[String], staged: bool) -> Result<()> {
         self.training.check("sparsify.training")?;
         self.distil.check("sparsify.distil")?;
-        let names: Vec<String> = (0..size.layers).flat_map(Config::linears).collect();
         if let Some(part) = self.linears.iter().find(|part| !names.iter().any(|name| matches(name, part))) {
             let allowed = format!("parts of linear names, {} to {}", names[0], names[names.len() - 1]);
             return refuse("sparsify.linears", format!("{part:?}"), allowed);
         }
         if let Some(window) = self.window.filter(|w| w.iter().any(|share| !(0.0..=1.0).contains(share))) {
-            return refuse("sparsify.window", format!("{window:?}"), "two shares of the training, 0 to 1");
+            return refuse("sparsify.window", written(&window), "two shares of the training, 0 to 1");
         }
         if let Some(floor) = self.cycle_floor.filter(|floor| !(0.0..=1.0).contains(floor)) {
             return refuse("sparsify.cycle_floor", floor, "0 to 1, a share of the peak");
@@ -234,7 +248,32 @@ impl Sparsify {
         self.check_method()?;
         if staged && !self.at_once() {
             let allowed = "[0, 0] with [pipeline]: stages hold masks, they make none";
-            return refuse("sparsify.window", format!("{:?}", self.window), allowed);
+            return refuse("sparsify.window", written(&self.window), allowed);
+        }
+        Ok(())
+    }
+
+    /// What stages before and after it ask of weights that it puts on a grid, and it of them.
+    pub(in crate::recipe) fn check_grid(&self, recipe: &Recipe) -> Result<()> {
+        let Some(bits) = self.grid().map(|format| format.bits) else {
+            return Ok(());
+        };
+        let key = "sparsify.sparse_gpt.bits";
+        if recipe.quantize.is_some() {
+            return refuse(key, bits, "none with [quantize], whose grid is another one");
+        }
+        if !self.linears.is_empty() {
+            return refuse(key, bits, "none with sparsify.linears: a model is stored in one format");
+        }
+        if !self.at_once() {
+            let allowed = "[0, 0] with sparse_gpt.bits: weights are put on their grid once";
+            return refuse("sparsify.window", written(&self.window), allowed);
+        }
+        let steps = recipe.steps();
+        let place = |step: Step| steps.iter().position(|s| *s == step);
+        if place(Step::Sparsify) < place(Step::Structure) {
+            let allowed = "structure before sparsify with sparse_gpt.bits: steps belong to the tensors that it cuts";
+            return refuse("order", "sparsify before structure", allowed);
         }
         Ok(())
     }
@@ -249,7 +288,7 @@ impl Sparsify {
             (Activation, pattern) if !matches!(pattern, Pattern::Row | Pattern::Column) => {
                 "row or column with activation"
             }
-            (_, Pattern::Row) if self.scope == Scope::Row => "another scope than row with it: a row has one unit",
+            (_, Pattern::Row) if self.scope() == Scope::Row => "another scope than row with it: a row has one unit",
             (SparseGpt, pattern) if !matches!(pattern, Pattern::Unstructured | Pattern::TwoFour) => {
                 "unstructured or two_four with sparse_gpt"
             }
@@ -258,7 +297,7 @@ impl Sparsify {
             (Movement, Pattern::TwoFour) if self.movement.penalty.is_some() => "no 2:4 with a threshold",
             _ => return Ok(()),
         };
-        refuse("sparsify.pattern", format!("{:?}", self.pattern), allowed)
+        refuse("sparsify.pattern", written(&self.pattern), allowed)
     }
 
     fn check_method(&self) -> Result<()> {
@@ -270,18 +309,16 @@ impl Sparsify {
             }
             FirstOrder if self.timing().start == 0 => {
                 let allowed = "a start behind step 0 with first_order: there is no gradient before";
-                refuse("sparsify.window", format!("{:?}", self.window), allowed)
+                refuse("sparsify.window", written(&self.window), allowed)
             }
-            Movement | Learned if self.timing().end == 0 => refuse(
-                "sparsify.window",
-                format!("{:?}", self.window),
-                "an end behind step 0 for masks that are learned",
-            ),
+            Movement | Learned if self.timing().end == 0 => {
+                refuse("sparsify.window", written(&self.window), "an end behind step 0 for masks that are learned")
+            }
             Movement if !positive(self.movement.rate) => {
                 refuse("sparsify.movement.rate", self.movement.rate, "a rate above 0, at most 1000")
             }
             Movement if self.movement.penalty.is_some_and(|p| !(p.is_finite() && p >= 0.0)) => {
-                refuse("sparsify.movement.penalty", format!("{:?}", self.movement.penalty), "a finite number from 0")
+                refuse("sparsify.movement.penalty", written(&self.movement.penalty), "a finite number from 0")
             }
             Learned if !positive(self.learned.rate) => {
                 refuse("sparsify.learned.rate", self.learned.rate, "a rate above 0, at most 1000")
@@ -289,7 +326,7 @@ impl Sparsify {
             Learned if !positive(self.learned.sharpness) => {
                 refuse("sparsify.learned.sharpness", self.learned.sharpness, "above 0, at most 1000")
             }
-            SparseGpt if self.scope == Scope::Global => {
+            SparseGpt if self.scope() == Scope::Global => {
                 refuse("sparsify.scope", "global", "row or layer with sparse_gpt: each linear is pruned by itself")
             }
             SparseGpt => {

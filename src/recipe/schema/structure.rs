@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::{Distil, Training, default_calibration};
 use crate::compress::gates::Level;
 use crate::compress::structure::{Heads, LayersMethod, Neurons, Objective, Order, Progress, Score, scaled_ffn};
+use crate::compress::written;
 use crate::error::Result;
 use crate::nn::config::Size;
 use crate::recipe::check::{MAX_CALIBRATION, refuse};
@@ -114,12 +115,12 @@ impl L0 {
         let mut levels = self.gated();
         if self.cost == Cost::Latency && levels.contains(&Level::Hidden) {
             let allowed = "attention, ffn, heads, neurons with cost = \"latency\": times are those at full width";
-            return refuse("structure.l0.levels", format!("{levels:?}"), allowed);
+            return refuse("structure.l0.levels", written(&levels), allowed);
         }
         levels.sort_unstable();
         levels.dedup();
         if levels.is_empty() || levels.len() != self.gated().len() {
-            return refuse("structure.l0.levels", format!("{:?}", self.gated()), "at least one, each once");
+            return refuse("structure.l0.levels", written(&self.gated()), "at least one, each once");
         }
         if self.table.is_some() && self.cost == Cost::Parameters {
             return refuse("structure.l0.table", "with cost = \"parameters\"", "a table with cost = \"latency\"");
@@ -217,16 +218,25 @@ impl Structure {
             return refuse("structure.rounds", self.rounds, "1 to 1000");
         }
         let (layers, head_size) = (self.layers(m), self.head_size(m));
-        if family == Family::T5 && (layers, head_size, self.width(m)) != (m.layers, m.head_size, m.heads * m.head_size)
-        {
-            let value = format!("layers {layers}, head_size {head_size}, width {}", self.width(m));
-            let allowed = "heads, ffn and vocabulary for model.family t5: its stacks keep their depth and widths";
-            return refuse("structure", value, allowed);
+        if family == Family::T5 {
+            for (key, left, whole) in [
+                ("structure.layers", layers, m.layers),
+                ("structure.head_size", head_size, m.head_size),
+                ("structure.width", self.width(m), m.heads * m.head_size),
+            ] {
+                if left != whole {
+                    let allowed = format!(
+                        "{whole} for model.family t5, whose stacks keep their depth and widths: heads, ffn and vocabulary may go"
+                    );
+                    return refuse(key, left, allowed);
+                }
+            }
         }
-        if layers == 0 || layers > m.layers || head_size == 0 || head_size > m.head_size || !head_size.is_multiple_of(4)
-        {
-            let allowed = format!("layers 1 to {}, head_size a multiple of 4 up to {}", m.layers, m.head_size);
-            return refuse("structure", format!("layers {layers}, head_size {head_size}"), allowed);
+        if layers == 0 || layers > m.layers {
+            return refuse("structure.layers", layers, format!("1 to {}", m.layers));
+        }
+        if head_size == 0 || head_size > m.head_size || !head_size.is_multiple_of(4) {
+            return refuse("structure.head_size", head_size, format!("a multiple of 4, 4 to {}", m.head_size));
         }
         if let LayersMethod::Subset(subset) = &self.layers_method {
             let ascending = subset.windows(2).all(|pair| pair[0] < pair[1]) && subset.last() < Some(&m.layers);
@@ -299,7 +309,7 @@ impl Structure {
         }
         let judged = [self.heads.map(|h| h.score), self.ffn.map(|n| n.score)];
         if self.loss != Objective::Labels && judged.iter().flatten().all(|score| *score == Score::Random) {
-            return refuse("structure.loss", format!("{:?}", self.loss), "labels without heads or ffn that are scored");
+            return refuse("structure.loss", written(&self.loss), "labels without heads or ffn that are scored");
         }
         Ok(())
     }
@@ -316,8 +326,13 @@ impl Structure {
 
     /// Channels that stay; with gates of channels, what their number is a multiple of.
     pub fn width_granule(&self, m: Size) -> usize {
-        let gated = self.l0.as_ref().filter(|l0| l0.gated().contains(&Level::Hidden));
+        let gated = self.l0.as_ref().filter(|_| self.gates_channels());
         gated.map_or(self.width(m), |l0| l0.multiple_of)
+    }
+
+    /// Whether gates choose how many channels stay.
+    pub(in crate::recipe) fn gates_channels(&self) -> bool {
+        self.l0.as_ref().is_some_and(|l0| l0.gated().contains(&Level::Hidden))
     }
 
     /// Channels that stay.

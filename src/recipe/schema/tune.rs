@@ -5,7 +5,6 @@ use serde::{Deserialize, Serialize};
 use super::{Distil, Training};
 use crate::compress::tuning::Tuning;
 use crate::error::Result;
-use crate::nn::Config;
 use crate::nn::config::Size;
 use crate::recipe::check::refuse;
 use crate::recipe::stages::matches;
@@ -29,8 +28,13 @@ impl Tune {
         self.merge && matches!(self.method, Tuning::Lora(_))
     }
 
-    /// `size`: of the model that is tuned, and its width; `experts`: its FFNs are split by then.
-    pub(in crate::recipe) fn check(&self, (size, width): (Size, usize), experts: bool, pipeline: bool) -> Result<()> {
+    /// `size`: of the model that is tuned, and its width; `names`: its linears that are no experts by then.
+    pub(in crate::recipe) fn check(
+        &self,
+        (size, width): (Size, usize),
+        names: &[String],
+        pipeline: bool,
+    ) -> Result<()> {
         self.training.check("tune.training")?;
         if let Some(distil) = &self.distil {
             distil.check("tune.distil")?;
@@ -47,8 +51,6 @@ impl Tune {
                 if !lora.alpha.is_finite() {
                     return refuse("tune.method.alpha", lora.alpha, "a finite number");
                 }
-                let all = (0..size.layers).flat_map(Config::linears);
-                let names: Vec<String> = all.filter(|name| !(experts && name.contains(".ffn."))).collect();
                 if let Some(part) = lora.linears.iter().find(|part| !names.iter().any(|name| matches(name, part))) {
                     let allowed = format!(
                         "parts of names of linears that are no experts, {} to {}",

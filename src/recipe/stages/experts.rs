@@ -5,6 +5,7 @@ use crate::compress::distillation::TeacherCache;
 use crate::compress::experts::{self, report};
 use crate::compress::fastest::fastest;
 use crate::compress::freeze::freeze;
+use crate::compress::written;
 use crate::error::Result;
 use crate::nn::{self, Model};
 use crate::recipe::flow::Flow;
@@ -79,12 +80,12 @@ fn split(context: &Context, dense: Outcome, settings: &Experts, batches: &[nn::B
     if let Some(drop) = settings.drop {
         for dropped in experts::drop::drop_experts(&mut model, drop, batches)? {
             notes.push(format!(
-                "block {}: {} of {} experts stay; those that went had {:.1} % of all experts' {:?} saliency",
+                "block {}: {} of {} experts stay; those that went had {:.1} % of all experts' saliency ({})",
                 dropped.block,
                 dropped.kept.len(),
                 dropped.before,
                 100.0 * dropped.lost,
-                drop.saliency
+                written(&drop.saliency)
             ));
         }
         recount(&model, &mut state)?;

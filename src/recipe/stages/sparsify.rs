@@ -1,16 +1,22 @@
 //! Zeros in weights: made at once and then recovered from, or grown while training.
 
+use std::collections::BTreeMap;
+
 use super::{Context, Outcome, Student, calibration, linears, recover, recover_with, text};
 use crate::compress::distillation::TeacherCache;
 use crate::compress::pruning::score::{FirstOrder, Magnitude, Random};
 use crate::compress::pruning::sparsegpt::{self, SparseGpt};
 use crate::compress::pruning::wanda::{Activation, Wanda};
 use crate::compress::pruning::{Binariser, Criterion, Learned24, Movement, Pruner, fisher, prunable};
+use crate::compress::quantization::STEP;
+use crate::compress::written;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::recipe::flow::Flow;
 use crate::recipe::run_folder::State;
 use crate::recipe::schema::{PruningMethod, Sparsify};
+use crate::tensor::Tensor;
 use crate::train::lifecycle::Method;
 
 pub fn run(flow: &mut Flow, settings: &Sparsify, student: &Student, cache: &TeacherCache) -> Result<Student> {
@@ -22,7 +28,7 @@ fn sparsified(context: &Context, settings: &Sparsify, student: &Student, cache: 
     let mut model = student.model.duplicate()?;
     let weights = prunable(&model, &linears(&model.config, &settings.linears), settings.pattern);
     if weights.is_empty() {
-        let (key, value) = ("sparsify.pattern".into(), format!("{:?}", settings.pattern));
+        let (key, value) = ("sparsify.pattern".into(), written(&settings.pattern));
         return Err(Error::Recipe { key, value, allowed: "a pattern whose units make up at least one weight".into() });
     }
     let (training, state) = (settings.training(), student.state.clone());
@@ -30,7 +36,11 @@ fn sparsified(context: &Context, settings: &Sparsify, student: &Student, cache: 
         let mut pruner = pruner(context, settings, &model, &weights)?;
         pruner.once(&model)?;
         let invariants = pruner.invariants(&model)?;
-        let state = promised(&model, &weights, settings, state)?;
+        let mut state = promised(&model, &weights, settings, state)?;
+        if let Some(format) = settings.grid() {
+            (state.quantized, state.format) = (linears(&model.config, &[]), format);
+            put_steps(&mut model, pruner.steps())?;
+        }
         let mut outcome = recover(context, (model, state), &training, &settings.distil, cache, 2)?;
         outcome.invariants.extend(invariants);
         outcome
@@ -56,6 +66,16 @@ fn sparsified(context: &Context, settings: &Sparsify, student: &Student, cache: 
     };
     outcome.notes.push(shares(&outcome, &weights)?);
     Ok(outcome)
+}
+
+/// The grids that weights were rounded to, as every later stage keeps them.
+fn put_steps(model: &mut Model, steps: BTreeMap<String, Vec<f64>>) -> Result<()> {
+    for (weight, steps) in steps {
+        let name = format!("{}.{STEP}", weight.trim_end_matches(".weight"));
+        let steps = Tensor::from_f64(model.device(), &[steps.len()], DType::F32, &steps)?;
+        model.tensors.insert(name, steps);
+    }
+    Ok(())
 }
 
 /// The zeros as they are now become a promise.
