@@ -2,12 +2,13 @@
 
     python3 compare.py --espalier target/release/espalier --out target/peers/results.jsonl
 
-A run that was cut short goes on where it was: cases that the file has are not timed again (`--fresh` forgets them). What is
-not installed is left out, and said. `--page docs/benchmarks.md` writes the page of what the file has.
+A run that was cut short goes on where it was: cases that the file has of this very program are not timed again (`--fresh`
+forgets them). What is not installed is left out, and said. `--page docs/benchmarks.md` writes the page of what the file has.
 """
 
 import argparse
 import fnmatch
+import hashlib
 import json
 import os
 import platform
@@ -68,6 +69,19 @@ def processor():
     return f"{found.get('model name', 'CPU')} (family {found.get('cpu family')}, {', '.join(wide)})"
 
 
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def earlier(path, program):
+    """What a run of this very program has written already; another program's results are set aside."""
+    records = read_records(path) if os.path.exists(path) else []
+    if any(r["kernel_hash"] not in ("", program) for r in records):
+        os.replace(path, f"{path}.old")
+        return []
+    return records
+
+
 class Field:
     """Everybody who can be asked, started when first needed: a process for each peer, as no two may share a clock."""
 
@@ -126,6 +140,7 @@ class Run:
         self.commit = subprocess.run(
             ["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True
         ).stdout.strip()
+        self.program = digest(options.espalier)
         self.processor = processor()
 
     def draw(self, case, seed, paths):
@@ -191,6 +206,7 @@ class Run:
             "dtype": case["dtype"],
             "layout": case["layout"],
             "kernel": corner.kernel,
+            "kernel_hash": self.program if peer == "espalier" else "",
             "supported": True,
             "passed": corner.fault is None and bool(samples),
             "error": corner.fault,
@@ -274,7 +290,7 @@ def main():
         os.remove(options.out)
     os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
     begin, cases = time.monotonic(), listed(options.espalier)
-    records = read_records(options.out) if os.path.exists(options.out) else []
+    records = earlier(options.out, digest(options.espalier))
     done = {(r["op"], r["params"], r["device"]["limits"]["threads"], r["device"]["registry"][0]) for r in records}
     run = Run(options)
     try:

@@ -115,7 +115,8 @@ def tables(matches):
             name = m.name + (", forward and backward" if m.mode == "both" else "")
             time, share = ours(m)
             yield f"| {name} | {time} | {share} | " + " | ".join(cell(m, p) for p in peers) + " |"
-        yield ""
+        ran = dict.fromkeys(f"{p}: {m.peers[p].record['kernel']}" for p in peers for m in rows if p in m.peers)
+        yield "\nWhat ran: " + "; ".join(line for line in ran if len(set(line.split(": "))) == 2) + ".\n"
 
 
 def goals(matches):

@@ -187,32 +187,24 @@ def expected(case, arrays, computes=None):
     return REFERENCES[name](value, *inputs)
 
 
-def fault(want, got, dtype, bound):
-    """Why an output is wrong; None where it is right."""
+def judge(want, got, dtype, bound):
+    """The relative error of an output, and why it is wrong; None where it is right."""
     if want is None:
-        return None
+        return 0.0, None
     if got.size != want.size:
-        return f"{got.size} elements where {want.size} were expected"
+        return numpy.inf, f"{got.size} elements where {want.size} were expected"
     got = double(got.reshape(want.shape), dtype)
     if not numpy.isfinite(got).all():
-        return f"{int((~numpy.isfinite(got)).sum())} elements were not written, or are no numbers"
-    # Where nothing is expected, everything is right.
-    judged = numpy.isfinite(want)
-    want, got = want[judged], got[judged]
+        return numpy.inf, f"{int((~numpy.isfinite(got)).sum())} elements were not written, or are no numbers"
     difference = numpy.abs(got - want)
-    power = float(numpy.sqrt((want**2).mean())) or 1.0
-    error = float(numpy.sqrt((difference**2).mean())) / power
-    if error > bound:
-        return f"relative error {error:.2e} above {bound:.0e}"
-    if difference.max() > WORST * bound * power:
-        return f"an element is off by {difference.max() / power:.2e} of the output's size"
-    return None
-
-
-def relative_error(want, got, dtype):
-    if want is None:
-        return 0.0
     judged = numpy.isfinite(want)
-    want, got = want[judged], double(got.reshape(want.shape), dtype)[judged]
-    power = float(numpy.sqrt((want**2).mean())) or 1.0
-    return float(numpy.sqrt(((got - want) ** 2).mean())) / power
+    if not judged.all():
+        # Where nothing is expected, everything is right.
+        want, difference = want[judged], difference[judged]
+    power = float(numpy.sqrt(numpy.square(want).mean())) or 1.0
+    worst, error = float(difference.max()), float(numpy.sqrt(numpy.square(difference).mean())) / power
+    if error > bound:
+        return error, f"relative error {error:.2e} above {bound:.0e}"
+    if worst > WORST * bound * power:
+        return error, f"an element is off by {worst / power:.2e} of the output's size"
+    return error, None
