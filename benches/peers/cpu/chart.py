@@ -26,7 +26,7 @@ def frame(width, height, label, parts):
 
 
 def colours(matches):
-    peers = sorted({p for m in matches for p in m.peers}, key=lambda p: (p != "PyTorch", p))
+    peers = sorted({p for m in matches for p in m.peers}, key=lambda p: (not p.startswith("PyTorch"), p))
     return {p: COLOURS[i % len(COLOURS)] for i, p in enumerate(peers)}
 
 

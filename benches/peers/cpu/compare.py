@@ -40,7 +40,7 @@ def arguments():
     parser.add_argument("--python", action="append", default=[], help="a script of a Python peer; repeatable")
     parser.add_argument("--out", required=True)
     parser.add_argument("--page")
-    parser.add_argument("--op", default="*")
+    parser.add_argument("--op", default="*", help="only ops whose name fits (* and ?, several separated by |)")
     parser.add_argument("--case", default="*", help="only cases whose name fits (* and ?)")
     parser.add_argument("--peer", default="*", help="only peers whose name fits")
     parser.add_argument("--threads", type=int, default=1)
@@ -53,6 +53,10 @@ def arguments():
 
 def say(text):
     print(text, file=sys.stderr, flush=True)
+
+
+def fits(name, patterns):
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split("|"))
 
 
 def processor():
@@ -104,13 +108,13 @@ class Field:
                 say(f"left out: {' '.join(command)}: {reason}")
                 continue
             for peer in asked.about["peers"]:
-                if fnmatch.fnmatchcase(peer["name"], options.peer):
-                    self.peers.append((peer["name"], peer["version"], command))
+                if fits(peer["name"], options.peer):
+                    self.peers.append((peer["name"], peer["version"], command, peer.get("environment", {})))
             asked.end()
 
-    def contestant(self, key, command):
+    def contestant(self, key, command, environment=None):
         if key not in self.running or not self.running[key].alive():
-            self.running[key] = Contestant(command, self.options.threads, self.cpus)
+            self.running[key] = Contestant(command, self.options.threads, self.cpus, environment)
         return self.running[key]
 
     def end(self):
@@ -158,9 +162,9 @@ class Run:
         ]
         names = [("espalier", self.version)] * len(parts)
         if ceiling is not None:
-            for peer, version, command in self.field.peers:
+            for peer, version, command, environment in self.field.peers:
                 try:
-                    entries.append((self.field.contestant((peer, *command), command), peer, numbers[-1]))
+                    entries.append((self.field.contestant((peer, *command), command, environment), peer, numbers[-1]))
                     names.append((peer, version))
                 except (Refused, OSError) as reason:
                     say(f"left out: {peer}: {reason}")
@@ -305,7 +309,7 @@ def main():
             say(f"ceilings of this run: {ceiling['gflops']:.0f} GFLOP/s in f32, {ceiling['gb']:.1f} GB/s")
             for name, mode, parts in matches([c for c in cases if c["group"] != "ceiling"]):
                 last = parts[-1]
-                wanted = fnmatch.fnmatchcase(last["op"], options.op) and fnmatch.fnmatchcase(name, options.case)
+                wanted = fits(last["op"], options.op) and fits(name, options.case)
                 if not wanted or (last["op"], last["params"], options.threads, "espalier") in done:
                     continue
                 if time.monotonic() - begin > options.limit_seconds:

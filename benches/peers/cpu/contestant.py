@@ -17,13 +17,11 @@ class Refused(Exception):
 
 class Contestant:
     def __init__(self, command, threads, cpus=None, environment=None):
-        # One count for every library that reads one; no allocator gives memory back between runs of those who allocate.
+        # One count for every library that reads one.
         counts = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MATMUL_NUM_THREADS", "PEER_THREADS")
         environment = {
             **os.environ,
             **{name: str(threads) for name in counts},
-            "MALLOC_MMAP_MAX_": "0",
-            "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
             **(environment or {}),
         }
         pin = (lambda: os.sched_setaffinity(0, cpus)) if cpus else None

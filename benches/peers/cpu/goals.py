@@ -8,11 +8,14 @@ class Goal:
         self.title, self.cases, self.mode, self.peers, self.must, self.aim = title, cases, mode, peers, must, aim
 
 
+# Where no memory is new, both forms are the same kernel.
+TORCH = ("PyTorch", "PyTorch, memory kept")
+
 GOALS = [
     Goal("f32 products", "NN * f32", "forward", ("faer", "gemm x86-v4"), 0.95, 1.05),
-    Goal("f32 products", "NN * f32", "forward", ("PyTorch",), 1.8, 2.2),
+    Goal("f32 products", "NN * f32", "forward", TORCH, 1.8, 2.2),
     Goal("f32 products", "NN * f32", "forward", ("candle",), 1.7, 2.1),
-    Goal("bf16 products", "NN * bf16", "forward", ("PyTorch",), 0.85, 1.0),
+    Goal("bf16 products", "NN * bf16", "forward", TORCH, 0.85, 1.0),
     Goal("int8 products", "int8 *", "forward", ("rten-gemm",), 1.0, 1.2),
     Goal("int8 products", "int8 *", "forward", ("ONNX Runtime",), 1.0, 1.2),
     Goal("2:4 product", "2:4 *", "forward", ("faer",), 1.25, 1.6),
@@ -26,5 +29,5 @@ GOALS = [
     Goal("KL with its gradient", "kl *", "both", ("PyTorch",), 8, 20),
     Goal("fake quantization", "fake-quant *", "forward", ("PyTorch",), 8, 15),
     Goal("top-k", "top *", "forward", ("PyTorch",), 2, 5),
-    Goal("AdamW", "adamw *", "forward", ("PyTorch",), 0.95, 1.1),
+    Goal("AdamW", "adamw *", "forward", TORCH, 0.95, 1.1),
 ]

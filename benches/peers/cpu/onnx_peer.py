@@ -15,7 +15,14 @@ from case_list import parse_value
 from server import Skipped, Work
 
 OPSET = 20
-TYPES = {"f32": (TensorProto.FLOAT, numpy.float32), "i8": (TensorProto.INT8, numpy.int8), "i32": (TensorProto.INT32, numpy.int32)}
+TYPES = {
+    "f32": (TensorProto.FLOAT, numpy.float32),
+    "u8": (TensorProto.UINT8, numpy.uint8),
+    "i8": (TensorProto.INT8, numpy.int8),
+    "i32": (TensorProto.INT32, numpy.int32),
+}
+# What is added to an i8 to make it a u8: the library's fast products are of unsigned activations.
+ZERO = 128
 
 
 class Slot:
@@ -85,9 +92,13 @@ def matmul(case, value):
 
 
 def matmul_int8(case, value):
-    node = helper.make_node("MatMulInteger", ["a", "b"], ["y"])
+    node = helper.make_node("MatMulInteger", ["a", "b", "zero"], ["y"])
     dims = case["outputs"][0]["dims"]
-    build = lambda a, a_scales, b, b_scales: Slot(node, {"a": a}, {"b": b.T}, [("y", "i32", dims)])
+
+    def build(a, a_scales, b, b_scales):
+        constants = {"b": b.T, "zero": numpy.array(ZERO, dtype=numpy.uint8)}
+        return Slot(node, {"a": a.view(numpy.uint8) ^ ZERO}, constants, [("y", "i32", dims)])
+
     return Onnx(build, "MatMulInteger, packed weights, no scales", "integer product")
 
 

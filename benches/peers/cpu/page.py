@@ -107,7 +107,7 @@ def tables(matches):
         rows = [m for m in matches if m.group == group]
         if not rows:
             continue
-        peers = sorted({p for m in rows for p in m.peers}, key=lambda p: (p != "PyTorch", p))
+        peers = sorted({p for m in rows for p in m.peers}, key=lambda p: (not p.startswith("PyTorch"), p))
         yield f"### {title}\n"
         yield "| case | ours | of the ceiling | " + " | ".join(peers) + " |"
         yield "| --- | --- | --- |" + " --- |" * len(peers)
