@@ -162,7 +162,7 @@ def write(records, cases, path):
         "`make peers` writes this page. A ratio is a peer's time over ours, in the same run: above 1, ours is faster. Each is the",
         "median of the rounds' ratios, with the least and the largest behind it; where these lie on both sides of 1, the two are equal.\n",
         f"- Machine: {device['name']}; {device['driver']}.",
-        f"- Date {span}; espalier {commit}; {', '.join(versions)}.",
+        f"- Date {span}; espalier {commit}; {'; '.join(versions)}.",
         f"- Ceilings of this run, one thread: {best['multiply_add_chain'][0]:.0f} GFLOP/s in f32 (twice that in bf16, four times in int8), {max(copies):.0f} GB/s.",
         "",
         "How it is measured: every side is a process that holds no clock and no reference. A judge hands all of them the same numbers",
