@@ -38,6 +38,7 @@ pub mod softmax;
 pub mod sparse24;
 mod sparse24_matmul;
 mod sparse24_pack;
+pub mod sparse_bitmap;
 pub mod unary;
 mod vector;
 
@@ -75,5 +76,6 @@ pub static FAMILIES: &[&Family] = &[
     &quant_matmul::FAMILY,
     &sparse24::FAMILY,
     &sparse24_matmul::FAMILY,
+    &sparse_bitmap::FAMILY,
     &unary::FAMILY,
 ];

@@ -76,6 +76,20 @@ pub(super) fn pack_b<T: Float>(
     }
 }
 
+/// Columns of B `[k, ..]` side by side: `out [k, padded]`, zeros behind the last.
+pub(in super::super) fn pack_columns<T: Float>(
+    b: View<T>,
+    (first, columns): (usize, usize),
+    k: usize,
+    padded: usize,
+    out: &mut [f32],
+) {
+    pack_b(b, (first, columns), (0, k), padded, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(in super::super) use avx512::turn;
+
 /// Rows of `words` 32-bit words as columns: `out [words, 16]`, padded with zeros to sixteen rows. Needs AVX-512.
 #[cfg(target_arch = "x86_64")]
 pub(in super::super) fn turn_words(rows: &[f32], words: usize, out: &mut [f32]) {
@@ -177,7 +191,7 @@ mod avx512 {
     /// The transpose of 16 x 16 values: pairs within 128-bit lanes, then the lanes.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn turn(r: [__m512; 16]) -> [__m512; 16] {
+    pub(in super::super::super) fn turn(r: [__m512; 16]) -> [__m512; 16] {
         let mut t = r;
         for i in (0..16).step_by(4) {
             let low = _mm512_unpacklo_ps(r[i], r[i + 1]);
