@@ -79,9 +79,11 @@ pub use reduce::{argmax, count_non_finite, reduce, reduce_backward};
 pub use relative::{relative_bias, relative_bias_backward};
 pub use select::{above, keep_largest};
 pub use softmax::{IGNORE, cross_entropy, cross_entropy_backward, softmax, softmax_backward};
+pub use sparse_bitmap::{
+    BLOCK as BITMAP_BLOCK, PADDING as BITMAP_PADDING, decompress_bitmap, matmul_bitmap, matmul_bitmap_int8,
+};
 pub use sparse24::{PAIRS, PATTERNS, compress24, decompress24, gather24, mask24_1d, mask24_2d};
 pub use sparse24_matmul::{matmul_sparse24, matmul_sparse24_int8};
-pub use sparse_bitmap::{BLOCK as BITMAP_BLOCK, PADDING as BITMAP_PADDING, decompress_bitmap, matmul_bitmap, matmul_bitmap_int8};
 pub use unary::{cast, unary, unary_backward};
 
 use std::cell::Cell;

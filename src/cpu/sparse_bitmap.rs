@@ -3,13 +3,21 @@
 //! Many tokens: activations are packed with tokens side by side, 128 to a panel, so that 64 words of k are 32 KB and stay in
 //! the first-level cache while rows of weights pass over them. A kept word is broadcast and meets eight registers of tokens; the
 //! sums of a strip of rows wait in the second-level cache between blocks of k. What bounds this is loads: nine for eight
-//! multiply-adds. Few tokens: weights are expanded in registers (`vpexpandd`), which reads them once and needs no packing.
+//! multiply-adds. Few tokens: weights are expanded in registers (`vpexpandd`), or for a single one x is gathered from registers
+//! (`vpermi2d`); either reads them once and needs no packing.
 //!
 //! A word is one f32 or four int8 along k; `vpdpbusd` multiplies unsigned by signed bytes, so x gets 128 added there, and 128
 //! times the sum of the weights is taken off again.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(test)]
+mod tests;
+
 use std::cell::Cell;
 use std::ops::Range;
+#[cfg(target_arch = "x86_64")]
+use std::sync::LazyLock;
 
 use super::Args;
 use super::gemm::{View, pack_columns};
@@ -147,13 +155,18 @@ impl Product<'_> {
         let panel = if few { self.m * blocks * BLOCK / 16 } else { blocks * BLOCK * PANEL / 16 };
         let lines = if few { panel } else { self.m.div_ceil(16) * blocks * BLOCK };
         let packed = grown(&mut buffer, lines.next_multiple_of(panel.max(1)));
-        args.rows(packed, panel, 1, |p, lines| if few { self.copy::<BYTES>(lines) } else { self.pack::<BYTES>(p, lines) });
-        let panels = packed.len() / panel.max(1);
-        let packed = &*packed;
+        args.rows(
+            packed,
+            panel,
+            1,
+            |p, lines| if few { self.copy::<BYTES>(lines) } else { self.pack::<BYTES>(p, lines) },
+        );
+        let (panels, packed) = (packed.len() / panel.max(1), &*packed);
         args.ranges(panels * strips, 1, |tasks| {
             let mut sums = SUMS.take();
             for task in tasks {
-                let (p, rows) = (task / strips, task % strips * STRIP..(task % strips * STRIP + STRIP).min(self.n));
+                let (p, s) = (task / strips, task % strips * STRIP);
+                let rows = s..(s + STRIP).min(self.n);
                 let x = &packed[p * panel..(p + 1) * panel];
                 // SAFETY: y has m x n elements; each pair of a panel and a strip is visited by one task.
                 unsafe {
@@ -262,7 +275,7 @@ impl Product<'_> {
             while first < self.m {
                 let x = &x[first * self.words.div_ceil(BLOCK) * BLOCK / 16..];
                 first += match self.m - first {
-                    1 => avx512::expand::<1, BYTES>(self, first, rows.clone(), x, grown(sums, rows.len()), out),
+                    1 => avx512::gather::<BYTES>(self, first, rows.clone(), x, grown(sums, rows.len()), out),
                     2 | 3 => avx512::expand::<2, BYTES>(self, first, rows.clone(), x, grown(sums, 2 * rows.len()), out),
                     4..8 => avx512::expand::<4, BYTES>(self, first, rows.clone(), x, grown(sums, 4 * rows.len()), out),
                     _ => avx512::expand::<8, BYTES>(self, first, rows.clone(), x, grown(sums, 8 * rows.len()), out),
@@ -296,11 +309,12 @@ multiversion! {
     /// Adds the block to the sums `[row, token]` of `16 width` tokens, or starts them.
     fn lists(strip: &Strip, width: usize, sums: &mut [Line]) {
         let x: &[f32] = bytemuck::cast_slice(strip.x);
-        for (j, sums) in strip.rows.clone().zip(bytemuck::cast_slice_mut::<_, f32>(sums).chunks_exact_mut(16 * width)) {
+        for (j, sums) in strip.rows.clone().zip(sums.chunks_exact_mut(width)) {
+            let (mask, values) = strip.weights.list(strip.b, j);
+            let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
             if strip.b == 0 {
                 sums.fill(0.0);
             }
-            let (mask, values) = strip.weights.list(strip.b, j);
             each(mask, values, |place, value| {
                 let (w, x) = (f32::from_bits(value), &x[place * sums.len()..][..sums.len()]);
                 sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += w * x);
@@ -311,11 +325,12 @@ multiversion! {
     /// [`lists`] of bytes, which are signed here.
     fn lists_bytes(strip: &Strip, width: usize, sums: &mut [Line]) {
         let x: &[u32] = bytemuck::cast_slice(strip.x);
-        for (j, sums) in strip.rows.clone().zip(bytemuck::cast_slice_mut::<_, i32>(sums).chunks_exact_mut(16 * width)) {
+        for (j, sums) in strip.rows.clone().zip(sums.chunks_exact_mut(width)) {
+            let (mask, values) = strip.weights.list(strip.b, j);
+            let sums: &mut [i32] = bytemuck::cast_slice_mut(sums);
             if strip.b == 0 {
                 sums.fill(0);
             }
-            let (mask, values) = strip.weights.list(strip.b, j);
             each(mask, values, |place, value| {
                 let byte = |word: u32, i: u32| i32::from((word >> (8 * i)) as u8 as i8);
                 let w: [i32; 4] = [byte(value, 0), byte(value, 1), byte(value, 2), byte(value, 3)];
@@ -332,194 +347,11 @@ multiversion! {
 /// Whether the vector code runs on this processor.
 #[cfg(target_arch = "x86_64")]
 fn vector() -> bool {
-    super::simd::level() == super::simd::Level::Avx512 && super::int8::vnni()
+    static FOUND: LazyLock<bool> = LazyLock::new(|| is_x86_feature_detected!("avx512vbmi2") && super::int8::vnni());
+    *FOUND && super::simd::level() == super::simd::Level::Avx512
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 fn vector() -> bool {
     false
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx512 {
-    use std::arch::x86_64::*;
-    use std::ops::Range;
-
-    use super::super::gemm::turn;
-    use super::{BLOCK, Line, Out, Product, Strip};
-
-    /// sum + x w: of floats, or of groups of four bytes, those of x unsigned.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    #[inline]
-    fn multiply<const BYTES: bool>(sum: __m512i, x: __m512i, w: __m512i) -> __m512i {
-        if BYTES {
-            return _mm512_dpbusd_epi32(sum, x, w);
-        }
-        _mm512_castps_si512(_mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), _mm512_castsi512_ps(sum)))
-    }
-
-    /// [`super::lists`] for either type, with 16 A tokens.
-    ///
-    /// # Safety
-    /// [`super::vector`] found the instructions.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,bmi1,bmi2,popcnt")]
-    pub(super) unsafe fn lists<const A: usize, const BYTES: bool>(strip: &Strip, sums: &mut [Line]) {
-        assert!(strip.x.len() >= BLOCK * A, "a whole block");
-        let ones = _mm512_set1_epi8(1);
-        for (j, sums) in strip.rows.clone().zip(sums.chunks_exact_mut(A)) {
-            let (mut mask, values) = strip.weights.list(strip.b, j);
-            let mut acc = [_mm512_setzero_si512(); A];
-            if strip.b > 0 {
-                for i in 0..A {
-                    // SAFETY: a line is one register.
-                    acc[i] = unsafe { _mm512_load_si512(sums.as_ptr().add(i).cast()) };
-                }
-            }
-            let mut total = _mm512_setzero_si512();
-            let mut value = values.as_ptr();
-            while mask != 0 {
-                let place = mask.trailing_zeros() as usize;
-                mask &= mask - 1;
-                // SAFETY: a list has a value for each bit of its mask, and x has BLOCK words of A lines.
-                unsafe {
-                    let w = _mm512_set1_epi32(value.read() as i32);
-                    value = value.add(1);
-                    let x = strip.x.as_ptr().add(place * A);
-                    for i in 0..A {
-                        acc[i] = multiply::<BYTES>(acc[i], _mm512_load_si512(x.add(i).cast()), w);
-                    }
-                    if BYTES {
-                        total = _mm512_dpbusd_epi32(total, ones, w);
-                    }
-                }
-            }
-            let excess = _mm512_slli_epi32::<7>(total);
-            for i in 0..A {
-                let sum = if BYTES { _mm512_sub_epi32(acc[i], excess) } else { acc[i] };
-                // SAFETY: as above.
-                unsafe { _mm512_store_si512(sums.as_mut_ptr().add(i).cast(), sum) };
-            }
-        }
-    }
-
-    /// Finishes the sums `[row, token]` and turns them into rows of y.
-    ///
-    /// # Safety
-    /// As [`Product::strip`]; [`super::vector`] found the instructions; `sums` holds `width` lines for each row, and for as many
-    /// more as make a multiple of 16.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    pub(super) unsafe fn store<const BYTES: bool>(
-        product: &Product,
-        first: usize,
-        rows: Range<usize>,
-        width: usize,
-        sums: &[Line],
-        out: &Out,
-    ) {
-        assert!(sums.len() >= rows.len().next_multiple_of(16) * width, "whole blocks of rows");
-        for (v, token) in (first..product.m).step_by(16).take(width).enumerate() {
-            let tokens = (product.m - token).min(16);
-            let lanes = ((1u32 << tokens) - 1) as u16;
-            let x_scale = match product.scales {
-                // SAFETY: masked to the tokens that exist.
-                Some([x, _]) => unsafe { _mm512_maskz_loadu_ps(lanes, x[token..].as_ptr()) },
-                None => _mm512_setzero_ps(),
-            };
-            for j in rows.clone().step_by(16) {
-                let mut block = [_mm512_setzero_ps(); 16];
-                let columns = (rows.end - j).min(16);
-                for r in 0..16 {
-                    // SAFETY: the rows of this block have lines.
-                    let sum = unsafe { _mm512_load_si512(sums.as_ptr().add((j - rows.start + r) * width + v).cast()) };
-                    let row = j + r.min(columns - 1);
-                    let mut y = match product.scales {
-                        Some([_, w]) if BYTES => {
-                            _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), x_scale), _mm512_set1_ps(w[row]))
-                        }
-                        _ => _mm512_castsi512_ps(sum),
-                    };
-                    if let Some(bias) = product.bias {
-                        y = _mm512_add_ps(y, _mm512_set1_ps(bias[row]));
-                    }
-                    block[r] = y;
-                }
-                let turned = turn(block);
-                for i in 0..tokens {
-                    // SAFETY: token + i < m, and the mask covers columns of this strip.
-                    unsafe {
-                        let to = out.0.add((token + i) * product.n + j);
-                        _mm512_mask_storeu_ps(to, ((1u32 << columns) - 1) as u16, turned[i]);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Tokens first .. first + M against `rows` of the weights, 16 words of k side by side; gives M. `sums` holds M lines for
-    /// each row, `x` as many lines for each token as there are registers in a row.
-    ///
-    /// # Safety
-    /// As [`store`].
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,bmi1,bmi2,popcnt")]
-    pub(super) unsafe fn expand<const M: usize, const BYTES: bool>(
-        product: &Product,
-        first: usize,
-        rows: Range<usize>,
-        x: &[Line],
-        sums: &mut [Line],
-        out: &Out,
-    ) -> usize {
-        let blocks = product.words.div_ceil(BLOCK);
-        assert!(x.len() >= M * blocks * BLOCK / 16 && first + M <= product.m, "whole rows");
-        let ones = _mm512_set1_epi8(1);
-        for b in 0..blocks {
-            for (j, sums) in rows.clone().zip(sums.chunks_exact_mut(M)) {
-                let (mask, values) = product.weights.list(b, j);
-                let mut acc = [_mm512_setzero_si512(); M];
-                if b > 0 {
-                    for t in 0..M {
-                        // SAFETY: a line is one register.
-                        acc[t] = unsafe { _mm512_load_si512(sums.as_ptr().add(t).cast()) };
-                    }
-                }
-                let mut total = _mm512_setzero_si512();
-                let mut value = values.as_ptr();
-                for q in 0..BLOCK / 16 {
-                    let part = (mask >> (16 * q)) as u16;
-                    // SAFETY: a list has a value for each bit of its mask and a register of padding behind them.
-                    let w = unsafe { _mm512_maskz_expand_epi32(part, _mm512_loadu_si512(value.cast())) };
-                    // SAFETY: as above.
-                    value = unsafe { value.add(part.count_ones() as usize) };
-                    for t in 0..M {
-                        // SAFETY: token t has `blocks` times four lines.
-                        let x = unsafe { _mm512_load_si512(x.as_ptr().add((t * blocks + b) * BLOCK / 16 + q).cast()) };
-                        acc[t] = multiply::<BYTES>(acc[t], x, w);
-                    }
-                    if BYTES {
-                        total = _mm512_dpbusd_epi32(total, ones, w);
-                    }
-                }
-                let excess = _mm512_slli_epi32::<7>(total);
-                for t in 0..M {
-                    let sum = if BYTES { _mm512_sub_epi32(acc[t], excess) } else { acc[t] };
-                    // SAFETY: as above.
-                    unsafe { _mm512_store_si512(sums.as_mut_ptr().add(t).cast(), sum) };
-                }
-            }
-        }
-        for (j, sums) in rows.zip(sums.chunks_exact(M)) {
-            for t in 0..M {
-                // SAFETY: a line is one register.
-                let lanes = unsafe { _mm512_load_si512(sums.as_ptr().add(t).cast()) };
-                let sum = if BYTES {
-                    _mm512_reduce_add_epi32(lanes) as u32
-                } else {
-                    _mm512_reduce_add_ps(_mm512_castsi512_ps(lanes)).to_bits()
-                };
-                // SAFETY: the caller promised this element.
-                unsafe { out.0.add((first + t) * product.n + j).write(product.finish::<BYTES>(sum, first + t, j)) };
-            }
-        }
-        M
-    }
 }
