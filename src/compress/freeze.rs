@@ -4,6 +4,7 @@ use crate::dispatch;
 use crate::error::Result;
 use crate::nn::Model;
 use crate::ops::quant::GridFrom;
+use crate::ops::sparse_bitmap;
 use crate::ops::sparse24::{Compress24, Form24, Mask24};
 use crate::tensor::Tensor;
 
@@ -51,6 +52,22 @@ fn convert(model: &mut Model, linear: &str, form: Form) -> Result<()> {
     model.tensors.remove(&name);
     model.tensors.remove(&format!("{linear}.{STEP}"));
     Ok(())
+}
+
+/// Zeros that follow no pattern, skipped: the float and int8 weights of these linears of a frozen model become the words that are
+/// not zero and bitmaps (`ops/sparse_bitmap.rs`), `.kept` and `.lists`. Int8 has one scale per output channel.
+pub fn skip_zeros(frozen: &Model, linears: &[&str]) -> Result<Model> {
+    let mut model = Model::new(frozen.config.clone(), frozen.tensors.clone(), frozen.device())?;
+    for linear in linears {
+        for part in ["weight", "int8"] {
+            if let Some(weight) = model.tensors.remove(&format!("{linear}.{part}")) {
+                let [kept, lists] = sparse_bitmap::compress(&weight)?;
+                model.tensors.insert(format!("{linear}.kept"), kept);
+                model.tensors.insert(format!("{linear}.lists"), lists);
+            }
+        }
+    }
+    Ok(model)
 }
 
 type Parts = Vec<(&'static str, Tensor)>;

@@ -8,6 +8,7 @@ use crate::ops::binary::{Binary, BinaryFunction};
 use crate::ops::matmul::Matmul;
 use crate::ops::quant::{Dequantize, Granularity, GridFrom, MatmulInt8, MatmulInt8Groups, Quantize, Scheme};
 use crate::ops::quant_int4::{MatmulInt4, UnpackInt4};
+use crate::ops::sparse_bitmap::{MatmulBitmap, MatmulBitmapInt8};
 use crate::ops::sparse24::{MatmulSparse24, MatmulSparse24Int8};
 use crate::tape::Var;
 use crate::tensor::Tensor;
@@ -57,6 +58,19 @@ impl Pass<'_> {
                 None => {
                     let inputs = [&rows, &values, &metadata].into_iter().chain(&bias);
                     self.tape.first(MatmulSparse24 { bias: bias.is_some() }, &inputs.collect::<Vec<_>>())?
+                }
+            }
+        } else if let Some(kept) = self.optional(&format!("{name}.kept"))? {
+            let lists = self.optional(&format!("{name}.lists"))?.ok_or_else(|| missing(name))?;
+            match scale {
+                Some(scale) => {
+                    let q = self.quantized(name, &rows)?;
+                    let inputs = [&q[0], &q[1], &kept, &lists, &scale].into_iter().chain(&bias);
+                    self.tape.first(MatmulBitmapInt8 { bias: bias.is_some() }, &inputs.collect::<Vec<_>>())?
+                }
+                None => {
+                    let inputs = [&rows, &kept, &lists].into_iter().chain(&bias);
+                    self.tape.first(MatmulBitmap { bias: bias.is_some() }, &inputs.collect::<Vec<_>>())?
                 }
             }
         } else if let (Some(weight), Some(scale)) = (self.optional(&format!("{name}.int8"))?, &scale) {

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::cli::{Global, say, say_json};
 use crate::compress::experts::{Router, Settings, Split, convert};
-use crate::compress::freeze::{Form, freeze};
+use crate::compress::freeze::{Form, freeze, skip_zeros};
 use crate::compress::quantization::Format;
 use crate::device::Device;
 use crate::device::turns::take_turns;
@@ -28,7 +28,8 @@ const SHAPES: [[usize; 3]; 3] = [[4, 24, 384], [4, 32, 512], [12, 64, 3072]];
 const TOKENS: [usize; 4] = [1, 8, 64, 512];
 const EXPERT_SIZE: usize = 32;
 const SHARES: [f64; 5] = [1.0, 0.5, 0.4, 0.3, 0.2];
-const UNSTRUCTURED: [f64; 2] = [0.5, 0.9];
+const UNSTRUCTURED: [f64; 3] = [0.5, 0.8, 0.9];
+const LINEARS: [&str; 2] = ["blocks.0.ffn.in", "blocks.0.ffn.out"];
 
 /// One form at one shape.
 #[derive(Serialize)]
@@ -114,8 +115,11 @@ fn forms(device: &Arc<dyn Device>, size: Size, int8: bool, seed: u64) -> Result<
     all.push(plain("2:4".into(), "2:4 kernels", frozen(&masked, true)?));
     for share in UNSTRUCTURED {
         let zeros = masked_by_size(&dense, share)?;
+        let zeros = frozen(&zeros, false)?;
         let form = format!("unstructured {:.0} %", 100.0 * share);
-        all.push(plain(form, "dense kernels: zeros are multiplied", frozen(&zeros, false)?));
+        all.push(plain(form, "dense kernels: zeros are multiplied", zeros.duplicate()?));
+        let form = format!("bitmap {:.0} % zeros", 100.0 * share);
+        all.push(plain(form, "bitmap kernels: zeros are skipped", skip_zeros(&zeros, &LINEARS)?));
     }
     let settings = Settings {
         expert_size: EXPERT_SIZE,
@@ -145,10 +149,10 @@ fn forms(device: &Arc<dyn Device>, size: Size, int8: bool, seed: u64) -> Result<
 /// The model with its FFN weights times masks of their own.
 fn masked(model: &Model, mask: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Model> {
     let mut masked = model.duplicate()?;
-    for name in ["blocks.0.ffn.in.weight", "blocks.0.ffn.out.weight"] {
-        let weight = model.get(name)?;
+    for name in LINEARS.map(|linear| format!("{linear}.weight")) {
+        let weight = model.get(&name)?;
         let product = dispatch::run_one(&Binary(BinaryFunction::Mul), &[weight, &mask(weight)?])?;
-        masked.tensors.insert(name.into(), product);
+        masked.tensors.insert(name, product);
     }
     Ok(masked)
 }
