@@ -38,11 +38,12 @@ pub fn without_result(path: &Path, what: &str) -> Error {
 }
 
 /// A model that can be used, and its tokenizer.
-fn load(global: &Global, path: &Path) -> Result<(Model, Tokenizer)> {
+fn load(global: &Global, path: &Path, as_stored: bool) -> Result<(Model, Tokenizer)> {
     let folder = model_folder(path)?;
     let device = global.open()?;
     let (model, choices) = fastest::load(&folder, &device)?;
-    if !global.quiet {
+    let model = if as_stored { model.as_stored() } else { model };
+    if !global.quiet && !as_stored {
         fastest::notes(&choices).iter().for_each(console::tell);
     }
     for (name, tensor) in model.tensors.iter().filter(|(_, t)| t.dtype().is_float()) {
@@ -94,6 +95,9 @@ pub struct Eval {
     /// Hypotheses kept while decoding; 1 is greedy search
     #[arg(long, default_value_t = 1, value_parser = beams)]
     beams: usize,
+    /// Compute every layer as it is stored, also where another way was measured to be faster
+    #[arg(long)]
+    as_stored: bool,
 }
 
 /// A beam width: each hypothesis has a cache of its own.
@@ -103,7 +107,7 @@ fn beams(text: &str) -> std::result::Result<usize, String> {
 }
 
 pub fn eval(global: &Global, args: Eval) -> Result<()> {
-    let (model, tokenizer) = load(global, &args.model)?;
+    let (model, tokenizer) = load(global, &args.model, args.as_stored)?;
     let corpus = match &model.config.head {
         Head::Tagging { labels } => {
             if let Some(path) = &args.data {
@@ -169,6 +173,9 @@ pub struct Translate {
     /// Hypotheses kept while decoding; 1 is greedy search
     #[arg(long, default_value_t = 1, value_parser = beams)]
     beams: usize,
+    /// Compute every layer as it is stored, also where another way was measured to be faster
+    #[arg(long)]
+    as_stored: bool,
 }
 
 /// Lines of standard input; one that is not UTF-8 costs only itself.
@@ -187,7 +194,7 @@ fn standard_input() -> Result<Vec<std::result::Result<String, String>>> {
 }
 
 pub fn translate(global: &Global, args: Translate) -> Result<()> {
-    let (model, tokenizer) = load(global, &args.model)?;
+    let (model, tokenizer) = load(global, &args.model, args.as_stored)?;
     if matches!(model.config.head, Head::Tagging { .. }) {
         let rule = "is that of a tagger, which translates nothing; espalier eval measures it";
         return Err(Error::file(model_folder(&args.model)?.join(store::CONFIG), "head", rule));

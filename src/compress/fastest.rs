@@ -7,14 +7,17 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::device::Device;
+use crate::console;
 use crate::device::turns::{median, take_turns};
+use crate::device::{Device, Kind};
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::json;
 use crate::nn::ways::{Way, Ways, dense_levels, dense_weight};
 use crate::nn::{Model, Pass};
 use crate::ops::layout::Permute;
+use crate::ops::matmul::Matmul;
+use crate::ops::unary::{Function, Unary};
 use crate::rng::Stream;
 use crate::tape::Var;
 use crate::tensor::Tensor;
@@ -24,8 +27,11 @@ use crate::train::store;
 const ROUNDS: usize = 7;
 /// What another way must save before the stored form is left: less is the measurement's own noise.
 const GAIN: f64 = 0.05;
+/// The file that says beside a saved model what its layers run on.
+pub const FILE: &str = "fastest.json";
+const STORED: &str = "stored";
 
-/// What was measured of one layer for one number of rows.
+/// What was measured of one layer for one number of rows. Times are microseconds, medians of one comparison.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Choice {
@@ -35,93 +41,64 @@ pub struct Choice {
     pub rows: usize,
     /// [`Way::name`] of the way that is taken.
     pub way: String,
-    /// Microseconds on the stored form's kernels and on the way that is taken, medians of one comparison.
     pub stored_us: f64,
     pub taken_us: f64,
+    /// The dense f32 layer of the same shape; of experts, all of their neurons without a router.
+    pub dense_us: Option<f64>,
 }
 
-/// The model with the fastest way of each layer for so many rows (tokens at once), and what was measured. Layers of one
-/// form and shape are measured once. A dense weight stays in memory beside the stored one where it is taken.
+/// Choices and the device that they were measured on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Measured {
+    pub device: String,
+    pub choices: Vec<Choice>,
+}
+
+/// The model with the fastest way of each layer for so many rows (tokens at once), and what was measured; of layers whose names
+/// start with `within`. Layers of one form and shape are timed together, one after the other, so that their weights are as cold
+/// as in the model. A dense weight stays in memory beside the stored one where it is taken. A way that cannot be made or
+/// run on the device is none, which is told; devices whose time says nothing are not timed.
 ///
 /// # Errors
 /// Those of the device.
-pub fn fastest(model: &Model, rows: &[usize]) -> Result<(Model, Vec<Choice>)> {
-    let (mut fast, mut choices) = (model.as_stored(), Vec::new());
-    let mut measured: BTreeMap<String, Vec<Choice>> = BTreeMap::new();
-    for (layer, form) in layers(model) {
-        let signature = signature(model, &layer);
-        let of_layer = match measured.get(&signature) {
-            Some(same) => same.iter().map(|choice| Choice { layer: layer.clone(), ..choice.clone() }).collect(),
-            None => {
-                let own = measure(model, (&layer, form), rows)?;
-                measured.insert(signature, own.clone());
-                own
-            }
-        };
-        take(&mut fast, &layer, &of_layer)?;
-        choices.extend(of_layer);
-    }
-    Ok((fast, choices))
-}
-
-/// A model that takes the ways of earlier choices.
-///
-/// # Errors
-/// Those of the device; a choice for a layer that the model has not stored so.
-pub fn chosen(model: &Model, choices: &[Choice]) -> Result<Model> {
+pub fn fastest(model: &Model, rows: &[usize], within: &str) -> Result<(Model, Measured)> {
+    let info = model.device().info();
+    let mut measured = Measured { device: info.name.clone(), choices: Vec::new() };
     let mut fast = model.as_stored();
-    for (layer, form) in layers(model) {
-        let own: Vec<Choice> = choices.iter().filter(|c| c.layer == layer && c.form == form).cloned().collect();
-        take(&mut fast, &layer, &own)?;
+    if matches!(info.kind, Kind::Reference | Kind::Null) || info.id.starts_with("cuda-host") {
+        return Ok((fast, measured));
     }
-    Ok(fast)
-}
-
-/// One line for each form and number of rows that is not computed as it is stored everywhere.
-pub fn notes(choices: &[Choice]) -> Vec<String> {
-    let mut groups: BTreeMap<(&str, usize), Vec<&Choice>> = BTreeMap::new();
-    for choice in choices {
-        groups.entry((&choice.form, choice.rows)).or_default().push(choice);
+    let mut groups: BTreeMap<(&str, String), Vec<String>> = BTreeMap::new();
+    for (layer, form) in layers(model).into_iter().filter(|(layer, _)| layer.starts_with(within)) {
+        groups.entry((form, signature(model, &layer))).or_default().push(layer);
     }
-    let note = |((form, rows), all): ((&str, usize), Vec<&Choice>)| {
-        let others: Vec<&&Choice> = all.iter().filter(|c| c.way != STORED).collect();
-        let first = others.first()?;
-        let gains = others.iter().map(|c| c.stored_us / c.taken_us);
-        let (least, most) = gains.fold((f64::INFINITY, 0.0f64), |(l, m), gain| (l.min(gain), m.max(gain)));
-        let tokens = if rows == 1 { "token" } else { "tokens" };
-        let gain = if most - least < 0.01 { format!("{most:.2}") } else { format!("{least:.2} to {most:.2}") };
-        let (some, way) = (others.len(), &first.way);
-        Some(format!("at {rows} {tokens} {some} of {} {form} layers run as {way} here, {gain} x as fast", all.len()))
-    };
-    groups.into_iter().filter_map(note).collect()
-}
-
-/// The file that says beside a saved model what its layers run on.
-pub const FILE: &str = "fastest.json";
-
-/// Choices and the device that they were measured on.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Measured {
-    device: String,
-    choices: Vec<Choice>,
+    for ((form, _), layers) in groups {
+        match measure(model, (form, &layers), rows).and_then(|own| take(&mut fast, &own).map(|()| own)) {
+            Ok(own) => measured.choices.extend(own),
+            Err(e) => {
+                layers.iter().for_each(|layer| fast.clear_ways(layer));
+                console::warn(format_args!("{form} layers run as they are stored: {e}"));
+            }
+        }
+    }
+    Ok((fast, measured))
 }
 
 /// The file for a saved model; `None` where nothing was to be chosen.
 ///
 /// # Errors
 /// Where it cannot be written as JSON.
-pub fn file(device: &Arc<dyn Device>, choices: &[Choice]) -> Result<Option<(&'static str, Vec<u8>)>> {
-    if choices.is_empty() {
+pub fn file(measured: &Measured) -> Result<Option<(&'static str, Vec<u8>)>> {
+    if measured.choices.is_empty() {
         return Ok(None);
     }
-    let measured = Measured { device: device.info().name.clone(), choices: choices.to_vec() };
-    let text = serde_json::to_vec_pretty(&measured).map_err(|e| Error::io(FILE, e.into()))?;
+    let text = serde_json::to_vec_pretty(measured).map_err(|e| Error::io(FILE, e.into()))?;
     Ok(Some((FILE, text)))
 }
 
 /// Reads a model directory. Layers take the ways that were measured when it was saved, where that was on a device of the same
-/// name; else those of their stored forms.
+/// name; else, and where those cannot be had, the ways of their stored forms.
 ///
 /// # Errors
 /// As [`store::load_model`]; a damaged file of choices.
@@ -133,13 +110,53 @@ pub fn load(path: &Path, device: &Arc<dyn Device>) -> Result<(Model, Vec<Choice>
     if measured.device != device.info().name {
         return Ok((model, Vec::new()));
     }
-    Ok((chosen(&model, &measured.choices)?, measured.choices))
+    let mut fast = model.clone();
+    match take(&mut fast, &measured.choices) {
+        Ok(()) => Ok((fast, measured.choices)),
+        Err(e) => {
+            console::warn(format_args!("{}: all layers run as they are stored: {e}", path.join(FILE).display()));
+            Ok((model, Vec::new()))
+        }
+    }
 }
 
-const STORED: &str = "stored";
+/// One line for each form, number of rows and way that is not the stored form's; and one for each form and number of rows
+/// that is slower than dense all the same.
+pub fn notes(choices: &[Choice]) -> Vec<String> {
+    let tokens = |rows: usize| if rows == 1 { "1 token".into() } else { format!("{rows} tokens") };
+    let ratios = |of: &dyn Fn(&Choice) -> f64, some: &[&Choice]| {
+        let range = some.iter().map(|c| of(c)).fold((f64::INFINITY, 0.0f64), |(l, m), x| (l.min(x), m.max(x)));
+        if range.1 - range.0 < 0.01 { format!("{:.2}", range.1) } else { format!("{:.2} to {:.2}", range.0, range.1) }
+    };
+    let mut groups: BTreeMap<(&str, usize), Vec<&Choice>> = BTreeMap::new();
+    for choice in choices {
+        groups.entry((&choice.form, choice.rows)).or_default().push(choice);
+    }
+    let mut notes = Vec::new();
+    for ((form, rows), all) in groups {
+        let mut ways: BTreeMap<&str, Vec<&Choice>> = BTreeMap::new();
+        all.iter().filter(|c| c.way != STORED).for_each(|c| ways.entry(&c.way).or_default().push(c));
+        for (way, some) in ways {
+            let gain = ratios(&|c| c.stored_us / c.taken_us, &some);
+            let (count, of) = (some.len(), all.len());
+            notes
+                .push(format!("at {} {count} of {of} {form} layers run as {way} here, {gain} x as fast", tokens(rows)));
+        }
+        let speed = |c: &Choice| c.dense_us.map_or(1.0, |dense| dense / c.taken_us);
+        let slower: Vec<&Choice> = all.iter().copied().filter(|c| speed(c) < 1.0 - GAIN).collect();
+        if !slower.is_empty() {
+            let (count, of, share) = (slower.len(), all.len(), ratios(&speed, &slower));
+            notes.push(format!(
+                "at {} {count} of {of} {form} layers are slower than dense f32 ones, {share} x as fast",
+                tokens(rows)
+            ));
+        }
+    }
+    notes
+}
 
 /// Layers that have more than one way, and their forms.
-fn layers(model: &Model) -> Vec<(String, &'static str)> {
+pub fn layers(model: &Model) -> Vec<(String, &'static str)> {
     let has = |layer: &str, part: &str| model.tensors.contains_key(&format!("{layer}.{part}"));
     let mut all = Vec::new();
     for name in model.tensors.keys() {
@@ -161,11 +178,17 @@ fn layers(model: &Model) -> Vec<(String, &'static str)> {
     all
 }
 
-/// What decides a layer's speed: its tensors' parts, types and shapes.
+/// What decides a layer's speed: its tensors' parts, types and shapes, and how many experts a token takes.
 fn signature(model: &Model, layer: &str) -> String {
     let prefix = format!("{layer}.");
     let own = model.tensors.range(prefix.clone()..).take_while(|(name, _)| name.starts_with(&prefix));
-    own.map(|(name, tensor)| format!("{} {} ", &name[prefix.len()..], tensor.meta())).collect()
+    let parts: String = own.map(|(name, tensor)| format!("{} {} ", &name[prefix.len()..], tensor.meta())).collect();
+    format!("{parts}{:?}", block_of(model, layer).and_then(|i| model.config.blocks[i].experts))
+}
+
+/// The block whose experts a layer is.
+fn block_of(model: &Model, layer: &str) -> Option<usize> {
+    (0..model.config.blocks.len()).find(|i| layer == format!("blocks.{i}.ffn"))
 }
 
 /// All ways of a layer (`blocks.0.attention.query`, or of experts `blocks.0.ffn`), the stored one first.
@@ -173,7 +196,7 @@ fn signature(model: &Model, layer: &str) -> String {
 /// # Errors
 /// Those of the device; a tensor that is missing.
 pub fn ways(model: &Model, layer: &str) -> Result<Vec<Way>> {
-    if layer.ends_with(".ffn") {
+    if block_of(model, layer).is_some() {
         return ways_of_experts(model, layer);
     }
     let mut all = vec![Way::Stored];
@@ -189,8 +212,8 @@ pub fn ways(model: &Model, layer: &str) -> Result<Vec<Way>> {
 /// Those of a block's experts; what a threshold leaves out, dense products would have to compute.
 fn ways_of_experts(model: &Model, layer: &str) -> Result<Vec<Way>> {
     let mut all = vec![Way::Stored, Way::Sorted];
-    let block = model.config.blocks.iter().enumerate().find(|(i, _)| layer == format!("blocks.{i}.ffn"));
-    if block.and_then(|(_, block)| block.experts).is_some_and(|experts| experts.threshold.is_none()) {
+    let experts = block_of(model, layer).and_then(|i| model.config.blocks[i].experts);
+    if experts.is_some_and(|experts| experts.threshold.is_none()) {
         let [inner, outer] = ["in", "out"].map(|part| dense_weight(model, &format!("{layer}.experts.{part}")));
         let (inner, outer) = (inner?, outer?);
         let &[e, d, n] = outer.dims() else {
@@ -202,71 +225,117 @@ fn ways_of_experts(model: &Model, layer: &str) -> Result<Vec<Way>> {
     Ok(all)
 }
 
-fn measure(model: &Model, (layer, form): (&str, &str), rows: &[usize]) -> Result<Vec<Choice>> {
+/// Times layers of one form and shape on all their ways.
+fn measure(model: &Model, (form, layers): (&str, &[String]), rows: &[usize]) -> Result<Vec<Choice>> {
     let device: &Arc<dyn Device> = model.device();
-    let all = ways(model, layer)?;
-    let width = width(model, layer)?;
-    // A model for each way, which takes it for any number of rows.
-    let models: Vec<Model> = (0..all.len())
+    let all: Vec<Vec<Way>> = layers.iter().map(|layer| ways(model, layer)).collect::<Result<_>>()?;
+    // A model for each way, which takes it in all of the layers for any number of rows.
+    let ways: Vec<(&'static str, Model)> = (0..all[0].len())
         .map(|way| {
             let mut only = model.as_stored();
-            only.set_ways(layer, Ways { all: all.clone(), taken: vec![(1, way)] });
-            only
+            layers.iter().zip(&all).for_each(|(layer, all)| {
+                only.set_ways(layer, Ways { all: vec![all[way].clone()], taken: vec![(1, 0)] });
+            });
+            (all[0][way].name(), only)
         })
         .collect();
+    let (width, block) = (width(model, &layers[0])?, block_of(model, &layers[0]));
     let mut choices = Vec::new();
     for &rows in rows {
         let mut stream = Stream::new(0, rows as u32);
         let values: Vec<f32> = (0..rows * width).map(|_| stream.normal() as f32).collect();
         let x = Var::constant(Tensor::from_slice(device, &[rows, width], &values)?);
-        let works: Vec<_> = models
-            .iter()
-            .map(|model| {
-                let x = &x;
-                move || run(model, layer, x)
-            })
-            .collect();
-        let works: Vec<&dyn Fn() -> Result<()>> = works.iter().map(|work| work as &dyn Fn() -> Result<()>).collect();
-        let times: Vec<f64> = take_turns(device, &works, ROUNDS)?.iter().map(|t| 1e6 * median(t)).collect();
-        let best = (1..times.len()).min_by(|&a, &b| times[a].total_cmp(&times[b])).unwrap_or(0);
-        let way = if times[best] < (1.0 - GAIN) * times[0] { best } else { 0 };
-        choices.push(Choice {
-            layer: layer.into(),
+        // Sorting is what the stored form does where nothing is gathered.
+        let gathers = block.is_some_and(|i| Pass::gathers_tokens(model, i, rows));
+        let timed: Vec<&(&str, Model)> =
+            ways.iter().filter(|(name, _)| *name != Way::Sorted.name() || gathers).collect();
+        let on_ways = timed.iter().map(|(_, model)| {
+            let x = &x;
+            Box::new(move || layers.iter().try_for_each(|layer| run(model, layer, x))) as Box<dyn Fn() -> Result<()>>
+        });
+        let dense = all.iter().filter_map(|all| all.last()).collect::<Vec<_>>();
+        let on_dense: Box<dyn Fn() -> Result<()>> = Box::new(|| dense.iter().try_for_each(|way| run_dense(way, &x)));
+        let works: Vec<Box<dyn Fn() -> Result<()>>> = on_ways.chain([on_dense]).collect();
+        let works: Vec<&dyn Fn() -> Result<()>> = works.iter().map(|work| &**work).collect();
+        let times = take_turns(device, &works, ROUNDS)?;
+        let us = |way: usize| 1e6 * median(&times[way]) / layers.len() as f64;
+        let gain = |way: usize| {
+            let ratios: Vec<f64> = times[0].iter().zip(&times[way]).map(|(stored, own)| stored / own).collect();
+            median(&ratios)
+        };
+        let best = (1..timed.len()).max_by(|&a, &b| gain(a).total_cmp(&gain(b))).unwrap_or(0);
+        let way = if gain(best) * (1.0 - GAIN) > 1.0 { best } else { 0 };
+        let has_dense = matches!(all[0].last(), Some(Way::Float { .. } | Way::AllExperts { .. }));
+        choices.extend(layers.iter().map(|layer| Choice {
+            layer: layer.clone(),
             form: form.into(),
             rows,
-            way: all[way].name().into(),
-            stored_us: times[0],
-            taken_us: times[way],
-        });
+            way: timed[way].0.into(),
+            stored_us: us(0),
+            taken_us: us(way),
+            dense_us: has_dense.then(|| us(timed.len())),
+        }));
     }
     Ok(choices)
 }
 
 fn run(model: &Model, layer: &str, x: &Var) -> Result<()> {
     let mut pass = Pass::inference(model);
-    let block = layer.strip_prefix("blocks.").and_then(|l| l.strip_suffix(".ffn")).and_then(|i| i.parse().ok());
-    match block {
+    match block_of(model, layer) {
         Some(i) => pass.ffn(i, x)?,
         None => pass.linear(layer, x)?,
     };
     Ok(())
 }
 
-/// Elements of a row of a layer's input.
-fn width(model: &Model, layer: &str) -> Result<usize> {
-    if layer.ends_with(".ffn") { Ok(model.config.width) } else { Ok(dense_weight(model, layer)?.shape().last()) }
+/// The products of the dense layer that a way stands for, on inputs as they are and without a router.
+fn run_dense(way: &Way, x: &Var) -> Result<()> {
+    let linear = |x: &Tensor, weight: &Tensor| dispatch::run_one(&Matmul::linear(), &[x, weight]);
+    match way {
+        Way::Float { weight } => linear(&x.tensor, weight).map(drop),
+        Way::AllExperts { inner, outer } => {
+            let h = dispatch::run_one(&Unary(Function::Relu), &[&linear(&x.tensor, inner)?])?;
+            linear(&h, outer).map(drop)
+        }
+        _ => Ok(()),
+    }
 }
 
-/// Gives a layer the ways of its choices; none where the stored form is best throughout.
-fn take(model: &mut Model, layer: &str, choices: &[Choice]) -> Result<()> {
-    if choices.iter().all(|c| c.way == STORED) {
-        return Ok(());
+/// Elements of a row of a layer's input.
+fn width(model: &Model, layer: &str) -> Result<usize> {
+    if block_of(model, layer).is_some() {
+        return Ok(model.config.width);
     }
-    let mut all = ways(model, layer)?;
-    // Only what is taken stays in memory.
-    all.retain(|way| way.name() == STORED || choices.iter().any(|c| c.way == way.name()));
-    let at = |c: &Choice| (c.rows, all.iter().position(|way| way.name() == c.way).unwrap_or(0));
-    let taken = choices.iter().map(at).collect();
-    model.set_ways(layer, Ways { all, taken });
+    let stored = |part: &str, each: usize| Some(each * model.tensors.get(&format!("{layer}.{part}"))?.shape().last());
+    let parts = [("int8", 1), ("values", 2), ("int4", 8)];
+    let missing = || Error::file("model", layer, "is no compressed layer");
+    parts.iter().find_map(|&(part, each)| stored(part, each)).ok_or_else(missing)
+}
+
+/// Gives layers the ways of their choices; none to those whose stored form is best throughout.
+///
+/// # Errors
+/// Those of the device; a choice for a layer that is not stored so, or has no such way.
+fn take(model: &mut Model, choices: &[Choice]) -> Result<()> {
+    let stored: BTreeMap<String, &str> = layers(model).into_iter().collect();
+    let mut own: BTreeMap<&str, Vec<&Choice>> = BTreeMap::new();
+    for choice in choices {
+        if stored.get(&choice.layer) != Some(&choice.form.as_str()) {
+            let rule = format!("is not stored as {}, which was measured", choice.form);
+            return Err(Error::file(FILE, &choice.layer, rule));
+        }
+        own.entry(&choice.layer).or_default().push(choice);
+    }
+    for (layer, choices) in own.into_iter().filter(|(_, own)| own.iter().any(|c| c.way != STORED)) {
+        let mut all = ways(model, layer)?;
+        // Only what is taken stays in memory.
+        all.retain(|way| choices.iter().any(|c| c.way == way.name()));
+        let at = |c: &&Choice| {
+            let rule = || Error::file(FILE, layer, format!("cannot be computed as {}", c.way));
+            Ok((c.rows, all.iter().position(|way| way.name() == c.way).ok_or_else(rule)?))
+        };
+        let taken = choices.iter().map(at).collect::<Result<_>>()?;
+        model.set_ways(layer, Ways { all, taken });
+    }
     Ok(())
 }

@@ -42,10 +42,11 @@ impl Pass<'_> {
             };
             return self.low_rank(name, x, y);
         }
-        if let Some(y) = self.on_other_way(name, x, bias.as_ref())? {
+        let rows = self.rows(x)?;
+        if let Some(y) = self.on_other_way(name, &rows, bias.as_ref())? {
+            let y = if self.tuned { self.low_rank(name, &rows, y)? } else { y };
             return with_last(x, &y);
         }
-        let rows = self.rows(x)?;
         let scale = self.optional(&format!("{name}.scale"))?;
         let y = if let Some(values) = self.optional(&format!("{name}.values"))? {
             let metadata = self.optional(&format!("{name}.metadata"))?.ok_or_else(|| missing(name))?;

@@ -65,7 +65,8 @@ impl Ways {
 }
 
 impl Model {
-    /// The same model with every layer on the kernels of its stored form: the same bits on any day.
+    /// The same model with every layer on the kernels of its stored form: the same bits on any day. Also for a model whose
+    /// tensors are to be changed: ways hold copies.
     #[must_use]
     pub fn as_stored(&self) -> Self {
         let mut stored = self.clone();
@@ -78,6 +79,21 @@ impl Model {
         &self.ways
     }
 
+    /// Bytes of the tensors that ways stand on beside the model's own.
+    pub fn ways_bytes(&self) -> usize {
+        let bytes = |way: &Way| match way {
+            Way::Int8 { weight, .. } | Way::Float { weight } => weight.meta().bytes(),
+            Way::AllExperts { inner, outer } => inner.meta().bytes() + outer.meta().bytes(),
+            Way::Stored | Way::Sorted => 0,
+        };
+        self.ways.values().flat_map(|ways| &ways.all).map(bytes).sum()
+    }
+
+    /// Leaves a layer to its stored form.
+    pub fn clear_ways(&mut self, layer: &str) {
+        self.ways.remove(layer);
+    }
+
     /// Gives a layer (`blocks.0.attention.query`, or for experts `blocks.0.ffn`) its ways.
     pub fn set_ways(&mut self, layer: &str, ways: Ways) {
         self.ways.insert(layer.into(), ways);
@@ -85,24 +101,24 @@ impl Model {
 }
 
 impl Pass<'_> {
-    /// The way of a layer for so many rows. What learns or is changed by hooks takes the stored form.
+    /// The way of a layer for so many rows. What learns, is changed by hooks or computes in 16 bits takes the stored form.
     pub(super) fn way(&self, layer: &str, rows: usize) -> Option<&Way> {
-        let free = !self.tape.recording() && self.hooks.is_empty() && !self.tuned;
+        let free = !self.tape.recording() && self.hooks.is_empty() && self.computes().is_none();
         self.model.ways.get(layer).filter(|_| free).and_then(|ways| ways.at(rows))
     }
 
     /// y `[rows, n]` of a linear for x `[rows, k]` on another way than its stored form, where that is taken.
     pub(super) fn on_other_way(&mut self, name: &str, x: &Var, bias: Option<&Var>) -> Result<Option<Var>> {
-        match self.way(name, x.tensor.shape().rows()).cloned() {
+        match self.way(name, x.dims()[0]).cloned() {
             Some(Way::Int8 { weight, scale }) => {
-                let (rows, op) = (self.rows(x)?, MatmulInt8 { bias: bias.is_some() });
-                let q = self.quantized(name, &rows)?;
+                let op = MatmulInt8 { bias: bias.is_some() };
+                let q = self.quantized(name, x)?;
                 let (weight, scale) = (Var::constant(weight), Var::constant(scale));
                 let inputs = [&q[0], &q[1], &weight, &scale].into_iter().chain(bias);
                 self.tape.first(op, &inputs.collect::<Vec<_>>()).map(Some)
             }
             Some(Way::Float { weight }) => {
-                let x = self.as_multiplied(name, &self.rows(x)?)?;
+                let x = self.as_multiplied(name, x)?;
                 let weight = Var::constant(weight);
                 let op = if bias.is_some() { Matmul::linear_bias() } else { Matmul::linear() };
                 self.tape.first(op, &[&x, &weight].into_iter().chain(bias).collect::<Vec<_>>()).map(Some)

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::lock;
 use super::run_folder::{CHECKPOINTS, MODEL, ORIGIN, RECIPE, RECORD, STAGES, VOCABULARY};
+use crate::compress::fastest;
 use crate::data::collect::CARD_FILE;
 use crate::error::{Error, Result};
 
@@ -19,6 +20,7 @@ const SAVED: &[&str] = &[
     "model.safetensors",
     "tokenizer.json",
     VOCABULARY,
+    fastest::FILE,
     "optimizer.safetensors",
     ".espalier-*",
 ];

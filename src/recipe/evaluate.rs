@@ -122,7 +122,9 @@ pub fn evaluate(model: &Model, corpus: &Corpus, settings: &Evaluate, name: &str)
         validation_loss: Some(validation_loss(model, corpus, settings.sentences, &[])?).filter(|l| l.is_finite()),
         directions,
         latency,
-        peak_memory_bytes: Some(device.stats().bytes_peak.saturating_sub(live) + model.total_bytes() as u64),
+        peak_memory_bytes: Some(
+            device.stats().bytes_peak.saturating_sub(live) + (model.total_bytes() + fast.ways_bytes()) as u64,
+        ),
         ..StageRow::default()
     })
 }

@@ -12,7 +12,7 @@ use super::run_folder::{Origin, RunFolder, StageRecord, State, VOCABULARY, finge
 use super::schema::Recipe;
 use super::source::teacher_cache;
 use super::stages::{self, Context, Outcome, Student};
-use crate::compress::fastest::{self, Choice};
+use crate::compress::fastest::{self, Measured};
 use crate::compress::freeze::freeze;
 use crate::console;
 use crate::device::Device;
@@ -109,7 +109,7 @@ impl<'a> Flow<'a> {
             model: teacher.model.duplicate()?,
             state: State { kept: all, ..State::default() },
             fingerprint: teacher.fingerprint.clone(),
-            choices: teacher.choices.clone(),
+            measured: teacher.measured.clone(),
         };
         let steps = self.recipe.steps();
         let student = self.follow(&steps, &teacher, student)?;
@@ -172,7 +172,7 @@ impl<'a> Flow<'a> {
             self.earlier_seconds += record.row.seconds.unwrap_or(0.0);
             self.adopt(&record);
             self.remember(&model, &record.state, baseline)?;
-            return Ok(Student { model, state: record.state, fingerprint, choices: record.choices });
+            return Ok(Student { model, state: record.state, fingerprint, measured: record.measured });
         }
         if let Some(student) = self.reuse(name, &fingerprint, baseline)? {
             return Ok(student);
@@ -190,14 +190,12 @@ impl<'a> Flow<'a> {
         let started = Instant::now();
         let mut outcome = work(&context).map_err(|error| in_stage(error, name))?;
         let deployed = freeze(&outcome.model, outcome.state.form())?;
-        let rows = [vec![1], self.recipe.evaluate.rows()].concat();
-        let (fast, choices) = fastest::fastest(&deployed, &rows)?;
-        outcome.notes.extend(fastest::notes(&choices));
-        let mut row = evaluate(&fast, corpus, &self.recipe.evaluate, name)?;
+        let (mut row, measured) = self.measured(&deployed, name)?;
+        outcome.notes.extend(measured.iter().flat_map(|measured| fastest::notes(&measured.choices)));
         let before = (!baseline).then_some(&self.pruned);
         let state = (&outcome.model, &outcome.state);
         outcome.invariants.extend(promises::checked(corpus, state, &deployed, before)?);
-        outcome.invariants.push(self.reloads(&path.join("deployed"), name, (&deployed, &choices))?);
+        outcome.invariants.push(self.reloads(&path.join("deployed"), name, (&deployed, measured.as_ref()))?);
         row.baseline = baseline;
         row.seconds = Some(outcome.earlier_seconds + started.elapsed().as_secs_f64());
         self.earlier_seconds += outcome.earlier_seconds;
@@ -214,12 +212,12 @@ impl<'a> Flow<'a> {
             curves: outcome.curves,
             notes: outcome.notes,
             state: outcome.state.clone(),
-            choices: choices.clone(),
+            measured: measured.clone(),
         };
         self.folder.finish(name, &record, &outcome.model, &self.beside)?;
         self.adopt(&record);
         self.remember(&outcome.model, &outcome.state, baseline)?;
-        Ok(Student { model: outcome.model, state: outcome.state, fingerprint, choices })
+        Ok(Student { model: outcome.model, state: outcome.state, fingerprint, measured })
     }
 
     /// A stage that another run finished under the same fingerprint, as this run's own.
@@ -230,14 +228,18 @@ impl<'a> Flow<'a> {
                 continue;
             };
             let deployed = freeze(&model, record.state.form())?;
-            self.save_deployed(&self.folder.stage(name)?.join("deployed"), name, (&deployed, &record.choices))?;
+            self.save_deployed(
+                &self.folder.stage(name)?.join("deployed"),
+                name,
+                (&deployed, record.measured.as_ref()),
+            )?;
             self.folder.finish(name, &record, &model, &self.beside)?;
             say(options, format!("{name}: taken from {}", run.display()));
             self.earlier_seconds += record.row.seconds.unwrap_or(0.0);
             self.adopt(&record);
             self.remember(&model, &record.state, baseline)?;
             let fingerprint = fingerprint.to_string();
-            return Ok(Some(Student { model, state: record.state, fingerprint, choices: record.choices }));
+            return Ok(Some(Student { model, state: record.state, fingerprint, measured: record.measured }));
         }
         Ok(None)
     }
@@ -274,9 +276,19 @@ impl<'a> Flow<'a> {
         self.report.notes.extend(record.notes.iter().map(|n| format!("{}: {n}", row.name)));
     }
 
+    /// A deployed model's row of the report, and on what its layers run fastest, where the recipe lets that be measured.
+    fn measured(&self, deployed: &Model, name: &str) -> Result<(report::StageRow, Option<Measured>)> {
+        let settings = &self.recipe.evaluate;
+        if !settings.fastest {
+            return Ok((evaluate(deployed, self.corpus, settings, name)?, None));
+        }
+        let (fast, measured) = fastest::fastest(deployed, &settings.rows(deployed.config.max_positions), "")?;
+        Ok((evaluate(&fast, self.corpus, settings, name)?, Some(measured)))
+    }
+
     /// Saves a model in its deployable form, loads it again and holds both against each other.
-    fn reloads(&self, path: &Path, stage: &str, (model, choices): (&Model, &[Choice])) -> Result<Invariant> {
-        self.save_deployed(path, stage, (model, choices))?;
+    fn reloads(&self, path: &Path, stage: &str, (model, measured): (&Model, Option<&Measured>)) -> Result<Invariant> {
+        self.save_deployed(path, stage, (model, measured))?;
         let reloaded = store::load_model(path, &self.device)?;
         let probe = stages::probe(self.corpus, model)?;
         let mut logits = Vec::new();
@@ -294,9 +306,9 @@ impl<'a> Flow<'a> {
     }
 
     /// A model in its deployable form, with what its layers run on here.
-    fn save_deployed(&self, path: &Path, stage: &str, (model, choices): (&Model, &[Choice])) -> Result<()> {
+    fn save_deployed(&self, path: &Path, stage: &str, (model, measured): (&Model, Option<&Measured>)) -> Result<()> {
         let mut beside = self.beside.clone();
-        beside.extend(fastest::file(&self.device, choices)?);
+        beside.extend(measured.map(fastest::file).transpose()?.flatten());
         self.folder.save_model(path, stage, model, &beside)
     }
 
@@ -304,7 +316,7 @@ impl<'a> Flow<'a> {
     fn deploy(&mut self, student: &Student) -> Result<()> {
         let model = freeze(&student.model, student.state.form())?;
         let path = self.folder.path.join("model");
-        self.save_deployed(&path, "deployed", (&model, &student.choices))
+        self.save_deployed(&path, "deployed", (&model, student.measured.as_ref()))
     }
 
     fn write_report(mut self) -> Result<PathBuf> {

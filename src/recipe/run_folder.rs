@@ -9,7 +9,7 @@ use super::contents::{self, is_blank};
 use super::identity::{self, Difference};
 use super::lock::FolderLock;
 use crate::atomic::write_atomic;
-use crate::compress::fastest::Choice;
+use crate::compress::fastest::Measured;
 use crate::compress::freeze::Form;
 use crate::compress::pruning::Pattern;
 use crate::compress::quantization::{Format, Phase};
@@ -45,8 +45,8 @@ pub struct StageRecord {
     /// Promises that hold on the model from here on.
     pub state: State,
     /// What its layers run on where that is not how they are stored: measured, once.
-    #[serde(default)]
-    pub choices: Vec<Choice>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<Measured>,
 }
 
 /// What is true of a student's weights, and held by later stages.

@@ -193,6 +193,9 @@ pub struct Evaluate {
     pub latency_batches: Vec<usize>,
     #[serde(default = "default_latency_length")]
     pub latency_length: usize,
+    /// Whether compressed layers are timed on all ways to compute them, and run on the fastest.
+    #[serde(default = "yes")]
+    pub fastest: bool,
 }
 
 fn default_sentences() -> usize {
@@ -219,14 +222,19 @@ impl Default for Evaluate {
             beams: 1,
             latency_batches: default_latency_batches(),
             latency_length: default_latency_length(),
+            fastest: yes(),
         }
     }
 }
 
 impl Evaluate {
-    /// Tokens of the passes whose latency is measured.
-    pub fn rows(&self) -> Vec<usize> {
-        self.latency_batches.iter().map(|batch| batch * self.latency_length).collect()
+    /// Tokens of the passes whose latency is measured on a model of so many positions, and one token, which generation runs on.
+    pub fn rows(&self, positions: usize) -> Vec<usize> {
+        let length = self.latency_length.min(positions);
+        let mut rows: Vec<usize> = [1].into_iter().chain(self.latency_batches.iter().map(|b| b * length)).collect();
+        rows.sort_unstable();
+        rows.dedup();
+        rows
     }
 }
 

@@ -22,7 +22,7 @@ use crate::compress::distillation::{
     Distillation, Kept, LayerwiseDistillation, Lessons, PROJECTION, Projection, TeacherCache, Tutor, add_projection,
     selection,
 };
-use crate::compress::fastest::Choice;
+use crate::compress::fastest::Measured;
 use crate::compress::pruning::Held;
 use crate::compress::quantization::QuantizationAware;
 use crate::data::batch::Example;
@@ -60,8 +60,8 @@ pub struct Student {
     pub model: Model,
     pub state: State,
     pub fingerprint: String,
-    /// On what its layers run fastest once it is deployed.
-    pub choices: Vec<Choice>,
+    /// On what its layers run fastest once it is deployed, where that was measured.
+    pub measured: Option<Measured>,
 }
 
 /// What a stage's work gives.

@@ -94,10 +94,19 @@ fn split(context: &Context, dense: Outcome, settings: &Experts, batches: &[nn::B
         notes.push("expert weights keep their 2:4 zeros but run on kernels that do not skip them".into());
     }
     let form = state.form();
-    let rows = [vec![1], context.recipe.evaluate.rows()].concat();
-    let deployed = |model: &Model, form| Ok(fastest(&freeze(model, form)?, &rows)?.0);
-    let (before, after): (Model, Model) = (deployed(&dense.model, dense.state.form())?, deployed(&model, form)?);
-    let speeds = report::speed(&before, &after, &rows)?;
+    let evaluate = &context.recipe.evaluate;
+    let rows = evaluate.rows(model.config.max_positions);
+    let ffn = model
+        .config
+        .blocks
+        .iter()
+        .position(|b| b.experts.is_some())
+        .map_or(String::new(), |i| format!("blocks.{i}.ffn"));
+    let deployed = |model: &Model, form| -> Result<Model> {
+        let stored = freeze(model, form)?;
+        if evaluate.fastest { Ok(fastest(&stored, &rows, &ffn)?.0) } else { Ok(stored) }
+    };
+    let speeds = report::speed(&deployed(&dense.model, dense.state.form())?, &deployed(&model, form)?, &rows)?;
     notes.push(report::speed_note(&speeds));
     if settings.slower == Slower::Dense && speeds.iter().all(|s| s.experts > s.dense) {
         notes.push("experts were slower for every measured number of tokens: the FFNs stay dense".into());

@@ -28,7 +28,7 @@ pub fn run<'a>(
         model: prune_vocabulary(&teacher.model, &map.kept)?,
         state: teacher.state.clone(),
         fingerprint: fingerprint(&[&teacher.fingerprint, hash, "vocabulary"]),
-        choices: Vec::new(),
+        measured: None,
     };
     let student = flow.stage("vocabulary", &[&student.fingerprint, hash, "vocabulary"], false, |_| {
         let model = prune_vocabulary(&student.model, &map.kept)?;
