@@ -148,13 +148,14 @@ mod tests {
             Meta { shape: Shape::new(&dims).unwrap(), dtype: meta.dtype }
         };
         let mut labels = std::collections::BTreeSet::new();
-        for Large { case, parts, .. } in cases().into_iter().chain(cpu_cases()) {
+        let of = |list: &'static str, cases: Vec<Large>| cases.into_iter().map(move |case| (list, case));
+        for (list, Large { case, parts, .. }) in of("gpu", cases()).chain(of("cpu", cpu_cases())) {
             // A case without parts is checked whole.
             if parts.is_empty() {
                 continue;
             }
             let label = case.label();
-            assert!(labels.insert((case.op.name(), label.clone())), "{label} stands twice");
+            assert!(labels.insert((list, case.op.name(), label.clone())), "{label} stands twice");
             let inputs = case.metas();
             let outputs = case.op.infer(&inputs).unwrap_or_else(|e| panic!("{label}: {e}"));
             let mut covered = vec![false; outputs.len()];
