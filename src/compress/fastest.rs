@@ -13,7 +13,7 @@ use crate::device::{Device, Kind};
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::json;
-use crate::nn::ways::{Way, Ways, dense_levels, dense_weight};
+use crate::nn::ways::{Way, Ways, columns, dense_levels, dense_weight};
 use crate::nn::{Model, Pass};
 use crate::ops::layout::Permute;
 use crate::ops::matmul::Matmul;
@@ -36,7 +36,7 @@ const STORED: &str = "stored";
 #[serde(deny_unknown_fields)]
 pub struct Choice {
     pub layer: String,
-    /// How it is stored: `2:4`, `2:4 int8`, `int8`, `int4`, `experts`.
+    /// How it is stored: `2:4`, `unstructured`, either with `int8`, `int8`, `int4`, `experts`.
     pub form: String,
     pub rows: usize,
     /// [`Way::name`] of the way that is taken.
@@ -164,6 +164,8 @@ pub fn layers(model: &Model) -> Vec<(String, &'static str)> {
         let form = match part {
             "values" if has(layer, "scale") => "2:4 int8",
             "values" => "2:4",
+            "kept" if has(layer, "scale") => "unstructured int8",
+            "kept" => "unstructured",
             "int8" => "int8",
             "int4" => "int4",
             _ => continue,
@@ -200,8 +202,10 @@ pub fn ways(model: &Model, layer: &str) -> Result<Vec<Way>> {
         return ways_of_experts(model, layer);
     }
     let mut all = vec![Way::Stored];
-    let integers =
-        model.tensors.get(&format!("{layer}.scale")).filter(|_| model.tensors.contains_key(&format!("{layer}.values")));
+    let integers = model
+        .tensors
+        .get(&format!("{layer}.scale"))
+        .filter(|_| ["values", "kept"].iter().any(|part| model.tensors.contains_key(&format!("{layer}.{part}"))));
     if let Some(scale) = integers {
         all.push(Way::Int8 { weight: dense_levels(model, layer)?, scale: scale.clone() });
     }
@@ -309,7 +313,7 @@ fn width(model: &Model, layer: &str) -> Result<usize> {
     let stored = |part: &str, each: usize| Some(each * model.tensors.get(&format!("{layer}.{part}"))?.shape().last());
     let parts = [("int8", 1), ("values", 2), ("int4", 8)];
     let missing = || Error::file("model", layer, "is no compressed layer");
-    parts.iter().find_map(|&(part, each)| stored(part, each)).ok_or_else(missing)
+    parts.iter().find_map(|&(part, each)| stored(part, each)).or_else(|| columns(model, layer)).ok_or_else(missing)
 }
 
 /// Gives layers the ways of their choices; none to those whose stored form is best throughout.

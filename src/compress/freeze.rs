@@ -1,6 +1,7 @@
 //! The deployable form: each linear's weight becomes the representation whose kernel runs it.
 
 use crate::dispatch;
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::nn::Model;
 use crate::ops::quant::GridFrom;
@@ -54,20 +55,40 @@ fn convert(model: &mut Model, linear: &str, form: Form) -> Result<()> {
     Ok(())
 }
 
-/// Zeros that follow no pattern, skipped: the float and int8 weights of these linears of a frozen model become the words that are
-/// not zero and bitmaps (`ops/sparse_bitmap.rs`), `.kept` and `.lists`. Int8 has one scale per output channel.
-pub fn skip_zeros(frozen: &Model, linears: &[&str]) -> Result<Model> {
-    let mut model = Model::new(frozen.config.clone(), frozen.tensors.clone(), frozen.device())?;
-    for linear in linears {
-        for part in ["weight", "int8"] {
-            if let Some(weight) = model.tensors.remove(&format!("{linear}.{part}")) {
-                let [kept, lists] = sparse_bitmap::compress(&weight)?;
-                model.tensors.insert(format!("{linear}.kept"), kept);
-                model.tensors.insert(format!("{linear}.lists"), lists);
-            }
+/// What a model is deployed as: [`freeze`], and linears whose zeros follow no pattern without these, where that saves bytes.
+///
+/// # Errors
+/// Those of the device.
+pub fn deployable(model: &Model, form: Form) -> Result<Model> {
+    let mut frozen = freeze(model, form)?;
+    for linear in model.config.all_linears() {
+        skip_zeros(&mut frozen, &linear, WORTH)?;
+    }
+    Ok(frozen)
+}
+
+/// Share of a dense weight's bytes that its bitmap form may take at most: a tenth must be saved.
+const WORTH: f64 = 0.9;
+
+/// Zeros that follow no pattern, skipped: the float or int8 weight of a linear of a frozen model becomes the words that are not
+/// zero and bitmaps (`ops/sparse_bitmap.rs`), `.kept` and `.lists`, where they take at most `share` of its bytes. Int8 has one
+/// scale per output channel.
+pub fn skip_zeros(frozen: &mut Model, linear: &str, share: f64) -> Result<()> {
+    let groups = frozen.tensors.get(&format!("{linear}.scale")).is_some_and(|scale| scale.dims().len() != 1);
+    for name in ["weight", "int8"].map(|part| format!("{linear}.{part}")) {
+        let Some(weight) = frozen.tensors.get(&name).filter(|w| w.dims().len() == 2 && !groups) else { continue };
+        let words = matches!(weight.dtype(), DType::F32) || weight.shape().last().is_multiple_of(4);
+        if !words || weight.count() == 0 {
+            continue;
+        }
+        let [kept, lists] = sparse_bitmap::compress(weight)?;
+        if (kept.meta().bytes() + lists.meta().bytes()) as f64 <= share * weight.meta().bytes() as f64 {
+            frozen.tensors.remove(&name);
+            frozen.tensors.insert(format!("{linear}.kept"), kept);
+            frozen.tensors.insert(format!("{linear}.lists"), lists);
         }
     }
-    Ok(model)
+    Ok(())
 }
 
 type Parts = Vec<(&'static str, Tensor)>;

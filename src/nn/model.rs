@@ -1,5 +1,6 @@
 //! Named tensors under a config. A linear's representation is told by the names it has:
-//! `.weight` dense, `.int8` + `.scale`, `.values` + `.metadata` (2:4, f32, or int8 with `.scale`), `.int4` + `.scale`.
+//! `.weight` dense, `.int8` + `.scale`, `.values` + `.metadata` (2:4, f32, or int8 with `.scale`), `.kept` + `.lists` (unstructured
+//! zeros left out, f32, or int8 with `.scale`), `.int4` + `.scale`.
 //! Int8 with one scale per output channel multiplies int8 inputs: by `.input_step` where there is one, else by each token's
 //! own range; int8 with scales `[n, groups]` and int4 multiply float inputs. `.smooth` multiplies an input first. `.step`,
 //! beside a dense weight, is what its integers are steps of.
@@ -128,7 +129,7 @@ impl Model {
 
     /// Number of stored parameters (2:4 metadata, scales and what multiplies inputs not counted).
     pub fn parameter_count(&self) -> usize {
-        let beside = [".metadata", ".scale", ".step", ".input_step", ".smooth"];
+        let beside = [".metadata", ".lists", ".scale", ".step", ".input_step", ".smooth"];
         let counted = |name: &str| !beside.iter().any(|end| name.ends_with(end));
         self.tensors.iter().filter(|(n, _)| counted(n)).map(|(_, t)| t.count()).sum()
     }

@@ -7,6 +7,7 @@ use std::path::Path;
 use super::config::{Block, Config};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::ops::sparse_bitmap;
 use crate::tensor::Tensor;
 
 struct Checker<'a> {
@@ -79,6 +80,16 @@ impl Checker<'_> {
             } else {
                 self.need(&part("values"), DType::FLOATS, &[n, k / 2])
             }
+        } else if let Some(kept) = self.tensors.get(&part("kept")) {
+            let integers = self.has(&part("scale"));
+            let (dtype, words) = if integers { (DType::I8, k / 4) } else { (DType::F32, k) };
+            if kept.dtype() != dtype || kept.dims().len() != 1 || (integers && !k.is_multiple_of(4)) {
+                return self.refuse(&part("kept"), format!("needs to be {} [words]", dtype.name()));
+            }
+            if integers {
+                self.need(&part("scale"), &[DType::F32], &[n])?;
+            }
+            self.need(&part("lists"), &[DType::U32], &[words.div_ceil(sparse_bitmap::BLOCK), n, 3])
         } else if self.has(&part("int4")) {
             self.need(&part("int4"), &[DType::U32], &[n, k / 8])?;
             if self.tensors.get(&part("scale")).is_none_or(|t| t.dims().len() != 2) {

@@ -79,7 +79,7 @@ impl Pass<'_> {
     /// the weight as its levels say, which is fixed.
     pub(super) fn learnable(&mut self, name: &str, x: &Var) -> Result<Option<(Var, Var)>> {
         let stored = |part: &str| self.model.tensors.contains_key(&format!("{name}.{part}"));
-        if !stored("scale") || !(stored("int8") || stored("values")) {
+        if !(stored("kept") || stored("scale") && (stored("int8") || stored("values"))) {
             return Ok(None);
         }
         let weight = self.constant(&dense_weight(self.model, name)?)?;

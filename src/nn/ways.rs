@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::forward::Pass;
 use super::linear::ACTIVATION;
-use super::model::Model;
+use super::model::{Model, missing};
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -14,6 +14,7 @@ use crate::ops::matmul::{Epilogue, Matmul};
 use crate::ops::quant::{Dequantize, FakeQuant, Granularity, GridFrom, MatmulInt8};
 use crate::ops::quant_int4::UnpackInt4;
 use crate::ops::select::KeepLargest;
+use crate::ops::sparse_bitmap::DecompressBitmap;
 use crate::ops::sparse24::Decompress24;
 use crate::shape::Shape;
 use crate::tape::Var;
@@ -24,7 +25,7 @@ use crate::tensor::Tensor;
 pub enum Way {
     /// On the kernels of the stored form.
     Stored,
-    /// 2:4 integers with their zeros: `weight i8 [n, k]`, `scale f32 [n]`.
+    /// 2:4 or unstructured integers with their zeros: `weight i8 [n, k]`, `scale f32 [n]`.
     Int8 { weight: Tensor, scale: Tensor },
     /// `weight f32 [n, k]`; inputs are put on their grid first where the stored form's kernels multiply integers.
     Float { weight: Tensor },
@@ -155,7 +156,8 @@ impl Pass<'_> {
         let stored = |part: &str| self.model.tensors.get(&format!("{name}.{part}"));
         let (levels, scale) = (stored("int8").or(stored("values")), stored("scale"));
         // One scale for each output channel: those of groups go with float inputs.
-        if levels.zip(scale).is_none_or(|(levels, scale)| levels.dims().len() != scale.dims().len() + 1) {
+        let channels = levels.zip(scale).is_some_and(|(levels, scale)| levels.dims().len() == scale.dims().len() + 1);
+        if !(channels || stored("kept").and(scale).is_some()) {
             return Ok(x.clone());
         }
         let step = stored("input_step").cloned().map(Var::constant);
@@ -166,6 +168,12 @@ impl Pass<'_> {
     }
 }
 
+/// Elements of a row of a linear's input, by the config: bitmaps tell them to the next 64 words only.
+pub fn columns(model: &Model, name: &str) -> Option<usize> {
+    let name = format!("{name}.weight");
+    model.config.parameters().into_iter().find(|(own, _)| *own == name).and_then(|(_, dims)| dims.get(1).copied())
+}
+
 /// The levels of a layer that is stored as integers, `[n, k]` or of experts `[E, n, k]`, with their zeros where it is 2:4.
 ///
 /// # Errors
@@ -173,6 +181,10 @@ impl Pass<'_> {
 pub fn dense_levels(model: &Model, name: &str) -> Result<Tensor> {
     if let Some(levels) = model.tensors.get(&format!("{name}.int8")) {
         return Ok(levels.clone());
+    }
+    if let Some(kept) = model.tensors.get(&format!("{name}.kept")) {
+        let (k, dtype) = (columns(model, name).ok_or_else(|| missing(name))?, kept.dtype());
+        return dispatch::run_one(&DecompressBitmap { k, dtype }, &[kept, model.get(&format!("{name}.lists"))?]);
     }
     let (values, metadata) = (model.get(&format!("{name}.values"))?, model.get(&format!("{name}.metadata"))?);
     dispatch::run_one(&Decompress24 { k: 2 * values.shape().last() }, &[values, metadata])

@@ -8,7 +8,8 @@
 use std::any::Any;
 
 use super::quant_matmul::MAX_K;
-use crate::cpu::{self, BITMAP_BLOCK as BLOCK, BITMAP_PADDING as PADDING};
+pub use crate::cpu::BITMAP_BLOCK as BLOCK;
+use crate::cpu::{self, BITMAP_PADDING as PADDING};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};

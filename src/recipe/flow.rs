@@ -13,7 +13,7 @@ use super::schema::Recipe;
 use super::source::teacher_cache;
 use super::stages::{self, Context, Outcome, Student};
 use crate::compress::fastest::{self, Measured};
-use crate::compress::freeze::freeze;
+use crate::compress::freeze::deployable;
 use crate::console;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -189,7 +189,7 @@ impl<'a> Flow<'a> {
         let context = Context { recipe: self.recipe, corpus, folder: &path, name, progress, ranks };
         let started = Instant::now();
         let mut outcome = work(&context).map_err(|error| in_stage(error, name))?;
-        let deployed = freeze(&outcome.model, outcome.state.form())?;
+        let deployed = deployable(&outcome.model, outcome.state.form())?;
         let (mut row, measured) = self.measured(&deployed, name)?;
         outcome.notes.extend(measured.iter().flat_map(|measured| fastest::notes(&measured.choices)));
         let before = (!baseline).then_some(&self.pruned);
@@ -227,7 +227,7 @@ impl<'a> Flow<'a> {
             let Some((record, model)) = self.folder.finished_elsewhere(run, name, fingerprint, &self.device)? else {
                 continue;
             };
-            let deployed = freeze(&model, record.state.form())?;
+            let deployed = deployable(&model, record.state.form())?;
             self.save_deployed(
                 &self.folder.stage(name)?.join("deployed"),
                 name,
@@ -314,7 +314,7 @@ impl<'a> Flow<'a> {
 
     /// The run's result: the last stage's model in its deployable form.
     fn deploy(&mut self, student: &Student) -> Result<()> {
-        let model = freeze(&student.model, student.state.form())?;
+        let model = deployable(&student.model, student.state.form())?;
         let path = self.folder.path.join("model");
         self.save_deployed(&path, "deployed", (&model, student.measured.as_ref()))
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use espalier::compress::experts::{Settings, convert};
 use espalier::compress::fastest::{self, Choice, Measured};
-use espalier::compress::freeze::{Form, freeze};
+use espalier::compress::freeze::{Form, deployable, freeze};
 use espalier::compress::quantization::{Activations, Format, INPUT_STEP};
 use espalier::compress::tuning::{Lora, Tuning};
 use espalier::device::Device;
@@ -47,6 +47,55 @@ fn batch(device: &Arc<dyn Device>) -> nn::Batch {
 fn split() -> Model {
     let settings = Settings { expert_size: 16, share: 0.5, ..Settings::default() };
     convert(&pruned(), settings, &[batch(&cpu())]).unwrap().0
+}
+
+/// Seven of eight weights are zero, in no pattern of four: whole blocks of four are.
+fn scattered() -> Model {
+    let mut model = pruned();
+    for linear in model.config.all_linears() {
+        let name = format!("{linear}.weight");
+        let tensor = model.get(&name).unwrap();
+        let mut stream = Stream::new(4, 0);
+        let keep: Vec<bool> = (0..tensor.count().div_ceil(4)).map(|_| stream.below(4) == 0).collect();
+        let values: Vec<f32> =
+            (0..tensor.count()).map(|i| if keep[i / 4] && i % 4 != 3 { stream.normal() as f32 } else { 0.0 }).collect();
+        let tensor = Tensor::from_slice(&cpu(), tensor.dims(), &values).unwrap();
+        model.tensors.insert(name, tensor);
+    }
+    model
+}
+
+#[test]
+fn unstructured_zeros_are_left_out_of_what_is_deployed() {
+    let model = scattered();
+    for quantized in [None, Some(Format::default())] {
+        let form = Form { sparse: false, quantized };
+        let (dense, small) = (freeze(&model, form).unwrap(), deployable(&model, form).unwrap());
+        let linears = model.config.all_linears();
+        // Bitmaps of whole blocks of 64 words are too much beside 16 bytes a row.
+        let left_out = linears.iter().filter(|l| small.tensors.contains_key(&format!("{l}.kept"))).count();
+        let (wanted, share) = if quantized.is_some() { (2, 0.9) } else { (linears.len(), 0.5) };
+        assert!(left_out >= wanted, "{quantized:?}: {left_out}");
+        assert!((small.activated_bytes() as f64) < share * dense.activated_bytes() as f64, "{quantized:?}");
+        let bits = |model: &Model, l: &str| dense_weight(model, l).unwrap().to_bytes().unwrap();
+        assert!(linears.iter().all(|l| bits(&dense, l) == bits(&small, l)), "{quantized:?}");
+        assert!(nmse(&logits(&dense), &logits(&small)) < 1e-10);
+        // Saved, checked on reading, and the same.
+        let files = espalier::train::store::model_files(&small).unwrap();
+        let mut files: BTreeMap<String, Vec<u8>> = files.into_iter().map(|(n, bytes)| (n.to_string(), bytes)).collect();
+        let again = espalier::train::store::model_from(std::path::Path::new("memory"), &files, &cpu()).unwrap();
+        assert_eq!(logits(&small), logits(&again));
+        let mut broken = small.clone();
+        let lists = format!("{}.lists", linears[0]);
+        broken.tensors.insert(lists.clone(), Tensor::from_slice(&cpu(), &[1, 1, 3], &[0u32; 3]).unwrap());
+        files
+            .extend(espalier::train::store::model_files(&broken).unwrap().into_iter().map(|(n, b)| (n.to_string(), b)));
+        let error = espalier::train::store::model_from(std::path::Path::new("memory"), &files, &cpu()).err().unwrap();
+        assert!(error.to_string().contains(&lists), "{error}");
+    }
+    // Nothing to leave out.
+    let whole = Model::init(Config::glm(SIZE, 37), &cpu(), 3).unwrap();
+    assert_eq!(deployable(&whole, Form::default()).unwrap().total_bytes(), whole.total_bytes());
 }
 
 /// The pruned model with a step for each linear's inputs and factors in front of it.
@@ -104,9 +153,11 @@ fn every_way_is_the_stored_forms_function_on_every_device() {
     let static_inputs = Some(Format { activations: Activations::Static, ..Format::default() });
     let sources = [pruned(), split()];
     let cases = sources.iter().flat_map(|m| formats().map(|f| (m.clone(), f))).chain([(prepared(), static_inputs)]);
-    for (source, format) in cases {
+    let scattered = [None, Some(Format::default())].map(|f| (scattered(), f));
+    for (source, format) in cases.chain(scattered) {
         for device in devices("every_way_is_the_stored_forms_function_on_every_device") {
-            let stored = freeze(&source, Form { sparse: true, quantized: format }).unwrap().to_device(&device).unwrap();
+            let form = Form { sparse: true, quantized: format };
+            let stored = deployable(&source, form).unwrap().to_device(&device).unwrap();
             let mut layers = fastest::layers(&stored);
             // The first block has every kind of layer.
             layers.retain(|(layer, _)| layer.starts_with("blocks.0."));
@@ -125,7 +176,8 @@ fn every_way_is_the_stored_forms_function_on_every_device() {
         }
     }
     let forms: Vec<&str> = seen.iter().map(|(form, _)| *form).collect();
-    assert!(["2:4", "2:4 int8", "int8", "int4", "experts"].iter().all(|f| forms.contains(f)), "{seen:?}");
+    let all = ["2:4", "2:4 int8", "unstructured", "unstructured int8", "int8", "int4", "experts"];
+    assert!(all.iter().all(|f| forms.contains(f)), "{seen:?}");
 }
 
 /// Weights of zeros stand where a way's would: whether they are multiplied shows in the output.

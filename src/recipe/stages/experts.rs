@@ -4,7 +4,7 @@ use super::{Context, Outcome, Student, calibration, recover, text};
 use crate::compress::distillation::TeacherCache;
 use crate::compress::experts::{self, report};
 use crate::compress::fastest::fastest;
-use crate::compress::freeze::freeze;
+use crate::compress::freeze::deployable;
 use crate::compress::written;
 use crate::error::Result;
 use crate::nn::{self, Model};
@@ -103,7 +103,7 @@ fn split(context: &Context, dense: Outcome, settings: &Experts, batches: &[nn::B
         .position(|b| b.experts.is_some())
         .map_or(String::new(), |i| format!("blocks.{i}.ffn"));
     let deployed = |model: &Model, form| -> Result<Model> {
-        let stored = freeze(model, form)?;
+        let stored = deployable(model, form)?;
         if evaluate.fastest { Ok(fastest(&stored, &rows, &ffn)?.0) } else { Ok(stored) }
     };
     let speeds = report::speed(&deployed(&dense.model, dense.state.form())?, &deployed(&model, form)?, &rows)?;
