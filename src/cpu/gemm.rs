@@ -6,8 +6,7 @@
 //! rows and columns: for any number of threads.
 
 mod pack;
-#[cfg(target_arch = "x86_64")]
-pub(super) use pack::turn_words;
+pub(super) use pack::pack_b;
 mod tile;
 
 use std::cell::Cell;
