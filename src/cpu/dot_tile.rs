@@ -38,6 +38,23 @@ fn tiles<'x, const MR: usize, const NR: usize>(
     }
 }
 
+/// For each of the rows first .. first + count (up to 16) of every w the sum over `parts` (x, w) of x . w[row]: lanes are added up
+/// once for all parts.
+pub(super) fn sum(parts: &[(&[f32], &[f32])], first: usize, count: usize) -> [f32; 16] {
+    assert!(count <= 16 && parts.iter().all(|(x, w)| w.len() >= (first + count) * x.len()), "rows of every w");
+    #[cfg(target_arch = "x86_64")]
+    if simd::level() == simd::Level::Avx512 && count == 16 {
+        // SAFETY: the features were found; every w has the rows.
+        return unsafe { avx512::sum(parts, first) };
+    }
+    let mut sums = [0.0; 16];
+    for (x, w) in parts {
+        let rows = w[first * x.len()..].chunks_exact(x.len().max(1));
+        sums[..count].iter_mut().zip(rows).for_each(|(sum, w)| *sum += portable(x, w));
+    }
+    sums
+}
+
 /// x[i] . w[j] at i * NR + j; all rows have one length.
 fn tile<const MR: usize, const NR: usize>(x: [&[f32]; MR], w: [&[f32]; NR]) -> [f32; 16] {
     let k = x[0].len();
@@ -84,6 +101,32 @@ mod avx512 {
                 }
             }
             at += 16;
+        }
+        let mut out = [0.0; 16];
+        // SAFETY: `out` is 64 bytes.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum_lanes(acc)) };
+        out
+    }
+
+    /// # Safety
+    /// AVX-512 F is present; every w has rows first .. first + 16 of the length of its x.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    #[allow(clippy::needless_range_loop)] // the index names the register
+    pub(super) unsafe fn sum(parts: &[(&[f32], &[f32])], first: usize) -> [f32; 16] {
+        let mut acc = [_mm512_setzero_ps(); 16];
+        for (x, w) in parts {
+            let k = x.len();
+            for at in (0..k).step_by(16) {
+                let left = k - at;
+                let mask = if left >= 16 { u16::MAX } else { (1 << left) - 1 };
+                // SAFETY: the mask covers elements at .. min(at + 16, k), here and of each row below.
+                unsafe {
+                    let (xs, w) = (_mm512_maskz_loadu_ps(mask, x.as_ptr().add(at)), w.as_ptr().add(first * k + at));
+                    for j in 0..16 {
+                        acc[j] = _mm512_fmadd_ps(xs, _mm512_maskz_loadu_ps(mask, w.add(j * k)), acc[j]);
+                    }
+                }
+            }
         }
         let mut out = [0.0; 16];
         // SAFETY: `out` is 64 bytes.

@@ -6,9 +6,9 @@
 //! rows and columns: for any number of threads.
 
 mod pack;
-pub(super) use pack::pack_columns;
 #[cfg(target_arch = "x86_64")]
-pub(super) use pack::{turn, turn_words};
+pub(super) use pack::turn;
+pub(super) use pack::{pack_b, pack_columns};
 mod tile;
 
 use std::cell::Cell;

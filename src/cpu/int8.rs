@@ -5,6 +5,7 @@
 //! sum of the activation row is taken off at the end. Many rows take packed weights instead (`int8_packed.rs`). Integer sums are
 //! exact, so every path gives the same bits.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use super::Args;
@@ -21,10 +22,25 @@ const ROWS: usize = 32;
 /// Multiply-adds below which threads cost more than they bring: about 5 us on one core.
 const WORTH_THREADS: usize = 4 << 20;
 
-multiversion! {
-    fn sum(x: &[i8]) -> i32 {
-        x.iter().map(|&v| i32::from(v)).sum()
+thread_local! {
+    /// Packed weights. Taken while in use.
+    static PACKED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// The sum of the bytes of each row of `k`.
+pub(super) fn sums(x: &[i8], k: usize) -> Vec<i32> {
+    let mut sums = vec![0; x.len() / k.max(1)];
+    #[cfg(target_arch = "x86_64")]
+    if vnni::available() {
+        // SAFETY: the features were found.
+        unsafe { vnni::sums(x, k, &mut sums) };
+        return sums;
     }
+    sums.iter_mut().zip(x.chunks(k.max(1))).for_each(|(sum, row)| *sum = row.iter().map(|&v| i32::from(v)).sum());
+    sums
+}
+
+multiversion! {
 
     fn dot(x: &[i8], w: &[i8]) -> i32 {
         x.iter().zip(w).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum()
@@ -62,6 +78,21 @@ mod vnni {
                 && is_x86_feature_detected!("avx512vnni")
         });
         *FOUND
+    }
+
+    /// # Safety
+    /// AVX-512 F, BW and VNNI are present.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) unsafe fn sums(x: &[i8], k: usize, sums: &mut [i32]) {
+        for (row, out) in x.chunks(k.max(1)).zip(sums) {
+            let mut sum = _mm512_setzero_si512();
+            for part in row.chunks(64) {
+                // SAFETY: the mask covers the bytes of the part.
+                let bytes = unsafe { _mm512_maskz_loadu_epi8(u64::MAX >> (64 - part.len()), part.as_ptr()) };
+                sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), bytes);
+            }
+            *out = _mm512_reduce_add_epi32(sum);
+        }
     }
 
     /// # Safety
@@ -148,6 +179,8 @@ pub(super) enum Weights<'a> {
 pub(super) struct Product<'a> {
     pub x: &'a [i8],
     pub x_scale: &'a [f32],
+    /// Of each row of x: see [`sums`].
+    pub x_sums: &'a [i32],
     pub w: Weights<'a>,
     pub w_scale: &'a [f32],
     pub bias: Option<&'a [f32]>,
@@ -183,18 +216,26 @@ impl Product<'_> {
     /// Row i is the product of row `place(i)[0]` of x and goes to row `place(i)[1]` of `y [.., n]`; on this thread.
     pub(super) fn run_alone(&self, place: impl Fn(usize) -> [usize; 2], y: &mut [f32]) {
         assert!((0..self.m).all(|i| (place(i)[1] + 1) * self.n <= y.len()), "room for the product");
+        // SAFETY: the rows lie within `y`, which is ours.
+        unsafe { self.run_among(place, y.as_mut_ptr()) };
+    }
+
+    /// As [`Product::run_alone`] into rows that lie among those of others.
+    ///
+    /// # Safety
+    /// `y` starts rows of n elements, all that `place` names; nobody else touches these meanwhile.
+    pub(super) unsafe fn run_among(&self, place: impl Fn(usize) -> [usize; 2], y: *mut f32) {
         let sums = self.sums(&place);
-        let out = Columns(y.as_mut_ptr());
+        let out = Columns(y);
         for first in (0..self.n).step_by(STRIP) {
-            // SAFETY: the rows lie within `y`, which is ours.
+            // SAFETY: as promised by the caller.
             unsafe { self.strip(first, &place, &sums, &out) };
         }
     }
 
-    /// Sum of each row's bytes, where the path needs it.
+    /// Sum of each row's bytes.
     fn sums(&self, place: &impl Fn(usize) -> [usize; 2]) -> Vec<i32> {
-        let rows = if packed::fits(self.m, self.k) { 0 } else { self.m };
-        (0..rows).map(|i| sum(self.x_row(place(i)[0]))).collect()
+        (0..self.m).map(|i| self.x_sums[place(i)[0]]).collect()
     }
 
     fn x_row(&self, row: usize) -> &[i8] {
@@ -209,7 +250,7 @@ impl Product<'_> {
         let end = (first + STRIP).min(self.n);
         if packed::fits(self.m, self.k) {
             // SAFETY: as promised by the caller.
-            return unsafe { self.packed(first..end, place, out) };
+            return unsafe { self.packed(first..end, place, sums, out) };
         }
         match self.w {
             // SAFETY: as promised by the caller.
@@ -236,8 +277,8 @@ impl Product<'_> {
     ///
     /// # Safety
     /// As [`Product::strip`].
-    unsafe fn packed(&self, columns: Range<usize>, place: &impl Fn(usize) -> [usize; 2], out: &Columns) {
-        let mut words = Vec::new();
+    unsafe fn packed(&self, columns: Range<usize>, place: &impl Fn(usize) -> [usize; 2], sums: &[i32], out: &Columns) {
+        let mut words = PACKED.take();
         match self.w {
             Weights::Dense(w) => packed::pack(&w[columns.start * self.k..columns.end * self.k], self.k, &mut words),
             Weights::Sparse24 { values, meta } => {
@@ -254,13 +295,15 @@ impl Product<'_> {
             w_scale: &self.w_scale[columns.clone()],
             bias: self.bias.map(|b| &b[columns.clone()]),
             relu: self.relu,
+            add: false,
         };
-        let x = |i: usize| (place(i)[0], self.x_row(place(i)[0]).as_ptr());
+        let x = |i: usize| (place(i)[0], sums[i], self.x_row(place(i)[0]).as_ptr());
         // SAFETY: as promised by the caller.
         unsafe {
             let to = |i: usize| out.0.add(place(i)[1] * self.n + columns.start);
             packed::product(x, self.m, &words, self.k, &finish, to);
         }
+        PACKED.set(words);
     }
 
     /// The given columns, whose weights are `w`, of every row.
@@ -334,6 +377,10 @@ impl Product<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn sum(row: &[i8]) -> i32 {
+        sums(row, row.len())[0]
+    }
 
     #[test]
     fn every_tile_is_exact_for_every_length() {

@@ -13,6 +13,8 @@ pub(super) struct Finish<'a> {
     pub w_scale: &'a [f32],
     pub bias: Option<&'a [f32]>,
     pub relu: bool,
+    /// Rows are added to what is there, without bias and ReLU.
+    pub add: bool,
 }
 
 /// Whether `rows` rows of `k` bytes should take this path on this processor.
@@ -31,23 +33,15 @@ fn available() -> bool {
 }
 
 /// Rows of `k` bytes, a whole number of words, as blocks of [`COLUMNS`] columns; rows past the last are zeros. `vpdpbusd` multiplies
-/// unsigned by signed bytes, so x gets 128 added there: -128 times the sum of each column comes first in its block.
+/// unsigned by signed bytes: weights get 128 added here, and 128 times the sum of a row of x is taken off its products.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn pack(w: &[i8], k: usize, packed: &mut Vec<f32>) {
-    let words = k / 4;
-    let mut aligned: Vec<f32> = Vec::new();
-    let w: &[f32] = bytemuck::try_cast_slice(w).unwrap_or_else(|_| {
-        let word = |b: &[i8]| f32::from_bits(u32::from_le_bytes([b[0] as u8, b[1] as u8, b[2] as u8, b[3] as u8]));
-        aligned = w.chunks_exact(4).map(word).collect();
-        &aligned
-    });
-    packed.clear();
-    packed.resize((w.len() / words.max(1)).div_ceil(COLUMNS) * (words + 1) * COLUMNS, 0.0);
-    for (rows, block) in w.chunks(COLUMNS * words).zip(packed.chunks_mut((words + 1) * COLUMNS)) {
-        let (sums, block) = block.split_at_mut(COLUMNS);
-        super::gemm::turn_words(rows, words, block);
-        // SAFETY: `fits` found the instructions; sums has COLUMNS words and block a whole number of them.
-        unsafe { avx512::corrections(block, sums) };
+    let block = k / 4 * COLUMNS;
+    let size = (w.len() / k.max(1)).div_ceil(COLUMNS) * block;
+    packed.resize(packed.len().max(size), 0.0);
+    for (rows, block) in w.chunks(COLUMNS * k.max(1)).zip(packed.chunks_mut(block.max(1))) {
+        // SAFETY: `fits` found the instructions; there are up to COLUMNS whole rows, and room for their words.
+        unsafe { avx512::turn(rows, k, block) };
     }
 }
 
@@ -55,13 +49,14 @@ pub(super) fn pack(w: &[i8], k: usize, packed: &mut Vec<f32>) {
 pub(super) fn pack(_: &[i8], _: usize, _: &mut Vec<f32>) {}
 
 /// y[out(i) + j] = finish(x(i) . column j) for `rows` rows of `k` bytes and the columns of `finish.w_scale`. `x(i)` is the row's
-/// place in the scales and where it starts.
+/// place in the scales, the sum of its bytes and where it starts.
 ///
 /// # Safety
-/// For every row, `x(i)` starts k bytes and `out(i)` as many elements as there are columns, which nobody else touches meanwhile.
+/// For every row, `x(i)` starts k bytes and `out(i)` as many elements as there are columns, which nobody else touches meanwhile and
+/// which are initialized where they are added to.
 #[cfg(target_arch = "x86_64")]
 pub(super) unsafe fn product(
-    x: impl Fn(usize) -> (usize, *const i8),
+    x: impl Fn(usize) -> (usize, i32, *const i8),
     rows: usize,
     packed: &[f32],
     k: usize,
@@ -69,25 +64,29 @@ pub(super) unsafe fn product(
     out: impl Fn(usize) -> *mut f32,
 ) {
     let (columns, words) = (finish.w_scale.len(), k / 4);
-    assert!(available() && packed.len() >= columns.div_ceil(COLUMNS) * (words + 1) * COLUMNS, "packed columns");
-    for first in (0..rows).step_by(8) {
-        let own: [usize; 8] = std::array::from_fn(|r| (first + r).min(rows - 1));
-        let x = own.map(&x);
-        let scales = x.map(|(at, _)| finish.x_scale[at]);
-        let (x, out, stored) = (x.map(|(_, row)| row), own.map(&out), (rows - first).min(8));
+    assert!(available() && packed.len() >= columns.div_ceil(COLUMNS) * words * COLUMNS, "packed columns");
+    let mut first = 0;
+    while first < rows {
+        // As many rows as there are registers for, then fewer: every tile is whole.
+        let count = [8, 4, 2, 1].into_iter().find(|&count| count <= rows - first).unwrap_or(1);
+        let own: [usize; 8] = std::array::from_fn(|r| first + r.min(count - 1));
+        let (x, out) = (own.map(&x), own.map(&out));
+        let (scales, sums) = (x.map(|(at, ..)| finish.x_scale[at]), x.map(|(_, sum, _)| sum));
+        let x = x.map(|(.., row)| row);
         for j in (0..columns).step_by(2 * COLUMNS) {
-            let w = &packed[j / COLUMNS * (words + 1) * COLUMNS..];
-            let part = avx512::Part { x, scales, out, stored, first: j };
+            let w = &packed[j / COLUMNS * words * COLUMNS..];
+            let part = avx512::Part { x, scales, sums, out, first: j };
             // SAFETY: rows hold k bytes, w the blocks of these columns, and `out` is as promised by the caller.
             unsafe {
-                match (j + COLUMNS < columns, stored > 4) {
-                    (true, true) => avx512::tile::<8, 2>(&part, w, words, finish),
-                    (true, false) => avx512::tile::<4, 2>(&part, w, words, finish),
-                    (false, true) => avx512::tile::<8, 1>(&part, w, words, finish),
-                    (false, false) => avx512::tile::<4, 1>(&part, w, words, finish),
+                match (j + COLUMNS < columns, finish.add) {
+                    (true, true) => avx512::rows::<2, true>(&part, count, w, words, finish),
+                    (true, false) => avx512::rows::<2, false>(&part, count, w, words, finish),
+                    (false, true) => avx512::rows::<1, true>(&part, count, w, words, finish),
+                    (false, false) => avx512::rows::<1, false>(&part, count, w, words, finish),
                 }
             }
         }
+        first += count;
     }
 }
 
@@ -95,7 +94,7 @@ pub(super) unsafe fn product(
 /// Nothing is asked for: it does nothing, and `fits` says so.
 #[cfg(not(target_arch = "x86_64"))]
 pub(super) unsafe fn product(
-    _: impl Fn(usize) -> (usize, *const i8),
+    _: impl Fn(usize) -> (usize, i32, *const i8),
     _: usize,
     _: &[f32],
     _: usize,
@@ -110,61 +109,113 @@ mod avx512 {
 
     use super::{COLUMNS, Finish};
 
-    /// Up to eight rows against the columns from `first` on; the first `stored` of them are wanted.
+    /// Up to eight rows against the columns from `first` on.
     pub(super) struct Part {
         pub x: [*const i8; 8],
         pub scales: [f32; 8],
+        pub sums: [i32; 8],
         pub out: [*mut f32; 8],
-        pub stored: usize,
         pub first: usize,
     }
 
-    /// -128 times the sum of the bytes of each column.
+    /// One block, eight words at a time, 128 added to every byte.
     ///
     /// # Safety
-    /// AVX-512 F, BW and VNNI are present; `sums` holds a word for each column.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    pub(super) unsafe fn corrections(block: &[f32], sums: &mut [f32]) {
-        let mut sum = _mm512_setzero_si512();
-        for words in block.chunks_exact(COLUMNS) {
-            // SAFETY: a chunk is 64 bytes.
-            let words = unsafe { _mm512_loadu_si512(words.as_ptr().cast()) };
-            sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), words);
+    /// AVX-512 F, BW and VL are present; `rows` are up to sixteen rows of `k` bytes, a whole number of words.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub(super) unsafe fn turn(rows: &[i8], k: usize, out: &mut [f32]) {
+        let (count, words) = (rows.len() / k, k / 4);
+        assert!(count <= COLUMNS && out.len() >= words * COLUMNS, "one block");
+        for first in (0..words).step_by(8) {
+            let left = (words - first).min(8);
+            let mask = u8::MAX >> (8 - left);
+            let half = |row: usize| match row < count {
+                // SAFETY: the mask covers words of this row.
+                true => unsafe { _mm256_maskz_loadu_epi32(mask, rows.as_ptr().add(row * k + 4 * first).cast()) },
+                false => _mm256_setzero_si256(),
+            };
+            // Rows 0 to 3 before 4 to 7 and 8 to 11 before 12 to 15: pairs of lanes are then in order after the last step.
+            let both = |row: usize| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(half(row)), half(row + 4));
+            let mut turned = [_mm512_setzero_si512(); 8];
+            for side in 0..2 {
+                let [a, b, c, d] = [both(8 * side), both(8 * side + 1), both(8 * side + 2), both(8 * side + 3)];
+                let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+                turned[4 * side] = _mm512_unpacklo_epi64(ab, cd);
+                turned[4 * side + 1] = _mm512_unpackhi_epi64(ab, cd);
+                let (ab, cd) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+                turned[4 * side + 2] = _mm512_unpacklo_epi64(ab, cd);
+                turned[4 * side + 3] = _mm512_unpackhi_epi64(ab, cd);
+            }
+            for word in 0..8 {
+                let (low, high) = (turned[word % 4], turned[4 + word % 4]);
+                let columns = match word < 4 {
+                    true => _mm512_shuffle_i32x4::<0x88>(low, high),
+                    false => _mm512_shuffle_i32x4::<0xdd>(low, high),
+                };
+                if word < left {
+                    let columns = _mm512_xor_si512(columns, _mm512_set1_epi8(-128));
+                    // SAFETY: first + word < words.
+                    unsafe { _mm512_storeu_si512(out.as_mut_ptr().add((first + word) * COLUMNS).cast(), columns) };
+                }
+            }
         }
-        let sum = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32::<7>(sum));
-        // SAFETY: promised by the caller.
-        unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), sum) };
     }
 
     /// # Safety
-    /// AVX-512 F, BW and VNNI are present; rows of x hold 4 `words` bytes, `w` NB blocks, rows of `out` all columns; MR is at
-    /// least `stored` and at most 8.
+    /// As [`tile`], for the first `count` (8, 4, 2 or 1) rows.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) unsafe fn rows<const NB: usize, const ADD: bool>(
+        part: &Part,
+        count: usize,
+        w: &[f32],
+        words: usize,
+        finish: &Finish,
+    ) {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            match count {
+                8 => tile::<8, NB, ADD>(part, w, words, finish),
+                4 => tile::<4, NB, ADD>(part, w, words, finish),
+                2 => tile::<2, NB, ADD>(part, w, words, finish),
+                _ => tile::<1, NB, ADD>(part, w, words, finish),
+            }
+        }
+    }
+
+    /// The first MR rows against NB blocks. All loops over registers are of known length, so that sums never leave them.
+    ///
+    /// # Safety
+    /// AVX-512 F, BW and VNNI are present; rows of x hold 4 `words` bytes, `w` NB blocks, rows of `out` all columns; with ADD they are
+    /// initialized.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     #[allow(clippy::needless_range_loop)] // the index names the register
-    pub(super) unsafe fn tile<const MR: usize, const NB: usize>(part: &Part, w: &[f32], words: usize, finish: &Finish) {
-        let block = (words + 1) * COLUMNS;
-        assert!(w.len() >= NB * block && part.stored <= MR && MR <= 8, "whole blocks");
-        let flip = _mm512_set1_epi8(-128);
+    unsafe fn tile<const MR: usize, const NB: usize, const ADD: bool>(
+        part: &Part,
+        w: &[f32],
+        words: usize,
+        finish: &Finish,
+    ) {
+        let block = words * COLUMNS;
+        assert!(w.len() >= NB * block && MR <= 8, "whole blocks");
         let mut ws = [_mm512_setzero_si512(); NB];
-        for b in 0..NB {
-            // SAFETY: the corrections of block b come first in it.
-            ws[b] = unsafe { _mm512_loadu_si512(w.as_ptr().add(b * block).cast()) };
+        let mut acc = [[_mm512_setzero_si512(); NB]; MR];
+        for r in 0..MR {
+            acc[r] = [_mm512_set1_epi32(-128 * part.sums[r]); NB];
         }
-        let mut acc = [ws; MR];
         for q in 0..words {
             for b in 0..NB {
                 // SAFETY: word q of block b lies within w.
-                ws[b] = unsafe { _mm512_loadu_si512(w.as_ptr().add(b * block + (q + 1) * COLUMNS).cast()) };
+                ws[b] = unsafe { _mm512_loadu_si512(w.as_ptr().add(b * block + q * COLUMNS).cast()) };
             }
             for r in 0..MR {
                 // SAFETY: q < words.
                 let xs = _mm512_set1_epi32(unsafe { part.x[r].add(4 * q).cast::<i32>().read_unaligned() });
-                let xs = _mm512_xor_si512(xs, flip);
                 for b in 0..NB {
-                    acc[r][b] = _mm512_dpbusd_epi32(acc[r][b], xs, ws[b]);
+                    acc[r][b] = _mm512_dpbusd_epi32(acc[r][b], ws[b], xs);
                 }
             }
         }
+        let negative = if finish.relu { u16::MAX } else { 0 };
         for b in 0..NB {
             let column = part.first + b * COLUMNS;
             let left = finish.w_scale.len() - column;
@@ -176,19 +227,22 @@ mod avx512 {
                 Some(bias) => unsafe { _mm512_maskz_loadu_ps(mask, bias[..finish.w_scale.len()].as_ptr().add(column)) },
                 None => _mm512_setzero_ps(),
             };
-            for r in 0..part.stored {
+            for r in 0..MR {
                 // Three roundings in this order, as on every path and device.
                 let value = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][b]), _mm512_set1_ps(part.scales[r]));
-                let mut value = _mm512_mul_ps(value, scale);
-                if finish.bias.is_some() {
-                    value = _mm512_add_ps(value, bias);
+                let value = _mm512_mul_ps(value, scale);
+                // SAFETY: the mask covers columns of the row, which is initialized where it is added to.
+                unsafe {
+                    let to = part.out[r].add(column);
+                    let value = if ADD {
+                        _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), value)
+                    } else {
+                        let value = _mm512_add_ps(value, bias);
+                        let below = _mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(negative, value, _mm512_setzero_ps());
+                        _mm512_mask_mov_ps(value, below, _mm512_setzero_ps())
+                    };
+                    _mm512_mask_storeu_ps(to, mask, value);
                 }
-                if finish.relu {
-                    let below = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(value, _mm512_setzero_ps());
-                    value = _mm512_mask_mov_ps(value, below, _mm512_setzero_ps());
-                }
-                // SAFETY: the mask covers columns of the row.
-                unsafe { _mm512_mask_storeu_ps(part.out[r].add(column), mask, value) };
             }
         }
     }
@@ -212,10 +266,10 @@ mod tests {
             let mut packed = Vec::new();
             pack(&w, k, &mut packed);
             let (ones, bias) = (vec![1.0; m.max(n)], vec![3.0; n]);
-            let finish = Finish { x_scale: &ones[..m], w_scale: &ones[..n], bias: Some(&bias), relu: true };
+            let finish = Finish { x_scale: &ones[..m], w_scale: &ones[..n], bias: Some(&bias), relu: true, add: false };
             let mut y = vec![2.0f32; m * n];
             let base = y.as_mut_ptr();
-            let row = |i: usize| (i, x[i * k..].as_ptr());
+            let row = |i: usize| (i, x[i * k..][..k].iter().map(|&v| i32::from(v)).sum(), x[i * k..].as_ptr());
             // SAFETY: y has m rows of n.
             unsafe { product(row, m, &packed, k, &finish, |i| base.add(i * n)) };
             for (id, got) in y.iter().enumerate() {

@@ -10,15 +10,38 @@ pub fn moe_gate(args: &Args) -> Result<()> {
     float_kernel!(args, gate)
 }
 
+/// Experts up to which every score is held against every other: that has no branches. More are selected.
+const COMPARED: usize = 128;
+
 /// Larger for what comes first: the score's order in the upper half (NaN lowest, both zeros equal), then lower indices.
+#[inline(always)]
 fn key(score: f32, index: usize) -> u64 {
     let bits = if score == 0.0 { 0 } else { score.to_bits() };
-    let ordered = match (score.is_nan(), bits >> 31) {
-        (true, _) => 0,
-        (_, 0) => bits | 0x8000_0000,
-        _ => !bits,
-    };
+    let ordered = if bits >> 31 == 0 { bits | 0x8000_0000 } else { !bits };
+    let ordered = if score.is_nan() { 0 } else { ordered };
     u64::from(ordered) << 32 | u64::from(!(index as u32))
+}
+
+multiversion! {
+    /// The keys of a row, padded with zeros: what comes last.
+    fn make_keys(row: &[f32], keys: &mut [u64]) {
+        for (i, (key_of, score)) in keys.iter_mut().zip(row).enumerate() {
+            *key_of = key(*score, i);
+        }
+    }
+
+    /// How many keys come before each; sixteen at a time.
+    fn rank(keys: &[u64], ranks: &mut [u64]) {
+        for (own, ranks) in keys.as_chunks::<16>().0.iter().zip(ranks.as_chunks_mut::<16>().0) {
+            let mut before = [0u64; 16];
+            for other in keys {
+                for (before, own) in before.iter_mut().zip(own) {
+                    *before += u64::from(other > own);
+                }
+            }
+            *ranks = before;
+        }
+    }
 }
 
 fn gate<T: Float>(args: &Args) -> Result<()> {
@@ -26,16 +49,27 @@ fn gate<T: Float>(args: &Args) -> Result<()> {
     let scores = args.read::<T>(0);
     let outputs = (args.write::<u32>(1), args.write::<f32>(2));
     args.rows2(outputs, (k, k), grain(experts), |first, indices, gates| {
-        let mut keys = Vec::with_capacity(experts);
+        let padded = experts.next_multiple_of(16);
+        let (mut wide, mut keys, mut ranks) = (vec![0.0; experts], vec![0; padded], vec![0; padded]);
         let rows = scores[first * experts..].chunks(experts);
         for ((row, indices), gates) in rows.zip(indices.chunks_mut(k)).zip(gates.chunks_mut(k)) {
-            keys.clear();
-            keys.extend(row.iter().enumerate().map(|(e, s)| key(s.load(), e)));
+            let row = simd::widened(row, &mut wide);
+            make_keys(row, &mut keys);
+            if experts <= COMPARED {
+                rank(&keys, &mut ranks);
+                for (i, (&rank, &score)) in ranks.iter().zip(row).enumerate() {
+                    if rank < k as u64 {
+                        (indices[rank as usize], gates[rank as usize]) = (i as u32, score);
+                    }
+                }
+                continue;
+            }
+            keys[experts..].fill(0);
             keys.select_nth_unstable_by(k - 1, |a, b| b.cmp(a));
             keys[..k].sort_unstable_by(|a, b| b.cmp(a));
             for ((index, gate), key) in indices.iter_mut().zip(gates).zip(&keys) {
                 *index = !(*key as u32);
-                *gate = row[*index as usize].load();
+                *gate = row[*index as usize];
             }
         }
     });

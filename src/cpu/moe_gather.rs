@@ -1,23 +1,38 @@
-//! CPU kernels of `ops/moe_gather.rs`. A few tokens read each chosen expert where it lies; many are put together by expert, some at
-//! a time, so that every expert's weights meet all of their rows while they are in the cache.
+//! CPU kernels of `ops/moe_gather.rs`. The first product goes expert by expert, each of whose weights meets all of its rows while it
+//! is in the cache. The second goes by columns: the sums of some tokens stay in the cache while every expert adds to them.
 
+mod panel;
+
+use std::cell::Cell;
 use std::ops::Range;
 
-use super::dot_tile;
-use super::gemm::{Product as Dense, View, gemm};
-use super::int8::{Product, Weights};
+use super::int8::{self, Product, Weights};
+use super::int8_packed::{self as packed, Finish};
 use super::matmul::floats;
-use super::{Args, float_kernel, simd};
+use super::{Args, dot_tile, float_kernel, simd};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
 
-/// Tokens that are put together, at least and at most. A function of the problem alone, so that sums do not depend on the
-/// number of threads.
-const TASK: [usize; 2] = [64, 256];
-/// Rows of one expert up to which dot products against its weight as it lies beat packing it.
-const FEW: usize = 16;
-/// Multiply-adds of one parallel task where tokens are few.
+/// Rows of one expert in one task.
+const ROWS: usize = 128;
+/// Tokens whose sums are made together.
+const TOKENS: usize = 256;
+/// Most of these sums at a time: 64 KB, in the second-level cache.
+const SUMS: usize = 1 << 14;
+/// Multiply-adds of one parallel task.
 const GRAIN: usize = 1 << 17;
+/// Rows of an expert (on average) up to which a token's sums over its experts, which take weights as they lie, beat packing them.
+const FEW: usize = 12;
+
+/// Longest rows that packing can beat taking weights as they lie, and elements of a row for which an expert must have one.
+const LONG: usize = 1024;
+const SHORT: usize = 24;
+
+thread_local! {
+    /// Rows of sums, and packed weights. Taken while in use.
+    static MADE: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static PACKED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
 
 /// Parameters of both kernels: tokens, n, d, k, experts, sum, relu, skips, threshold.
 struct Gathered<'a> {
@@ -55,9 +70,9 @@ impl<'a> Gathered<'a> {
         (expert < self.experts && self.gates.is_none_or(|g| g[slot] > self.threshold)).then_some(expert)
     }
 
-    /// The row of x that a slot takes.
-    fn row(&self, slot: usize) -> usize {
-        if self.sum { slot } else { slot / self.k }
+    /// The slots of each [`TOKENS`] tokens, by expert.
+    fn blocks(&self) -> Vec<Sorted> {
+        (0..self.tokens).step_by(TOKENS).map(|first| self.sorted(first, (self.tokens - first).min(TOKENS))).collect()
     }
 
     /// The slots of `count` tokens from `first` on, by expert.
@@ -68,150 +83,132 @@ impl<'a> Gathered<'a> {
         for e in 0..self.experts {
             ends[e + 1] += ends[e];
         }
-        let mut sorted = vec![0u32; ends[self.experts]];
-        for slot in slots {
-            if let Some(e) = self.expert(slot) {
-                sorted[ends[e]] = slot as u32;
-                ends[e] += 1;
+        let mut sorted = vec![Slot::default(); ends[self.experts]];
+        for (token, own) in (first..).zip(slots.step_by(self.k)) {
+            for at in own..own + self.k {
+                if let Some(e) = self.expert(at) {
+                    sorted[ends[e]] = Slot { token: token as u32, at: at as u32 };
+                    ends[e] += 1;
+                }
             }
         }
         Sorted { slots: sorted, ends }
     }
 }
 
+/// A token's place for one of its experts.
+#[derive(Clone, Copy, Default)]
+struct Slot {
+    token: u32,
+    at: u32,
+}
+
+impl Slot {
+    fn token(self) -> usize {
+        self.token as usize
+    }
+
+    fn at(self) -> usize {
+        self.at as usize
+    }
+}
+
 /// Slots by expert, in rising order within each; ends[e] is where those of e end.
 struct Sorted {
-    slots: Vec<u32>,
+    slots: Vec<Slot>,
     ends: Vec<usize>,
 }
 
 impl Sorted {
     /// Experts that have slots, and these.
-    fn experts(&self) -> impl Iterator<Item = (usize, &[u32])> {
+    fn experts(&self) -> impl Iterator<Item = (usize, &[Slot])> {
         let start = |e: usize| if e == 0 { 0 } else { self.ends[e - 1] };
         let all = (0..self.ends.len() - 1).map(move |e| (e, &self.slots[start(e)..self.ends[e]]));
         all.filter(|(_, slots)| !slots.is_empty())
     }
 }
 
-/// Both kernels around their products: `product(expert, columns, slots, out)` makes `out [slots, columns]`, without bias.
-fn execute<T: Float>(
+/// Where parallel tasks write: rows or columns of their own.
+#[derive(Clone, Copy)]
+struct Target<T>(*mut T);
+// SAFETY: tasks write disjoint parts (see `each` and `sums`), and the slice outlives them.
+unsafe impl<T: Send> Sync for Target<T> {}
+
+impl<T> Target<T> {
+    /// # Safety
+    /// The elements lie within the slice, and nobody else touches them meanwhile.
+    #[expect(clippy::mut_from_ref, reason = "every task takes other elements")]
+    unsafe fn part(&self, start: usize, length: usize) -> &mut [T] {
+        // SAFETY: as promised by the caller.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), length) }
+    }
+}
+
+/// The first product: `work(expert, slots, y)` makes the rows of these slots, which are its alone.
+fn each<T: Float>(args: &Args, g: &Gathered, y: &mut [T], work: impl Fn(usize, &[Slot], &Target<T>) + Sync + Send) {
+    let sorted = g.sorted(0, g.tokens);
+    assert!(y.len() >= g.tokens * g.k * g.n, "a row for each slot");
+    if sorted.slots.len() < g.tokens * g.k {
+        y.fill(T::store(0.0));
+    }
+    let parts: Vec<(usize, &[Slot])> =
+        sorted.experts().flat_map(|(e, slots)| slots.chunks(ROWS).map(move |part| (e, part))).collect();
+    let work_of_part = sorted.slots.len() / parts.len().max(1) * g.n * g.d;
+    let target = &Target(y.as_mut_ptr());
+    args.ranges(parts.len(), GRAIN / work_of_part.max(1), |range| {
+        parts[range].iter().for_each(|(e, slots)| work(*e, slots, target));
+    });
+}
+
+/// The second product: `work(block, tokens, columns, sums)` adds to `sums [tokens, columns]`, which start at zero. A sum's terms come
+/// in the same order whatever the columns and tokens that are made together.
+fn sums<T: Float>(
     args: &Args,
     g: &Gathered,
     bias: &[f32],
     y: &mut [T],
-    product: impl Fn(usize, Range<usize>, &[u32], &mut [f32]) + Sync + Send,
+    work: impl Fn(usize, Range<usize>, Range<usize>, &mut [f32]) + Sync + Send,
 ) {
-    let (n, d, slots) = (g.n, g.d, g.tokens * g.k);
-    if g.tokens > TASK[0] {
-        let per_token = if g.sum { 1 } else { g.k };
-        args.rows(y, per_token * n, g.tokens.div_ceil(4).clamp(TASK[0], TASK[1]), |first, y| {
-            let tokens = y.len() / (per_token * n).max(1);
-            let sorted = g.sorted(first, tokens);
-            let mut made = Vec::new();
-            if g.sum {
-                let mut total = vec![0.0f32; y.len()];
-                for (e, slots) in sorted.experts() {
-                    made.resize(slots.len() * n, 0.0);
-                    product(e, 0..n, slots, &mut made);
-                    add(g, slots, first, &made, &mut total);
-                }
-                store(g, &mut total, bias, y);
-            } else {
-                y.fill(T::store(0.0));
-                for (e, slots) in sorted.experts() {
-                    made.resize(slots.len() * n, 0.0);
-                    product(e, 0..n, slots, &mut made);
-                    place(g, slots, first, &mut made, &bias[e * n..][..n], y);
-                }
-            }
-        });
-        return;
-    }
-    let sorted = g.sorted(0, g.tokens);
-    if g.sum {
-        // Columns are shared out: every sum is one task's, in the same order whatever their width.
-        let width = GRAIN.div_ceil((slots * d).max(1)).next_multiple_of(16).min(n.max(1));
-        let mut totals = vec![0.0f32; n.div_ceil(width) * g.tokens * width];
-        args.rows(&mut totals, g.tokens * width, 1, |part, total| {
-            let columns = part * width..((part + 1) * width).min(n);
-            let total = &mut total[..g.tokens * columns.len()];
-            let mut made = Vec::new();
-            for (e, slots) in sorted.experts() {
-                made.resize(slots.len() * columns.len(), 0.0);
-                product(e, columns.clone(), slots, &mut made);
-                add(g, slots, 0, &made, total);
-            }
-        });
-        for (part, totals) in totals.chunks_mut((g.tokens * width).max(1)).enumerate() {
-            let columns = part * width..((part + 1) * width).min(n);
-            let rows = totals[..g.tokens * columns.len()].chunks_mut(columns.len().max(1));
-            for (total, y) in rows.zip(y.chunks_mut(n.max(1))) {
-                store(g, total, &bias[columns.clone()], &mut y[columns.clone()]);
+    let (n, tokens) = (g.n, g.tokens.min(TOKENS));
+    assert!(y.len() >= g.tokens * n, "a row for each token");
+    let most = if args.threads() == 1 { n } else { GRAIN.div_ceil((tokens * g.k * g.d).max(1)) };
+    let width = most.min(SUMS / tokens.max(1)).next_multiple_of(panel::COLUMNS).min(n.max(1));
+    let strips = n.div_ceil(width);
+    let target = &Target(y.as_mut_ptr());
+    args.ranges(g.tokens.div_ceil(TOKENS) * strips, 1, |tasks| {
+        let mut made = MADE.take();
+        for task in tasks {
+            let (block, strip) = (task / strips, task % strips);
+            let tokens = block * TOKENS..((block + 1) * TOKENS).min(g.tokens);
+            let columns = strip * width..((strip + 1) * width).min(n);
+            made.clear();
+            made.resize(tokens.len() * columns.len(), 0.0);
+            work(block, tokens.clone(), columns.clone(), &mut made);
+            for (token, row) in tokens.zip(made.chunks_mut(columns.len().max(1))) {
+                // SAFETY: one task makes these columns of this token.
+                let y = unsafe { target.part(token * n + columns.start, columns.len()) };
+                finish(row, 1, &bias[columns.clone()], g.relu);
+                simd::narrow(row, y);
             }
         }
-        return;
-    }
-    // Experts are shared out.
-    let mut made = vec![0.0f32; sorted.slots.len() * n];
-    let mut rest = made.as_mut_slice();
-    let mut parts = Vec::new();
-    for (e, slots) in sorted.experts() {
-        let (own, after) = std::mem::take(&mut rest).split_at_mut(slots.len() * n);
-        parts.push((e, slots, own));
-        rest = after;
-    }
-    y.fill(T::store(0.0));
-    if slots * n * d < 2 * GRAIN {
-        for (e, slots, made) in parts {
-            product(e, 0..n, slots, made);
-            place(g, slots, 0, made, &bias[e * n..][..n], y);
-        }
-        return;
-    }
-    args.parts(parts.into_iter(), |_, (e, slots, made)| product(e, 0..n, slots, made));
-    let mut made = made.as_mut_slice();
-    for (e, slots) in sorted.experts() {
-        let (own, after) = std::mem::take(&mut made).split_at_mut(slots.len() * n);
-        place(g, slots, 0, own, &bias[e * n..][..n], y);
-        made = after;
-    }
-}
-
-/// Adds each slot's row to its token's, of those from `first` on.
-fn add(g: &Gathered, slots: &[u32], first: usize, made: &[f32], total: &mut [f32]) {
-    let n = made.len() / slots.len().max(1);
-    for (&slot, made) in slots.iter().zip(made.chunks(n.max(1))) {
-        add_row(&mut total[(slot as usize / g.k - first) * n..][..n], made);
-    }
-}
-
-/// Puts each slot's row, finished, where the slot lies behind those of the tokens before `first`.
-fn place<T: Float>(g: &Gathered, slots: &[u32], first: usize, made: &mut [f32], bias: &[f32], y: &mut [T]) {
-    let n = bias.len();
-    for (&slot, made) in slots.iter().zip(made.chunks_mut(n.max(1))) {
-        store(g, made, bias, &mut y[(slot as usize - first * g.k) * n..][..n]);
-    }
-}
-
-/// Rows with their bias, through ReLU, to y.
-fn store<T: Float>(g: &Gathered, rows: &mut [f32], bias: &[f32], y: &mut [T]) {
-    for (row, y) in rows.chunks_mut(bias.len().max(1)).zip(y.chunks_mut(bias.len().max(1))) {
-        finish_row(row, bias, g.relu);
-        simd::narrow(row, y);
-    }
+        MADE.set(made);
+    });
 }
 
 simd::multiversion! {
-    fn add_row(sum: &mut [f32], row: &[f32]) {
-        sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+    /// Each of the rows plus the bias, through ReLU.
+    fn finish(rows: &mut [f32], count: usize, bias: &[f32], relu: bool) {
+        let n = rows.len() / count.max(1);
+        for row in rows.chunks_exact_mut(n.max(1)) {
+            for (x, b) in row.iter_mut().zip(bias) {
+                let z = *x + b;
+                *x = if relu && z < 0.0 { 0.0 } else { z };
+            }
+        }
     }
 
-    fn finish_row(y: &mut [f32], bias: &[f32], relu: bool) {
-        for (y, b) in y.iter_mut().zip(bias) {
-            let z = *y + b;
-            *y = if relu && z < 0.0 { 0.0 } else { z };
-        }
+    fn add_row(sum: &mut [f32], row: &[f32]) {
+        sum.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
     }
 }
 
@@ -222,20 +219,53 @@ pub fn gathered_matmul(args: &Args) -> Result<()> {
 /// Arguments: x, weight, bias, indices (, gates), y.
 fn floating<T: Float>(args: &Args) -> Result<()> {
     let g = Gathered::new(args, 3);
-    let (x, weight, mut wide) = (args.read::<T>(0), args.read::<T>(1), Vec::new());
-    let bias = floats(args.read::<T>(2), &mut wide);
-    let (n, d) = (g.n, g.d);
-    let row = |slot: u32| &x[g.row(slot as usize) * d..][..d];
-    execute(args, &g, bias, args.write::<T>(args.len() - 1), |e, columns, slots, y| {
-        let w = &weight[(e * n + columns.start) * d..(e * n + columns.end) * d];
-        let (m, n) = (slots.len(), columns.len());
-        if m <= FEW && T::DTYPE == DType::F32 {
-            return dot_tile::product(|i| bytemuck::cast_slice(row(slots[i])), m, bytemuck::cast_slice(w), n, y);
-        }
-        let mut rows = Vec::with_capacity(m * d);
-        slots.iter().for_each(|&slot| rows.extend_from_slice(row(slot)));
-        gemm(&Dense::new([m, n, d], View::rows(&rows, d), View::transposed(w, d)), y, n);
-    });
+    let (mut wide, mut wide_bias) = (Vec::new(), Vec::new());
+    let (x, weight) = (floats(args.read::<T>(0), &mut wide), args.read::<T>(1));
+    let bias = floats(args.read::<T>(2), &mut wide_bias);
+    let (n, d, y) = (g.n, g.d, args.write::<T>(args.len() - 1));
+    let row = |at: usize| &x[at * d..][..d];
+    let as_it_lies = T::DTYPE == DType::F32;
+    if !g.sum {
+        each(args, &g, y, |e, slots, y| {
+            let (w, mut made) = (&weight[e * n * d..][..n * d], MADE.take());
+            let row = |i: usize| row(slots[i].token());
+            made.clear();
+            made.resize(slots.len() * n, 0.0);
+            if as_it_lies && (d > LONG || slots.len() <= d / SHORT) {
+                dot_tile::product(row, slots.len(), bytemuck::cast_slice(w), n, &mut made);
+            } else {
+                panel::add(row, slots.len(), w, d, &mut made, |i| i * n);
+            }
+            finish(&mut made, slots.len(), &bias[e * n..][..n], g.relu);
+            for (slot, row) in slots.iter().zip(made.chunks(n.max(1))) {
+                // SAFETY: this slot is this task's alone.
+                simd::narrow(row, unsafe { y.part(slot.at() * n, n) });
+            }
+            MADE.set(made);
+        });
+    } else if as_it_lies && g.tokens * g.k <= FEW * g.experts {
+        let weight: &[f32] = bytemuck::cast_slice(weight);
+        let part = |at: usize| Some((row(at), &weight[g.expert(at)? * n * d..][..n * d]));
+        let parts: Vec<Vec<_>> = (0..g.tokens).map(|t| (t * g.k..(t + 1) * g.k).filter_map(part).collect()).collect();
+        sums(args, &g, bias, y, |_, tokens, columns, sums| {
+            for start in columns.clone().step_by(16) {
+                let width = (columns.end - start).min(16);
+                for (parts, sums) in parts[tokens.clone()].iter().zip(sums.chunks_mut(columns.len())) {
+                    let made = dot_tile::sum(parts, start, width);
+                    sums[start - columns.start..][..width].copy_from_slice(&made[..width]);
+                }
+            }
+        });
+    } else {
+        let sorted = g.blocks();
+        sums(args, &g, bias, y, |block, tokens, columns, sums| {
+            for (e, slots) in sorted[block].experts() {
+                let w = &weight[(e * n + columns.start) * d..(e * n + columns.end) * d];
+                let at = |i: usize| (slots[i].token() - tokens.start) * columns.len();
+                panel::add(|i| row(slots[i].at()), slots.len(), w, d, sums, at);
+            }
+        });
+    }
     Ok(())
 }
 
@@ -244,21 +274,51 @@ pub fn gathered_matmul_int8(args: &Args) -> Result<()> {
     let g = Gathered::new(args, 5);
     let (x, x_scale) = (args.read::<i8>(0), args.read::<f32>(1));
     let (w, w_scale, bias) = (args.read::<i8>(2), args.read::<f32>(3), args.read::<f32>(4));
-    let (n, d) = (g.n, g.d);
-    execute(args, &g, bias, args.write::<f32>(args.len() - 1), |e, columns, slots, y| {
-        let own = e * n + columns.start..e * n + columns.end;
-        let product = Product {
-            x,
-            x_scale,
-            w: Weights::Dense(&w[own.start * d..own.end * d]),
-            w_scale: &w_scale[own],
-            bias: None,
-            relu: false,
-            m: slots.len(),
-            n: columns.len(),
-            k: d,
-        };
-        product.run_alone(|i| [g.row(slots[i] as usize), i], y);
+    let (n, d, y) = (g.n, g.d, args.write::<f32>(args.len() - 1));
+    let x_sums = int8::sums(x, d);
+    let product = |own: Range<usize>, rows: usize| Product {
+        x,
+        x_scale,
+        x_sums: &x_sums,
+        w: Weights::Dense(&w[own.start * d..own.end * d]),
+        w_scale: &w_scale[own.clone()],
+        bias: None,
+        relu: g.relu,
+        m: rows,
+        n: own.len(),
+        k: d,
+    };
+    if !g.sum {
+        each(args, &g, y, |e, slots, y| {
+            let own = e * n..(e + 1) * n;
+            let product = Product { bias: Some(&bias[own.clone()]), ..product(own, slots.len()) };
+            let place = |i: usize| [slots[i].token(), slots[i].at()];
+            // SAFETY: `y` has a row for each slot, and these are this task's alone.
+            unsafe { product.run_among(place, y.0) };
+        });
+        return Ok(());
+    }
+    let (sorted, packs) = (g.blocks(), packed::fits(usize::MAX, d));
+    sums(args, &g, bias, y, |block, tokens, columns, sums| {
+        let (width, mut words, mut made) = (columns.len(), PACKED.take(), Vec::new());
+        for (e, slots) in sorted[block].experts() {
+            let own = e * n + columns.start..e * n + columns.end;
+            let at = |i: usize| (slots[i].token() - tokens.start) * width;
+            if !packs {
+                made.resize(slots.len() * width, 0.0);
+                let product = Product { relu: false, ..product(own, slots.len()) };
+                product.run_alone(|i| [slots[i].at(), i], &mut made);
+                made.chunks(width).enumerate().for_each(|(i, row)| add_row(&mut sums[at(i)..][..width], row));
+                continue;
+            }
+            packed::pack(&w[own.start * d..own.end * d], d, &mut words);
+            let finish = Finish { x_scale, w_scale: &w_scale[own], bias: None, relu: false, add: true };
+            let row = |i: usize| (slots[i].at(), x_sums[slots[i].at()], x[slots[i].at() * d..][..d].as_ptr());
+            let base = Target(sums.as_mut_ptr());
+            // SAFETY: rows of x were cut to d bytes, and `sums` has a row of these columns for each of the tokens.
+            unsafe { packed::product(row, slots.len(), &words, d, &finish, |i| base.0.add(at(i))) };
+        }
+        PACKED.set(words);
     });
     Ok(())
 }

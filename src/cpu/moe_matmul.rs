@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::dot_tile;
 use super::gemm::{Activation, Product as Dense, View, gemm};
-use super::int8::{Product, Weights};
+use super::int8::{self, Product, Weights};
 use super::matmul::floats;
 use super::{Args, float_kernel};
 use crate::dtype::{DType, Float};
@@ -165,6 +165,7 @@ pub fn grouped_matmul_int8(args: &Args) -> Result<()> {
     let bias = has_bias.then(|| args.read::<f32>(4));
     let g = Grouped::new(args, args.read(last - 2), args.read(last - 1));
     let (n, d) = (g.n, g.d);
+    let x_sums = int8::sums(x, d);
     // Integer sums are exact, so tasks may follow the threads.
     let task = g.order.len().div_ceil(args.threads()).max(TASK);
     args.rows(args.write::<f32>(last), n, task, |first, y| {
@@ -172,6 +173,7 @@ pub fn grouped_matmul_int8(args: &Args) -> Result<()> {
             let product = Product {
                 x,
                 x_scale,
+                x_sums: &x_sums,
                 w: Weights::Dense(&w[e * n * d..][..n * d]),
                 w_scale: &w_scale[e * n..][..n],
                 bias: bias.map(|b| &b[e * n..][..n]),

@@ -38,11 +38,13 @@ impl Scheme {
         self.mode == ASYMMETRIC
     }
 
+    #[inline(always)]
     fn made(&self, scale: f32, inverse: f32, zero: f32) -> Grid {
         Grid { scale, inverse, zero, low: self.low, high: self.high }
     }
 
     /// The scale rule of every CPU kernel: from a range, or from (step to divide by, scale) where means decide.
+    #[inline(always)]
     pub(super) fn grid(&self, [low, high]: [f32; 2]) -> Grid {
         if self.mode == MEANS {
             return match low {
@@ -138,30 +140,65 @@ impl Grid {
     }
 }
 
+/// Minimum and maximum; NaN where an element is.
+#[inline(always)]
+fn extent_here(x: &[f32]) -> [f32; 2] {
+    let pick = |a: f32, b: f32| if b < a { b } else { a };
+    let mut low = [f32::INFINITY; simd::LANES];
+    let mut high = [f32::INFINITY; simd::LANES];
+    let mut nan = [0u32; simd::LANES];
+    let (blocks, tail) = x.as_chunks::<{ simd::LANES }>();
+    for x in blocks {
+        for l in 0..simd::LANES {
+            low[l] = pick(low[l], x[l]);
+            high[l] = pick(high[l], -x[l]);
+            nan[l] |= u32::from((x[l].to_bits() & 0x7fff_ffff) > 0x7f80_0000);
+        }
+    }
+    for (l, x) in tail.iter().enumerate() {
+        low[l] = pick(low[l], *x);
+        high[l] = pick(high[l], -*x);
+        nan[l] |= u32::from(x.is_nan());
+    }
+    if nan.iter().fold(0, |any, n| any | n) != 0 {
+        return [f32::NAN; 2];
+    }
+    [simd::fold_lanes(low, pick), -simd::fold_lanes(high, pick)]
+}
+
+/// Largest magnitude, NaN where an element is: as integers, which order magnitudes as floats do and put NaN on top.
+#[inline(always)]
+fn largest(x: &[f32]) -> f32 {
+    f32::from_bits(x.iter().fold(0, |most: u32, x| most.max(x.to_bits() & 0x7fff_ffff)))
+}
+
+#[inline(always)]
+fn store_level(x: f32, grid: &Grid, shift: f32) -> i8 {
+    let level = grid.level(x) - shift;
+    let level = if level.is_nan() { 0.0 } else { level };
+    // SAFETY: levels of at most 8 bits, shifted, lie in -128 ..= 127; NaN was replaced. The checked cast of `as` does not vectorise.
+    (unsafe { level.to_int_unchecked::<i32>() }) as i8
+}
+
 multiversion! {
-    /// Minimum and maximum; NaN where an element is.
     fn extent(x: &[f32]) -> [f32; 2] {
-        let pick = |a: f32, b: f32| if b < a { b } else { a };
-        let mut low = [f32::INFINITY; simd::LANES];
-        let mut high = [f32::INFINITY; simd::LANES];
-        let mut nan = [0u32; simd::LANES];
-        let (blocks, tail) = x.as_chunks::<{ simd::LANES }>();
-        for x in blocks {
-            for l in 0..simd::LANES {
-                low[l] = pick(low[l], x[l]);
-                high[l] = pick(high[l], -x[l]);
-                nan[l] |= u32::from((x[l].to_bits() & 0x7fff_ffff) > 0x7f80_0000);
+        extent_here(x)
+    }
+
+    /// Rows that are each their own group, and their scales: short rows (an expert's activations) must not pay for calls.
+    fn store_rows(x: &[f32], q: &mut [i8], scales: &mut [f32], scheme: &Scheme, shift: f32) {
+        let length = q.len() / scales.len().max(1);
+        for ((x, q), scale) in x.chunks_exact(length).zip(q.chunks_exact_mut(length)).zip(scales) {
+            let grid = scheme.grid(if scheme.asymmetric() { extent_here(x) } else { [largest(x); 2] });
+            *scale = grid.scale;
+            let ((xs, x_tail), (qs, q_tail)) = (x.as_chunks::<{ simd::LANES }>(), q.as_chunks_mut::<{ simd::LANES }>());
+            for (x, q) in xs.iter().zip(qs) {
+                for l in 0..simd::LANES {
+                    q[l] = store_level(x[l], &grid, shift);
+                }
             }
+            q_tail.iter_mut().zip(x_tail).for_each(|(q, x)| *q = store_level(*x, &grid, shift));
         }
-        for (l, x) in tail.iter().enumerate() {
-            low[l] = pick(low[l], *x);
-            high[l] = pick(high[l], -*x);
-            nan[l] |= u32::from(x.is_nan());
-        }
-        if nan.iter().any(|&n| n != 0) {
-            return [f32::NAN; 2];
-        }
-        [simd::fold_lanes(low, pick), -simd::fold_lanes(high, pick)]
     }
 
     fn fake_row(x: &[f32], y: &mut [f32], grid: &Grid) {
@@ -178,13 +215,7 @@ multiversion! {
     }
 
     fn store_row(x: &[f32], q: &mut [i8], grid: &Grid, shift: f32) {
-        for (q, x) in q.iter_mut().zip(x) {
-            let level = grid.level(*x) - shift;
-            let level = if level.is_nan() { 0.0 } else { level };
-            // SAFETY: levels of at most 8 bits, shifted, lie in -128 ..= 127; NaN was replaced. The checked cast of `as`
-            // does not vectorise.
-            *q = unsafe { level.to_int_unchecked::<i32>() } as i8;
-        }
+        q.iter_mut().zip(x).for_each(|(q, x)| *q = store_level(*x, grid, shift));
     }
 
     fn load_row(q: &[i8], y: &mut [f32], scale: f32, zero: f32) {
@@ -357,6 +388,10 @@ fn quantize_of<T: Float>(args: &Args) -> Result<()> {
     if dynamic && length <= SHORT {
         // Rows of q and their scales go to the same thread while x is in its cache.
         args.rows2((q, scales), (length, 1), grain(length), |first, q, scales| {
+            if T::DTYPE == DType::F32 && scheme.mode != MEANS {
+                let x = bytemuck::cast_slice(&x[first * length..][..q.len()]);
+                return store_rows(x, q, scales, &scheme, shift);
+            }
             for ((row, q), scale) in (first..).zip(q.chunks_mut(length)).zip(scales) {
                 let grid = scheme.grid(scheme.own(&x[row * length..][..length]));
                 *scale = grid.scale;

@@ -5,7 +5,7 @@
 //! by the dense kernel.
 
 use super::gemm::{Product as Dense, View, gemm_threaded};
-use super::int8::{Product, Weights};
+use super::int8::{self, Product, Weights};
 use super::matmul::floats;
 use super::sparse24::{expand_row, places};
 use super::{Args, float_kernel, simd};
@@ -207,9 +207,11 @@ mod expand {
 /// Parameters: m, n, k, bias.
 pub fn matmul_sparse24_int8(args: &Args) -> Result<()> {
     let bias = (args.u(3) == 1).then(|| args.read::<f32>(5));
+    let (x, x_sums) = (args.read(0), int8::sums(args.read(0), args.u(2)));
     let product = Product {
-        x: args.read(0),
+        x,
         x_scale: args.read(1),
+        x_sums: &x_sums,
         w: Weights::Sparse24 { values: args.read(2), meta: args.read(3) },
         w_scale: args.read(4),
         bias,

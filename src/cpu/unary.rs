@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{Args, float_kernel, grain};
+use super::{Args, float_kernel, grain, simd};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
 
@@ -61,7 +61,7 @@ fn forward<T: Float>(args: &Args) -> Result<()> {
         1 => map::<T>(args, |x| x * gelu_gate(x)),
         2 => map::<T>(args, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))),
         3 => map::<T>(args, |x| x * sigmoid(x)),
-        4 => map::<T>(args, f32::tanh),
+        4 => map_rows::<T>(args, tanh_row),
         5 => map::<T>(args, sigmoid),
         6 => map::<T>(args, f32::exp),
         8 => map::<T>(args, |x| 1.0 / x),
@@ -104,6 +104,26 @@ fn map<T: Float>(args: &Args, f: impl Fn(f32) -> f32 + Sync + Send) -> Result<()
     args.rows(y, 1, grain(1), |first, chunk| {
         for (y, x) in chunk.iter_mut().zip(&x[first..]) {
             *y = T::store(f(x.load()));
+        }
+    });
+    Ok(())
+}
+
+simd::multiversion! {
+    fn tanh_row(x: &[f32], y: &mut [f32]) {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = simd::tanh(*x));
+    }
+}
+
+/// As [`map`] by a function of many elements.
+fn map_rows<T: Float>(args: &Args, f: fn(&[f32], &mut [f32])) -> Result<()> {
+    const PART: usize = 256;
+    let (x, y) = (args.read::<T>(0), args.write::<T>(1));
+    args.rows(y, 1, grain(1), |first, chunk| {
+        let (mut wide, mut made) = ([0.0; PART], [0.0; PART]);
+        for (x, y) in x[first..].chunks(PART).zip(chunk.chunks_mut(PART)) {
+            let x = &simd::widened(x, &mut wide)[..y.len()];
+            simd::write_row(y, &mut made, |y| f(x, y));
         }
     });
     Ok(())

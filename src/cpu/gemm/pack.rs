@@ -62,7 +62,7 @@ pub(super) fn pack_a<T: Float>(
 }
 
 /// Columns `j0..j0 + n` of B over `k0..k0 + k`, in panels of `columns` columns, the last one padded with zeros.
-pub(super) fn pack_b<T: Float>(
+pub(in super::super) fn pack_b<T: Float>(
     b: View<T>,
     (j0, n): (usize, usize),
     (k0, k): (usize, usize),
@@ -89,16 +89,6 @@ pub(in super::super) fn pack_columns<T: Float>(
 
 #[cfg(target_arch = "x86_64")]
 pub(in super::super) use avx512::turn;
-
-/// Rows of `words` 32-bit words as columns: `out [words, 16]`, padded with zeros to sixteen rows. Needs AVX-512.
-#[cfg(target_arch = "x86_64")]
-pub(in super::super) fn turn_words(rows: &[f32], words: usize, out: &mut [f32]) {
-    let width = rows.len() / words.max(1);
-    assert!(width <= 16 && rows.len() == width * words && out.len() >= 16 * words, "up to sixteen whole rows");
-    assert!(simd::level() == Level::Avx512, "AVX-512");
-    // SAFETY: the instructions exist, and both slices hold what was asserted.
-    unsafe { avx512::transpose(rows, width, words, words, 16, out) };
-}
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
