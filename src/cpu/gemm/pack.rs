@@ -62,7 +62,7 @@ pub(super) fn pack_a<T: Float>(
 }
 
 /// Columns `j0..j0 + n` of B over `k0..k0 + k`, in panels of `columns` columns, the last one padded with zeros.
-pub(super) fn pack_b<T: Float>(
+pub(in super::super) fn pack_b<T: Float>(
     b: View<T>,
     (j0, n): (usize, usize),
     (k0, k): (usize, usize),
