@@ -6,10 +6,9 @@ mod forward;
 pub use forward::MASKED;
 pub mod tile;
 
-use std::cell::RefCell;
-
 use tile::{Left, Vector, product};
 
+use super::scratch::scratch;
 use super::{Args, float_kernel};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
@@ -143,14 +142,7 @@ impl<T> Shared<T> {
 
 /// Hands out a thread's own scratch memory, kept between calls: contents are whatever was left there.
 pub(crate) fn with_workspace(len: usize, work: impl FnOnce(&mut [f32])) {
-    thread_local!(static MEMORY: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) });
-    MEMORY.with(|memory| {
-        let mut memory = memory.borrow_mut();
-        if memory.len() < len {
-            memory.resize(len, 0.0);
-        }
-        work(&mut memory[..len]);
-    });
+    work(&mut scratch(len));
 }
 
 /// Takes `len` elements off the front of a workspace.

@@ -2,6 +2,7 @@
 
 use super::gemm::{Product, View, gelu, gemm, gemm_threaded};
 use super::matmul::floats;
+use super::scratch::{Scratch, scratch, zeros};
 use super::{Args, float_kernel, simd};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
@@ -107,23 +108,23 @@ fn forward<T: Float>(args: &Args) -> Result<()> {
     };
     // Few blocks: threads share each product. Many: each block is a task of its own.
     if rows < BLOCK * args.threads() || f == 0 || d2 == 0 {
-        let mut sums = vec![0.0f32; rows * hidden];
-        let mut h = vec![0.0f32; rows * f];
-        gemm_threaded(args, &up(0, rows), &mut sums, hidden);
-        simd::narrow(&sums, z);
-        args.rows(&mut h, f, super::grain(f), |start, part| {
-            activate(kind, &sums[start * hidden..][..part.len() / f.max(1) * hidden], f, part);
+        let mut h = scratch::<f32>(rows * f);
+        simd::write_row(z, &mut room::<T>(rows * hidden), |z| {
+            gemm_threaded(args, &up(0, rows), z, hidden);
+            args.rows(&mut h, f, super::grain(f), |start, part| {
+                activate(kind, &z[start * hidden..][..part.len() / f.max(1) * hidden], f, part);
+            });
         });
         down(&h, rows, y, Some(args));
         return Ok(());
     }
     args.rows2((y, z), (d2, hidden), BLOCK, |start, y, z| {
         let rows = BLOCK.min(rows - start);
-        let mut sums = vec![0.0f32; rows * hidden];
-        let mut h = vec![0.0f32; rows * f];
-        gemm(&up(start, rows), &mut sums, hidden);
-        simd::narrow(&sums, z);
-        activate(kind, &sums, f, &mut h);
+        let mut h = scratch::<f32>(rows * f);
+        simd::write_row(z, &mut room::<T>(rows * hidden), |z| {
+            gemm(&up(start, rows), z, hidden);
+            activate(kind, z, f, &mut h);
+        });
         down(&h, rows, y, None);
     });
     Ok(())
@@ -136,10 +137,10 @@ fn backward<T: Float>(args: &Args) -> Result<()> {
     let [dx, dw1, db1, dw2, db2] = [5, 6, 7, 8, 9].map(|i| args.write::<T>(i));
     // Weight gradients are summed over blocks in f32, in the output itself where that is its type.
     let (mut sum1, mut sum2) = (sums(dw1), sums(dw2));
-    let (mut bias1, mut bias2) = (vec![0.0f32; hidden], vec![0.0f32; d2]);
+    let (mut bias1, mut bias2) = (zeros::<f32>(hidden), zeros::<f32>(d2));
     let block = BLOCK.min(rows);
-    let (mut h, mut dh) = (vec![0.0f32; block * f], vec![0.0f32; block * f]);
-    let (mut dz, mut wide) = (vec![0.0f32; block * hidden], vec![0.0f32; block * hidden.max(d2)]);
+    let (mut h, mut dh) = (scratch::<f32>(block * f), scratch::<f32>(block * f));
+    let (mut dz, mut wide) = (scratch::<f32>(block * hidden), scratch::<f32>(block * hidden.max(d2)));
     for start in (0..rows).step_by(BLOCK) {
         let rows = BLOCK.min(rows - start);
         let (x, dy) = (&x[start * d..][..rows * d], &dy[start * d2..][..rows * d2]);
@@ -171,16 +172,21 @@ fn backward<T: Float>(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// Room for f32 values of an output that is stored in 16 bits.
+fn room<T: Float>(len: usize) -> Scratch<f32> {
+    scratch(if T::DTYPE == DType::F32 { 0 } else { len })
+}
+
 /// f32 sums beside a 16-bit output; an f32 output is its own, and starts at zero.
-fn sums<T: Float>(out: &mut [T]) -> Option<Vec<f32>> {
+fn sums<T: Float>(out: &mut [T]) -> Option<Scratch<f32>> {
     if T::DTYPE == DType::F32 {
         bytemuck::cast_slice_mut::<T, f32>(out).fill(0.0);
         return None;
     }
-    Some(vec![0.0; out.len()])
+    Some(zeros(out.len()))
 }
 
-fn target<'a, T: Float>(sums: &'a mut Option<Vec<f32>>, out: &'a mut [T]) -> &'a mut [f32] {
+fn target<'a, T: Float>(sums: &'a mut Option<Scratch<f32>>, out: &'a mut [T]) -> &'a mut [f32] {
     match sums {
         Some(sums) => sums,
         None => bytemuck::cast_slice_mut(out),

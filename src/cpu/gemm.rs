@@ -11,11 +11,11 @@ pub(super) use pack::turn;
 pub(super) use pack::{pack_b, pack_columns};
 mod tile;
 
-use std::cell::Cell;
 use std::marker::PhantomData;
 
 use rayon::prelude::*;
 
+use super::scratch::scratch;
 use super::{Args, simd};
 use crate::dtype::{DType, Float};
 use tile::{Tiles, tiles};
@@ -148,11 +148,10 @@ fn run<A: Float, B: Float, C: Float>(threads: Option<usize>, p: &Product<A, B>, 
         return blocked(threads, tiles(), p, Target::new(c, row));
     }
     // 16-bit storage rounds once, after the whole sum: f32 sums of some rows at a time.
-    let mut sums = SUMS_BUFFER.take();
+    let mut sums = scratch::<f32>(p.m.min(SUMS) * p.n);
     for i0 in (0..p.m).step_by(SUMS) {
         let m = SUMS.min(p.m - i0);
         let a = View { data: p.a.data.get(i0 * p.a.row..).unwrap_or(&[]), ..p.a };
-        sums.resize((m * p.n).max(sums.len()), 0.0);
         let target = &mut sums[..m * p.n];
         if p.accumulate {
             for (s, c) in target.chunks_exact_mut(p.n).zip(c[i0 * row..].chunks(row)) {
@@ -164,14 +163,6 @@ fn run<A: Float, B: Float, C: Float>(threads: Option<usize>, p: &Product<A, B>, 
             s.iter().zip(c).for_each(|(s, c)| *c = C::store(*s));
         }
     }
-    SUMS_BUFFER.set(sums);
-}
-
-thread_local! {
-    // Taken while in use, so that a product started by a stolen task just allocates its own.
-    static A_BUFFER: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-    static B_BUFFER: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-    static SUMS_BUFFER: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// C as tasks see it: each writes its own rows and columns.
@@ -199,6 +190,12 @@ fn part(extent: usize, most: usize, unit: usize) -> usize {
     extent.div_ceil(parts).next_multiple_of(unit)
 }
 
+/// Length of a block along k. k alone decides: the order of every sum is the same whatever m, n and the threads are. A
+/// multiple of 64, so that blocks start with whole words of 2:4 places.
+pub(super) fn depth(k: usize) -> usize {
+    part(k, KC, 64).max(1)
+}
+
 /// One task: a block of rows against some columns of the packed block of B.
 #[derive(Clone, Copy)]
 struct Block {
@@ -210,14 +207,13 @@ struct Block {
 
 fn blocked<A: Float, B: Float>(threads: Option<usize>, tiles: &Tiles, p: &Product<A, B>, c: Target) {
     let columns = tiles.columns();
-    // k alone decides: the order of every sum is the same whatever m, n and the threads are.
-    let kc = part(p.k, KC, 1).max(1);
+    let kc = depth(p.k);
     let nc = part(p.n, NC, columns);
     let tasks = threads.unwrap_or(1);
     let rows = p.m.div_ceil(p.m.div_ceil(tiles.rows));
     let mc = part(p.m, MC.min(p.m.div_ceil(tasks)).max(rows), rows);
     let blocks_down = p.m.div_ceil(mc);
-    let mut packed = B_BUFFER.take();
+    let mut packed = scratch::<f32>(p.n.min(nc).next_multiple_of(columns) * kc.min(p.k));
     for j0 in (0..p.n).step_by(nc) {
         let n = nc.min(p.n - j0);
         // Few blocks of rows: columns are shared out too.
@@ -232,7 +228,6 @@ fn blocked<A: Float, B: Float>(threads: Option<usize>, tiles: &Tiles, p: &Produc
         for k0 in (0..p.k.max(1)).step_by(kc) {
             let k = kc.min(p.k - k0);
             let size = n.next_multiple_of(columns) * k;
-            packed.resize(size.max(packed.len()), 0.0);
             let panel = columns * k;
             let ends = (k0 == 0, k0 + k == p.k);
             if tasks == 1 {
@@ -259,7 +254,6 @@ fn blocked<A: Float, B: Float>(threads: Option<usize>, tiles: &Tiles, p: &Produc
             }
         }
     }
-    B_BUFFER.set(packed);
 }
 
 /// One block of C over one block of k: `b` holds its panels of B; `ends` says whether k is at its start and its end.
@@ -275,8 +269,7 @@ fn block<A: Float, B: Float>(
     c: Target,
 ) {
     let columns = tiles.columns();
-    let mut packed = A_BUFFER.take();
-    packed.resize((at.m * k).max(packed.len()), 0.0);
+    let mut packed = scratch::<f32>(at.m * k);
     pack::pack_a(p.a, (at.i0, at.m), (k0, k), rows, &mut packed);
     let add = p.accumulate || !first;
     let finishes = last && (p.bias.is_some() || p.activation != Activation::None);
@@ -301,11 +294,10 @@ fn block<A: Float, B: Float>(
             }
         }
     }
-    A_BUFFER.set(packed);
 }
 
 simd::multiversion! {
-    fn finish(row: &mut [f32], bias: Option<&[f32]>, activation: Activation) {
+    pub(super) fn finish(row: &mut [f32], bias: Option<&[f32]>, activation: Activation) {
         if let Some(bias) = bias {
             row.iter_mut().zip(bias).for_each(|(c, b)| *c += b);
         }

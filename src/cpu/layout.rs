@@ -2,6 +2,7 @@
 
 use half::f16;
 
+use super::scratch::scratch;
 use super::simd::{self, multiversion};
 use super::{Args, float_kernel, grain};
 use crate::dtype::{DType, Element, Float};
@@ -200,7 +201,7 @@ fn scattered<T: Float>(args: &Args) -> Result<()> {
         ends[row + 1] += ends[row];
     }
     // After placement `ends[row]` is the end of the row's sources: the next row's start.
-    let mut order = vec![0u32; ends[rows] as usize];
+    let mut order = scratch::<u32>(ends[rows] as usize);
     for (source, &id) in ids.iter().enumerate() {
         if (id as usize) < rows {
             let place = &mut ends[id as usize];

@@ -35,6 +35,7 @@ mod quant_matmul;
 mod random;
 mod relation;
 mod rope;
+mod scratch;
 mod select;
 pub mod simd;
 mod softmax;

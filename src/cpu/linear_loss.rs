@@ -2,6 +2,7 @@
 
 use super::distill::{Form, Online, jsd_sums, kl_online, kl_slopes, kl_value};
 use super::gemm::{Product, View, gemm_threaded};
+use super::scratch::{scratch, zeros};
 use super::simd::{self, narrow};
 use super::softmax::{IGNORE, entropy_row_backward, online_exp_sum, row_sum};
 use super::{Args, float_kernel, grain};
@@ -86,9 +87,9 @@ impl<T: Float> Head<'_, T> {
         dweight: &mut [T],
     ) {
         let (d, n, v) = (self.d, self.hidden.len() / self.d, self.weight.len() / self.d);
-        let mut z = vec![0.0f32; chunk.min(n) * TILE.min(v)];
-        let mut sums = vec![0.0f32; n * d];
-        let mut room = vec![0.0f32; if T::DTYPE == DType::F32 { 0 } else { TILE.min(v) * d }];
+        let mut z = scratch::<f32>(chunk.min(n) * TILE.min(v));
+        let mut sums = zeros::<f32>(n * d);
+        let mut room = scratch::<f32>(if T::DTYPE == DType::F32 { 0 } else { TILE.min(v) * d });
         for word in (0..v).step_by(TILE) {
             let words = TILE.min(v - word);
             simd::write_row(&mut dweight[word * d..(word + words) * d], &mut room, |dweight| {
@@ -141,7 +142,7 @@ fn scores<T: Float>(
 ) -> Vec<Score> {
     let (n, v) = (targets.len(), head.weight.len() / head.d);
     let mut scores = vec![Score::START; n];
-    let mut z = vec![0.0f32; chunk.min(n) * TILE.min(v)];
+    let mut z = scratch::<f32>(chunk.min(n) * TILE.min(v));
     for t in by_tokens(n, v, chunk) {
         let z = &mut z[..t.len()];
         head.logits(args, t, z);
@@ -241,7 +242,7 @@ fn kl<T: Float>(args: &Args) -> Result<()> {
     let [loss, lse_s, lse_t, expectation] = [5, 6, 7, 8].map(|i| args.write::<f32>(i));
     let (n, v, chunk, form) = (weight.len(), args.u(3), args.u(4), Form::at(args, 5));
     let room = chunk.min(n) * TILE.min(v);
-    let (mut zs, mut zt) = (vec![0.0f32; room], vec![0.0f32; room]);
+    let (mut zs, mut zt) = (scratch::<f32>(room), scratch::<f32>(room));
     let mut states = vec![(Online::START, [0.0f32; 2]); n];
     // The mixture of the Jensen-Shannon divergence needs both log sum exps: a second pass over the words.
     for pass in 0..if form.is_jsd() { 2 } else { 1 } {
@@ -275,7 +276,7 @@ fn kl_backward<T: Float>(args: &Args) -> Result<()> {
     let (student, teacher) = (head::<T>(args, 0, args.u(1)), head::<T>(args, 2, args.u(2)));
     let [weight, lse_s, lse_t, expectation, dloss] = [4, 5, 6, 7, 8].map(|i| args.read::<f32>(i));
     let (n, v, chunk, form) = (weight.len(), args.u(3), args.u(4), Form::at(args, 5));
-    let mut zt = vec![0.0f32; chunk.min(n) * TILE.min(v)];
+    let mut zt = scratch::<f32>(chunk.min(n) * TILE.min(v));
     let mut slopes = |t: Tile, zs: &mut [f32]| {
         let zt = &mut zt[..t.len()];
         teacher.logits(args, t, zt);

@@ -1,5 +1,6 @@
 //! CPU kernels of `ops/norm.rs`.
 
+use super::scratch::{Scratch, zeros};
 use super::simd::{self, multiversion, narrow, sums, sums3, widened};
 use super::{Args, float_kernel, grain};
 use crate::dtype::{DType, Float};
@@ -198,11 +199,11 @@ fn add_backward<T: Float>(args: &Args) -> Result<()> {
 }
 
 /// Writes dx (and dr); gives per chunk of rows the sums for dweight, then those for dbias.
-fn gradients<T: Float>(args: &Args, dx: &mut [T], dr: Option<&mut [T]>, dh: Option<&[T]>) -> Vec<f32> {
+fn gradients<T: Float>(args: &Args, dx: &mut [T], dr: Option<&mut [T]>, dh: Option<&[T]>) -> Scratch<f32> {
     let (x, weight, dy) = (args.read::<T>(0), args.read::<T>(1), args.read::<T>(4));
     let (mean, rstd) = (args.read::<f32>(2), args.read::<f32>(3));
     let (d, scale, rms) = (args.u(1), args.f(3), args.u(4) != 0);
-    let mut partial = vec![0.0; rstd.len().div_ceil(CHUNK) * 2 * d];
+    let mut partial = zeros::<f32>(rstd.len().div_ceil(CHUNK) * 2 * d);
     let mut drs = dr.map(|dr| dr.chunks_mut(CHUNK * d));
     let parts = dx.chunks_mut(CHUNK * d).zip(partial.chunks_mut(2 * d));
     let parts = parts.map(|(dx, sums)| (dx, sums, drs.as_mut().and_then(Iterator::next)));

@@ -3,6 +3,7 @@
 use super::gemm::{Product as Dense, View, gemm_threaded};
 use super::matmul::floats;
 use super::quant::{Scheme, extent_of};
+use super::scratch::scratch;
 use super::simd::{self, multiversion};
 use super::{Args, float_kernel, grain};
 use crate::dtype::Float;
@@ -95,9 +96,9 @@ pub(super) fn product<T: Float>(args: &Args, row: &(dyn Fn(usize, &mut [f32]) + 
     let y = args.write::<T>(args.len() - 1);
     if m <= FEW {
         // Transposed, so that tasks own whole columns of y.
-        let mut columns = vec![0.0; n * m];
+        let mut columns = scratch::<f32>(n * m);
         args.rows(&mut columns, m, TASK, |first, out| {
-            let mut w = vec![0.0; k];
+            let mut w = scratch::<f32>(k);
             for (j, out) in (first..).zip(out.chunks_mut(m)) {
                 row(j, &mut w);
                 for (i, out) in out.iter_mut().enumerate() {
@@ -110,7 +111,7 @@ pub(super) fn product<T: Float>(args: &Args, row: &(dyn Fn(usize, &mut [f32]) + 
         }
         return Ok(());
     }
-    let mut dense = vec![0.0f32; STRIP.min(n) * k];
+    let mut dense = scratch::<f32>(STRIP.min(n) * k);
     for first in (0..n).step_by(STRIP) {
         let count = STRIP.min(n - first);
         let strip = &mut dense[..count * k];

@@ -1,5 +1,6 @@
 //! CPU kernels of `ops/reduce.rs`. The reduced axis lies in the middle of (outer, n, inner).
 
+use super::scratch::scratch;
 use super::simd::{self, LANES, multiversion};
 use super::{Args, float_kernel, grain};
 use crate::dtype::Float;
@@ -187,7 +188,8 @@ fn over_rows<T: Float>(
     let rows = n.div_ceil(GROUPS).max(CHUNK.div_ceil(inner));
     let groups = n.div_ceil(rows);
     let start = if kind == MAXIMUM { f32::NEG_INFINITY } else { 0.0 };
-    let mut partials = vec![start; outer * groups * inner];
+    let mut partials = scratch::<f32>(outer * groups * inner);
+    partials.fill(start);
     args.rows(&mut partials, inner, 1, |first, chunk| {
         let mut wide = vec![0.0; if T::DTYPE == crate::DType::F32 { 0 } else { 4 * inner }];
         for (p, sums) in (first..).zip(chunk.chunks_exact_mut(inner)) {
