@@ -102,7 +102,8 @@ pub fn matmul_sparse24_int8(args: &Args) -> Result<()> {
     Ok(())
 }
 
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(test)]
+#[cfg(target_arch = "x86_64")]
 mod tests {
     use super::*;
     use crate::rng::Stream;
