@@ -17,6 +17,7 @@ use crate::nn::ways::{Way, Ways, columns, dense_levels, dense_weight};
 use crate::nn::{Model, Pass};
 use crate::ops::layout::Permute;
 use crate::ops::matmul::Matmul;
+use crate::ops::sparse_bitmap::BLOCK;
 use crate::ops::unary::{Function, Unary};
 use crate::rng::Stream;
 use crate::tape::Var;
@@ -98,18 +99,17 @@ pub fn file(measured: &Measured) -> Result<Option<(&'static str, Vec<u8>)>> {
 }
 
 /// Reads a model directory. Layers take the ways that were measured when it was saved, where that was on a device of the same
-/// name; else, and where those cannot be had, the ways of their stored forms.
+/// name; else, and where those cannot be had, the ways of their stored forms, or of dense ones (`unmeasured`).
 ///
 /// # Errors
 /// As [`store::load_model`]; a damaged file of choices.
 pub fn load(path: &Path, device: &Arc<dyn Device>) -> Result<(Model, Vec<Choice>)> {
     let (_, files) = store::load(path)?;
     let model = store::model_from(path, &files, device)?;
-    let Some(bytes) = files.get(FILE) else { return Ok((model, Vec::new())) };
-    let measured: Measured = json::read(&path.join(FILE), bytes)?;
-    if measured.device != device.info().name {
-        return Ok((model, Vec::new()));
-    }
+    let measured = files.get(FILE).map(|bytes| json::read::<Measured>(&path.join(FILE), bytes)).transpose()?;
+    let Some(measured) = measured.filter(|measured| measured.device == device.info().name) else {
+        return Ok((unmeasured(model)?, Vec::new()));
+    };
     let mut fast = model.clone();
     match take(&mut fast, &measured.choices) {
         Ok(()) => Ok((fast, measured.choices)),
@@ -118,6 +118,25 @@ pub fn load(path: &Path, device: &Arc<dyn Device>) -> Result<(Model, Vec<Choice>
             Ok((model, Vec::new()))
         }
     }
+}
+
+/// On GPUs the kernels that skip unstructured zeros are the naive rung, so that only a measurement may choose them: without
+/// one such layers run dense there.
+fn unmeasured(mut model: Model) -> Result<Model> {
+    if model.device().info().kind == Kind::Cpu {
+        return Ok(model);
+    }
+    let bitmaps: Vec<_> = layers(&model).into_iter().filter(|(_, form)| form.starts_with("unstructured")).collect();
+    for (layer, _) in &bitmaps {
+        // The stored one first, then the nearest to it.
+        let dense: Vec<Way> = ways(&model, layer)?.drain(1..2).collect();
+        model.set_ways(layer, Ways { all: dense, taken: vec![(1, 0)] });
+    }
+    if !bitmaps.is_empty() {
+        let (count, device) = (bitmaps.len(), &model.device().info().name);
+        console::warn(format_args!("{count} unstructured layers run dense: nothing was measured on {device}"));
+    }
+    Ok(model)
 }
 
 /// One line for each form, number of rows and way that is not the stored form's; and one for each form and number of rows
@@ -180,11 +199,20 @@ pub fn layers(model: &Model) -> Vec<(String, &'static str)> {
     all
 }
 
-/// What decides a layer's speed: its tensors' parts, types and shapes, and how many experts a token takes.
+/// What decides a layer's speed: its tensors' parts, types and shapes (of kept words their tenths of all, as no two layers
+/// keep as many), and how many experts a token takes.
 fn signature(model: &Model, layer: &str) -> String {
     let prefix = format!("{layer}.");
     let own = model.tensors.range(prefix.clone()..).take_while(|(name, _)| name.starts_with(&prefix));
-    let parts: String = own.map(|(name, tensor)| format!("{} {} ", &name[prefix.len()..], tensor.meta())).collect();
+    let parts: String = own
+        .map(|(name, tensor)| match &name[prefix.len()..] {
+            "kept" => {
+                let words = model.tensors.get(&format!("{prefix}lists")).map_or(0, |lists| lists.count() / 3 * BLOCK);
+                format!("kept {} {} tenths ", tensor.dtype(), 10 * tensor.meta().bytes() / (4 * words).max(1))
+            }
+            part => format!("{part} {} ", tensor.meta()),
+        })
+        .collect();
     format!("{parts}{:?}", block_of(model, layer).and_then(|i| model.config.blocks[i].experts))
 }
 

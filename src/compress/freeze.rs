@@ -77,7 +77,11 @@ pub fn skip_zeros(frozen: &mut Model, linear: &str, share: f64) -> Result<()> {
     let groups = frozen.tensors.get(&format!("{linear}.scale")).is_some_and(|scale| scale.dims().len() != 1);
     for name in ["weight", "int8"].map(|part| format!("{linear}.{part}")) {
         let Some(weight) = frozen.tensors.get(&name).filter(|w| w.dims().len() == 2 && !groups) else { continue };
-        let words = matches!(weight.dtype(), DType::F32) || weight.shape().last().is_multiple_of(4);
+        let words = match weight.dtype() {
+            DType::F32 => true,
+            DType::I8 => weight.shape().last().is_multiple_of(4),
+            _ => false,
+        };
         if !words || weight.count() == 0 {
             continue;
         }

@@ -235,7 +235,8 @@ impl Product<'_> {
 
     /// Sum of each row's bytes.
     fn sums(&self, place: &impl Fn(usize) -> [usize; 2]) -> Vec<i32> {
-        (0..self.m).map(|i| self.x_sums[place(i)[0]]).collect()
+        // There are none of rows without bytes.
+        (0..self.m).map(|i| self.x_sums.get(place(i)[0]).copied().unwrap_or(0)).collect()
     }
 
     fn x_row(&self, row: usize) -> &[i8] {

@@ -172,7 +172,7 @@ fn sums<T: Float>(
     let (n, tokens) = (g.n, g.tokens.min(TOKENS));
     assert!(y.len() >= g.tokens * n, "a row for each token");
     let most = if args.threads() == 1 { n } else { GRAIN.div_ceil((tokens * g.k * g.d).max(1)) };
-    let width = most.min(SUMS / tokens.max(1)).next_multiple_of(panel::COLUMNS).min(n.max(1));
+    let width = most.min(SUMS / tokens.max(1)).next_multiple_of(panel::COLUMNS).clamp(1, n.max(1));
     let strips = n.div_ceil(width);
     let target = &Target(y.as_mut_ptr());
     args.ranges(g.tokens.div_ceil(TOKENS) * strips, 1, |tasks| {

@@ -12,10 +12,13 @@ use bytemuck::{Pod, Zeroable};
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// Lines of the largest buffer that is kept (64 MB): the work on larger ones outweighs their pages.
+/// Lines that a thread keeps (64 MB in all): the work on larger buffers outweighs their pages.
 const KEPT: usize = 1 << 20;
 
 thread_local!(static FREE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) });
+
+/// How many times as large as needed a buffer may be: a small request leaves the large one to the next.
+const SPARE: usize = 16;
 
 /// A buffer in use; dropped, it lies ready for the thread's next.
 pub(crate) struct Scratch<T> {
@@ -30,8 +33,8 @@ pub(crate) fn scratch<T: Pod>(len: usize) -> Scratch<T> {
     let mut lines = FREE.with_borrow_mut(|free| {
         // The smallest that is large enough; else the largest, to grow.
         let unfit = |i: &usize| (free[*i].len() < wanted, free[*i].len().abs_diff(wanted));
-        let best = (0..free.len()).min_by_key(unfit);
-        best.map_or_else(Vec::new, |i| free.swap_remove(i))
+        let best = (0..free.len()).min_by_key(unfit).filter(|&i| free[i].len() <= SPARE * wanted.max(1));
+        best.map_or_else(Vec::new, |i| free.remove(i))
     });
     if lines.len() < wanted {
         drop(lines);
@@ -70,7 +73,14 @@ impl<T> Drop for Scratch<T> {
         let lines = std::mem::take(&mut self.lines);
         if (1..=KEPT).contains(&lines.len()) {
             // A thread that is ending keeps nothing.
-            let _ = FREE.try_with(|free| free.borrow_mut().push(lines));
+            let _ = FREE.try_with(|free| {
+                let mut free = free.borrow_mut();
+                free.push(lines);
+                // What was kept longest goes first.
+                while free.iter().map(Vec::len).sum::<usize>() > KEPT {
+                    free.remove(0);
+                }
+            });
         }
     }
 }
@@ -94,5 +104,17 @@ mod tests {
         let (a, b) = (scratch::<f32>(10), scratch::<f32>(20));
         assert_ne!(a.as_ptr(), b.as_ptr());
         assert_eq!(scratch::<f32>(0).len(), 0);
+    }
+
+    #[test]
+    fn what_a_thread_keeps_is_bounded_and_large_buffers_are_left_for_large_requests() {
+        let large = || scratch::<u8>(60 << 20);
+        let place = large().as_ptr().addr();
+        let small: Vec<Scratch<u8>> = (0..7).map(|_| scratch(1000)).collect();
+        assert_eq!(large().as_ptr().addr(), place);
+        drop(small);
+        drop((large(), large()));
+        let kept: usize = FREE.with_borrow(|free| free.iter().map(Vec::len).sum());
+        assert!(kept <= KEPT, "{kept}");
     }
 }

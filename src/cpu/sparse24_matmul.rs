@@ -1,7 +1,8 @@
 //! CPU kernels of `ops/sparse24_matmul.rs`.
 //!
 //! With AVX-512 weights are never expanded: half of the dense product's multiply-adds remain (`sparse24_matmul/lanes.rs`). Elsewhere
-//! strips of weights are expanded into the cache and multiplied by the dense kernel. Both give the bits of the dense product.
+//! strips of weights are expanded into the cache and multiplied by the dense kernel. Both give the bits of the dense product of finite inputs (a dropped
+//! weight times an infinity is NaN where it is multiplied).
 
 #[cfg(target_arch = "x86_64")]
 mod lanes;

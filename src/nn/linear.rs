@@ -3,6 +3,7 @@
 use super::config::Head;
 use super::forward::Pass;
 use super::model::missing;
+use super::ways::dense_weight;
 use crate::error::Result;
 use crate::ops::binary::{Binary, BinaryFunction};
 use crate::ops::matmul::Matmul;
@@ -32,15 +33,14 @@ impl Pass<'_> {
             };
             return if beside { self.low_rank(name, x, y) } else { Ok(y) };
         }
-        if self.tuned
-            && self.tape.recording()
-            && let Some((input, weight)) = self.learnable(name, x)?
-        {
+        let learnable = if self.tuned && self.tape.recording() { self.learnable(name, x)? } else { None };
+        let dense = if learnable.is_some() { learnable } else { self.in_16_bits(name, x)? };
+        if let Some((input, weight)) = dense {
             let y = match &bias {
                 Some(bias) => self.tape.first(Matmul::linear_bias(), &[&input, &weight, bias])?,
                 None => self.tape.first(Matmul::linear(), &[&input, &weight])?,
             };
-            return self.low_rank(name, x, y);
+            return if self.tuned { self.low_rank(name, x, y) } else { Ok(y) };
         }
         let rows = self.rows(x)?;
         if let Some(y) = self.on_other_way(name, &rows, bias.as_ref())? {
@@ -95,6 +95,16 @@ impl Pass<'_> {
         };
         let y = if self.tuned { self.low_rank(name, &rows, y)? } else { y };
         with_last(x, &y)
+    }
+
+    /// The input and the dense weight where a pass computes in 16 bits and the stored form has kernels for f32 alone.
+    fn in_16_bits(&mut self, name: &str, x: &Var) -> Result<Option<(Var, Var)>> {
+        let stored = |part: &str| self.model.tensors.contains_key(&format!("{name}.{part}"));
+        if self.computes().is_none() || !stored("kept") || stored("scale") {
+            return Ok(None);
+        }
+        let weight = self.constant(&dense_weight(self.model, name)?)?;
+        Ok(Some((x.clone(), weight)))
     }
 
     /// The input times the linear's `.smooth`, where it has one.

@@ -14,6 +14,7 @@ use super::ways::Ways;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::ops::sparse_bitmap::PADDING;
 use crate::ops::{relative, rope};
 use crate::rng::Stream;
 use crate::tensor::Tensor;
@@ -131,7 +132,12 @@ impl Model {
     pub fn parameter_count(&self) -> usize {
         let beside = [".metadata", ".lists", ".scale", ".step", ".input_step", ".smooth"];
         let counted = |name: &str| !beside.iter().any(|end| name.ends_with(end));
-        self.tensors.iter().filter(|(n, _)| counted(n)).map(|(_, t)| t.count()).sum()
+        let count = |(name, t): (&String, &Tensor)| match name.ends_with(".kept") {
+            // Words behind the last hold no weight.
+            true => t.count().saturating_sub(PADDING * 4 / t.dtype().size()),
+            false => t.count(),
+        };
+        self.tensors.iter().filter(|(n, _)| counted(n)).map(count).sum()
     }
 
     /// Bytes of all tensors as stored.

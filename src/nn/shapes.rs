@@ -89,7 +89,11 @@ impl Checker<'_> {
             if integers {
                 self.need(&part("scale"), &[DType::F32], &[n])?;
             }
-            self.need(&part("lists"), &[DType::U32], &[words.div_ceil(sparse_bitmap::BLOCK), n, 3])
+            let lists = part("lists");
+            self.need(&lists, &[DType::U32], &[words.div_ceil(sparse_bitmap::BLOCK), n, 3])?;
+            let values = self.tensors.get(&lists).map(Tensor::to_vec::<u32>).transpose()?.unwrap_or_default();
+            let count = kept.count() * dtype.size() / 4;
+            sparse_bitmap::check_lists(&values, words, count).or_else(|rule| self.refuse(&lists, rule))
         } else if self.has(&part("int4")) {
             self.need(&part("int4"), &[DType::U32], &[n, k / 8])?;
             if self.tensors.get(&part("scale")).is_none_or(|t| t.dims().len() != 2) {

@@ -64,15 +64,25 @@ impl Pass<'_> {
         if (mask.is_none() && self.hooks.is_empty()) || !self.has_update(name) {
             return Ok(None);
         }
-        let part = |pass: &mut Self, part: &str| pass.parameter(&format!("{TUNING}{name}.lora.{part}"));
-        let (down, up, factor) = (part(self, "down")?, part(self, "up")?, part(self, "factor")?);
-        let update = self.tape.first(Matmul::plain(false, false), &[&up, &down])?;
-        let update = self.tape.first(MUL, &[&update, &factor])?;
+        let update = self.update(name)?;
         let sum = self.tape.first(ADD, &[weight, &update])?;
         match mask {
             Some(mask) => self.tape.first(MUL, &[&sum, &mask]).map(Some),
             None => Ok(Some(sum)),
         }
+    }
+
+    /// s B A, `[n, k]`.
+    fn update(&mut self, name: &str) -> Result<Var> {
+        let [down, up, factor] = self.low_rank_parts(name)?;
+        let update = self.tape.first(Matmul::plain(false, false), &[&up, &down])?;
+        self.tape.first(MUL, &[&update, &factor])
+    }
+
+    /// A, B and s.
+    fn low_rank_parts(&mut self, name: &str) -> Result<[Var; 3]> {
+        let mut part = |part: &str| self.parameter(&format!("{TUNING}{name}.lora.{part}"));
+        Ok([part("down")?, part("up")?, part("factor")?])
     }
 
     /// The twin of an int8 product that gradients go through, for what lies before it: the input on its grid of levels and
@@ -90,13 +100,19 @@ impl Pass<'_> {
         self.model.tensors.contains_key(&format!("{TUNING}{name}.lora.down"))
     }
 
-    /// y + s (x Aᵀ) Bᵀ, where the linear has a low-rank update.
+    /// y + s (x Aᵀ) Bᵀ, where the linear has a low-rank update; under a mask y + x (M o s B A)ᵀ: a weight that is stored without
+    /// its zeros is M o W already.
     pub(super) fn low_rank(&mut self, name: &str, x: &Var, y: Var) -> Result<Var> {
         if !self.has_update(name) {
             return Ok(y);
         }
-        let part = |pass: &mut Self, part: &str| pass.parameter(&format!("{TUNING}{name}.lora.{part}"));
-        let (down, up, factor) = (part(self, "down")?, part(self, "up")?, part(self, "factor")?);
+        if let Some(mask) = self.optional(&format!("{TUNING}{name}.lora.mask"))? {
+            let update = self.update(name)?;
+            let update = self.tape.first(MUL, &[&update, &mask])?;
+            let update = self.tape.first(Matmul::linear(), &[x, &update])?;
+            return self.tape.first(ADD, &[&y, &update]);
+        }
+        let [down, up, factor] = self.low_rank_parts(name)?;
         let narrow = self.tape.first(Matmul::linear(), &[x, &down])?;
         let update = self.tape.first(Matmul::linear(), &[&narrow, &up])?;
         let update = self.tape.first(MUL, &[&update, &factor])?;

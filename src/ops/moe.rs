@@ -442,7 +442,8 @@ fn tied(seed: u64, shape: &Shape) -> Vec<f64> {
 
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (m, experts, k) in [(1, 1, 1), (1, 8, 2), (3, 7, 3), (5, 4, 4), (17, 96, 20), (64, 33, 5), (130, 16, 4)] {
+    let sizes = [(1, 1, 1), (1, 8, 2), (3, 7, 3), (5, 4, 4), (17, 96, 20), (64, 33, 5), (130, 16, 4), (3, 129, 7)];
+    for (m, experts, k) in sizes {
         let rows = m * k;
         let route = routing(m, k, experts);
         for &dtype in DType::FLOATS {

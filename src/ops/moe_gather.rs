@@ -269,6 +269,10 @@ fn cases() -> Vec<Case> {
         (9, 40, 2, 16, 24),
         (40, 6, 3, 17, 64),
         (70, 3, 2, 40, 36),
+        // More than one block of tokens, long rows, and experts that many tokens share.
+        (300, 3, 2, 70, 300),
+        (257, 2, 2, 33, 1100),
+        (600, 2, 1, 33, 40),
     ] {
         let route = routing(m, k, experts);
         for (sum, relu, skips, any) in [

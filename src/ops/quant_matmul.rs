@@ -295,6 +295,17 @@ mod tests {
     use crate::ops::quant::{FakeQuant, Granularity, GridFrom, Quantize, Scheme};
     use crate::tensor::Tensor;
 
+    #[test]
+    fn a_product_over_nothing_is_the_bias() {
+        let device = crate::device::open("cpu").unwrap();
+        let empty = |rows: usize| Tensor::from_slice(&device, &[rows, 0], &[0i8; 0]).unwrap();
+        let floats = |values: &[f32]| Tensor::from_slice(&device, &[values.len()], values).unwrap();
+        let (scales, bias) = (floats(&[1.0, 2.0]), floats(&[3.0, 4.0, 5.0]));
+        let inputs = [&empty(2), &scales, &empty(3), &floats(&[1.0; 3]), &bias];
+        let y = run_one(&MatmulInt8 { bias: true }, &inputs).unwrap();
+        assert_eq!(y.to_vec::<f32>().unwrap(), [3.0, 4.0, 5.0, 3.0, 4.0, 5.0]);
+    }
+
     /// What training sees (products of fake-quantized values) is the integer path: dividing the exact products by the
     /// scales gives the int32 sums, and the kernel with unit scales gives them too.
     #[test]

@@ -8,8 +8,9 @@
 use std::any::Any;
 
 use super::quant_matmul::MAX_K;
+use crate::cpu;
 pub use crate::cpu::BITMAP_BLOCK as BLOCK;
-use crate::cpu::{self, BITMAP_PADDING as PADDING};
+pub use crate::cpu::BITMAP_PADDING as PADDING;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
@@ -52,6 +53,32 @@ pub fn compress(w: &Tensor) -> Result<[Tensor; 2]> {
     values.resize(values.len() + 4 * PADDING, 0);
     let values = Tensor::from_bytes(w.device(), Meta::new(&[values.len() / w.dtype().size()], w.dtype())?, &values)?;
     Ok([values, Tensor::from_slice(w.device(), &[words.div_ceil(BLOCK), n, 3], &lists)?])
+}
+
+/// What kernels rely on and no shape says: `lists` of rows of `words` words name `kept` values one after the other, and no word
+/// behind a row's last.
+///
+/// # Errors
+/// The rule that is broken and where.
+pub fn check_lists(lists: &[u32], words: usize, kept: usize) -> std::result::Result<(), String> {
+    let rows = lists.len() / 3 / words.div_ceil(BLOCK).max(1);
+    let mut next = 0;
+    for (i, list) in lists.chunks_exact(3).enumerate() {
+        let (block, row) = (i / rows.max(1), i % rows.max(1));
+        let mask = u64::from(list[0]) | u64::from(list[1]) << 32;
+        let length = (words - block * BLOCK).min(BLOCK);
+        if mask & !(u64::MAX >> (BLOCK - length)) != 0 {
+            return Err(format!("has a bit behind the {length} words of block {block} of row {row}"));
+        }
+        if list[2] as usize != next {
+            return Err(format!("block {block} of row {row} starts at {} where {next} words stand before it", list[2]));
+        }
+        next += mask.count_ones() as usize;
+    }
+    if next + PADDING != kept {
+        return Err(format!("names {next} words where {} are kept", kept.saturating_sub(PADDING)));
+    }
+    Ok(())
 }
 
 /// `values`, `lists` to w `[n, k]`.

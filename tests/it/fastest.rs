@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use espalier::DType;
 use espalier::compress::experts::{Settings, convert};
 use espalier::compress::fastest::{self, Choice, Measured};
 use espalier::compress::freeze::{Form, deployable, freeze};
@@ -52,10 +53,11 @@ fn split() -> Model {
 /// Seven of eight weights are zero, in no pattern of four: whole blocks of four are.
 fn scattered() -> Model {
     let mut model = pruned();
-    for linear in model.config.all_linears() {
+    for (i, linear) in model.config.all_linears().iter().enumerate() {
         let name = format!("{linear}.weight");
         let tensor = model.get(&name).unwrap();
-        let mut stream = Stream::new(4, 0);
+        // Another count in each layer.
+        let mut stream = Stream::new(4, i as u32);
         let keep: Vec<bool> = (0..tensor.count().div_ceil(4)).map(|_| stream.below(4) == 0).collect();
         let values: Vec<f32> =
             (0..tensor.count()).map(|i| if keep[i / 4] && i % 4 != 3 { stream.normal() as f32 } else { 0.0 }).collect();
@@ -85,18 +87,58 @@ fn unstructured_zeros_are_left_out_of_what_is_deployed() {
         let mut files: BTreeMap<String, Vec<u8>> = files.into_iter().map(|(n, bytes)| (n.to_string(), bytes)).collect();
         let again = espalier::train::store::model_from(std::path::Path::new("memory"), &files, &cpu()).unwrap();
         assert_eq!(logits(&small), logits(&again));
-        let mut broken = small.clone();
         let listed = linears.iter().find(|l| small.tensors.contains_key(&format!("{l}.kept"))).unwrap();
         let lists = format!("{listed}.lists");
-        broken.tensors.insert(lists.clone(), Tensor::from_slice(&cpu(), &[1, 1, 3], &[0u32; 3]).unwrap());
-        files
-            .extend(espalier::train::store::model_files(&broken).unwrap().into_iter().map(|(n, b)| (n.to_string(), b)));
-        let error = espalier::train::store::model_from(std::path::Path::new("memory"), &files, &cpu()).err().unwrap();
-        assert!(error.to_string().contains(&lists), "{error}");
+        let whole = small.get(&lists).unwrap();
+        let mut elsewhere = whole.to_vec::<u32>().unwrap();
+        elsewhere[3 * 2 + 2] = 1 << 20;
+        // Kernels would read where these say.
+        for (dims, values) in [(&[1, 1, 3][..], &[0u32; 3][..]), (whole.dims(), &elsewhere)] {
+            let mut broken = small.clone();
+            broken.tensors.insert(lists.clone(), Tensor::from_slice(&cpu(), dims, values).unwrap());
+            let broken = espalier::train::store::model_files(&broken).unwrap();
+            files.extend(broken.into_iter().map(|(n, b)| (n.to_string(), b)));
+            let path = std::path::Path::new("memory");
+            let error = espalier::train::store::model_from(path, &files, &cpu()).err().unwrap();
+            assert!(error.to_string().contains(&lists), "{error}");
+        }
     }
     // Nothing to leave out.
     let whole = Model::init(Config::glm(SIZE, 37), &cpu(), 3).unwrap();
     assert_eq!(deployable(&whole, Form::default()).unwrap().total_bytes(), whole.total_bytes());
+}
+
+/// A deployed model also computes in 16 bits, as a teacher of a mixed precision run does.
+#[test]
+fn what_is_left_out_is_left_out_in_16_bits_too() {
+    let small = deployable(&scattered(), Form::default()).unwrap();
+    assert!(small.tensors.keys().any(|name| name.ends_with(".kept")));
+    let want = logits(&small);
+    for to in [DType::Bf16, DType::F16] {
+        let mut pass = Pass::inference(&small).computing(Some(to));
+        let hidden = pass.hidden(&batch(small.device())).unwrap();
+        let have = pass.logits(&hidden).unwrap().tensor.to_f64().unwrap();
+        assert!(nmse(&want, &have) < 1e-3, "{to}: {}", nmse(&want, &have));
+    }
+}
+
+/// Low-rank updates under a mask that stay beside the weights: deployed, the model computes what was trained.
+#[test]
+fn updates_under_a_mask_are_deployed_as_they_were_trained() {
+    for source in [pruned(), scattered()] {
+        let mut tuned = source;
+        let linears = ["attention", "ffn"].map(String::from).to_vec();
+        Tuning::Lora(Lora { linears, ..Lora::default() }).add(&mut tuned, 1).unwrap();
+        let names: Vec<String> = tuned.tensors.keys().filter(|n| n.ends_with(".lora.up")).cloned().collect();
+        for name in names {
+            let up = tuned.get(&name).unwrap();
+            let ones = Tensor::from_slice(&cpu(), up.dims(), &vec![0.01f32; up.count()]).unwrap();
+            tuned.tensors.insert(name, ones);
+        }
+        let sparse = deployable(&tuned, Form { sparse: true, quantized: None }).unwrap();
+        assert!(sparse.tensors.keys().any(|n| n.ends_with(".values") || n.ends_with(".kept")));
+        assert!(nmse(&logits(&tuned), &logits(&sparse)) < 1e-10);
+    }
 }
 
 /// The pruned model with a step for each linear's inputs and factors in front of it.
@@ -219,6 +261,36 @@ fn a_way_is_what_runs_and_not_where_something_learns_or_is_hooked() {
     threshold.config.blocks[0].experts.as_mut().unwrap().threshold = Some(0.1);
     let ways: Vec<&str> = fastest::ways(&threshold, "blocks.0.ffn").unwrap().iter().map(Way::name).collect();
     assert_eq!(ways, ["stored", "sorted"]);
+}
+
+/// One after the other, so that their weights are as cold as in the model.
+#[test]
+fn layers_of_one_shape_are_timed_together_however_many_zeros_each_has() {
+    let small = deployable(&scattered(), Form::default()).unwrap();
+    let (_, measured) = fastest::fastest(&small, &[1], "").unwrap();
+    let times = |end: &str| -> Vec<f64> {
+        measured.choices.iter().filter(|c| c.layer.ends_with(end)).map(|c| c.stored_us).collect()
+    };
+    for end in ["attention.query", "ffn.in"] {
+        let times = times(end);
+        assert!(times.len() == SIZE.layers && times.iter().all(|t| *t == times[0]), "{end}: {times:?}");
+    }
+}
+
+/// Kernels that skip zeros are slow on GPUs: nothing but a measurement chooses them.
+#[test]
+fn without_a_measurement_unstructured_layers_run_dense_on_gpus() {
+    let small = deployable(&scattered(), Form::default()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model");
+    espalier::train::store::save(&path, &espalier::train::store::model_files(&small).unwrap(), BTreeMap::new())
+        .unwrap();
+    for device in devices("without_a_measurement_unstructured_layers_run_dense_on_gpus") {
+        let (model, _) = fastest::load(&path, &device).unwrap();
+        let on_cpu = device.info().id.starts_with("cpu");
+        assert_eq!(model.ways().is_empty(), on_cpu);
+        assert!(model.ways().values().all(|ways| ways.at(1).unwrap().name() == "dense f32"));
+    }
 }
 
 #[test]

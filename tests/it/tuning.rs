@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use espalier::compress::freeze::{Form, freeze};
+use espalier::compress::freeze::{Form, freeze, skip_zeros};
 use espalier::compress::quantization::Format;
 use espalier::compress::tuning::{Adapter, Lora, Merged, Prefix, Tuning, lora, parameter_count};
 use espalier::device::{self, Device};
@@ -235,23 +235,45 @@ fn merging_keeps_any_mask() {
     }
 }
 
+/// Zeroes a share of the fours along k.
+fn prune_words(model: &mut Model, name: &str, share: f64, seed: u64) {
+    let tensor = model.get(name).unwrap().clone();
+    let mut values = tensor.to_vec::<f32>().unwrap();
+    let mut stream = Stream::new(seed, 78);
+    for word in values.chunks_mut(4).filter(|_| stream.uniform() < share) {
+        word.fill(0.0);
+    }
+    model.tensors.insert(name.into(), Tensor::from_slice(model.device(), tensor.dims(), &values).unwrap());
+}
+
 #[test]
 fn updates_beside_integer_and_compressed_weights_learn_and_merge_onto_their_grid() {
     let device = cpu();
     let micro = micro(&device, &assemble(&examples(16, 4)));
     let int8 = Some(Format::default());
-    for form in [
-        Form { sparse: false, quantized: int8 },
-        Form { sparse: true, quantized: None },
-        Form { sparse: true, quantized: int8 },
+    let plain = Form { sparse: false, quantized: int8 };
+    for (form, scattered) in [
+        (plain, false),
+        (Form { sparse: true, quantized: None }, false),
+        (Form { sparse: true, quantized: int8 }, false),
+        (Form::default(), true),
+        (plain, true),
     ] {
         let mut model = dense(&device);
-        if form.sparse {
+        if scattered {
+            // Whole words of four, so that integers are left out too.
+            (0..2).flat_map(Config::linears).enumerate().for_each(|(i, linear)| {
+                prune_words(&mut model, &format!("{linear}.weight"), 0.8, i as u64);
+            });
+        } else if form.sparse {
             (0..2).flat_map(Config::linears).for_each(|linear| {
                 prune_24(&mut model, &format!("{linear}.weight"));
             });
         }
         let mut model = freeze(&model, form).unwrap();
+        if scattered {
+            model.config.all_linears().iter().for_each(|linear| skip_zeros(&mut model, linear, 2.0).unwrap());
+        }
         lora(&["attention", "ffn"]).add(&mut model, 7).unwrap();
         // The product that gradients go through is the integer one.
         let mut pass = Pass::training(&model);
@@ -270,7 +292,7 @@ fn updates_beside_integer_and_compressed_weights_learn_and_merge_onto_their_grid
         assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>());
         let mut moved = 0;
         for (name, was) in &before {
-            let levels = name.ends_with(".int8") || name.ends_with(".values");
+            let levels = [".int8", ".values", ".kept"].iter().any(|part| name.ends_with(part));
             assert!(levels || was == &after[name], "{form:?}: {name} changed");
             moved += usize::from(levels && was != &after[name]);
         }

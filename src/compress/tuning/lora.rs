@@ -9,10 +9,12 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::nn::tuning::TUNING;
+use crate::nn::ways::{columns, dense_levels, dense_weight};
 use crate::ops::binary::{ADD, Binary, BinaryFunction};
 use crate::ops::layout::Fill;
 use crate::ops::matmul::Matmul;
 use crate::ops::quant_int4::UnpackInt4;
+use crate::ops::sparse_bitmap;
 use crate::ops::sparse24::{Compress24, Decompress24};
 use crate::shape::Shape;
 use crate::tensor::Tensor;
@@ -98,9 +100,10 @@ impl Lora {
             put(model, format!("{linear}.lora.down"), &[r, k], &uniform(seed, site as u32, [r, k]))?;
             put(model, format!("{linear}.lora.up"), &[n, r], &vec![0.0; n * r])?;
             put(model, format!("{linear}.lora.factor"), &[1], &[self.alpha / r as f32])?;
-            if model.tensors.contains_key(&format!("{linear}.weight")) {
-                let mask: Vec<f32> =
-                    model.values(&format!("{linear}.weight"))?.iter().map(|w| f32::from(*w != 0.0)).collect();
+            // Zeros of other forms are no places of their own, or levels like others.
+            if ["weight", "kept"].iter().any(|part| model.tensors.contains_key(&format!("{linear}.{part}"))) {
+                let weight = dense_weight(model, linear)?.to_vec::<f32>()?;
+                let mask: Vec<f32> = weight.iter().map(|w| f32::from(*w != 0.0)).collect();
                 if mask.contains(&0.0) {
                     put(model, format!("{linear}.lora.mask"), &[n, k], &mask)?;
                 }
@@ -117,7 +120,8 @@ fn extents(model: &Model, linear: &str) -> Option<[usize; 2]> {
         _ => None,
     };
     let part = |part: &str, factor: usize| dims(part).map(|[n, k]| [n, k * factor]);
-    part("weight", 1).or(part("int8", 1)).or(part("values", 2)).or(part("int4", 8))
+    let bitmap = || Some([model.tensors.get(&format!("{linear}.lists"))?.dims()[1], columns(model, linear)?]);
+    part("weight", 1).or(part("int8", 1)).or(part("values", 2)).or(part("int4", 8)).or_else(bitmap)
 }
 
 /// Merges every low-rank update into its weight and takes the added parameters away. A dense weight becomes
@@ -174,7 +178,43 @@ fn merge_one(model: &mut Model, linear: &str) -> Result<Merged> {
         let same = before.iter().map(|_| false);
         return Ok(report(linear, same.clone(), same));
     }
-    merge_24(model, linear, &update)
+    match model.tensors.contains_key(&name("kept")) {
+        true => merge_bitmap(model, linear, &update),
+        false => merge_24(model, linear, &update),
+    }
+}
+
+/// Unstructured zeros, which stay where they are: of integers the levels of 0.
+fn merge_bitmap(model: &mut Model, linear: &str, update: &Tensor) -> Result<Merged> {
+    let name = |part: &str| format!("{linear}.{part}");
+    let device = model.device().clone();
+    let mask = model.get(&format!("{TUNING}{linear}.lora.mask"))?;
+    let update = dispatch::run_one(&MUL, &[update, mask])?;
+    let (merged, report) = match model.tensors.get(&name("scale")).map(Tensor::to_vec::<f32>).transpose()? {
+        Some(scale) => {
+            let levels = dense_levels(model, linear)?;
+            let before = levels.to_vec::<i8>()?;
+            let mut after = on_grid(&levels, &scale, &update)?;
+            // A level that would round to 0 keeps the smallest of its sign, so that zeros are counted as declared.
+            for (b, a) in before.iter().zip(&mut after).filter(|(b, a)| **b != 0 && **a == 0) {
+                *a = b.signum();
+            }
+            let report = report(linear, before.iter().map(|q| *q == 0), after.iter().map(|q| *q == 0));
+            (Tensor::from_slice(&device, levels.dims(), &after)?, report)
+        }
+        None => {
+            let weight = dense_weight(model, linear)?;
+            let before = weight.to_vec::<f32>()?;
+            let mut after = dispatch::run_one(&ADD, &[&weight, &update])?.to_vec::<f32>()?;
+            keep_alive(&before, &mut after);
+            let report = report(linear, before.iter().map(|w| *w == 0.0), after.iter().map(|w| *w == 0.0));
+            (Tensor::from_slice(&device, weight.dims(), &after)?, report)
+        }
+    };
+    let [kept, lists] = sparse_bitmap::compress(&merged)?;
+    model.tensors.insert(name("kept"), kept);
+    model.tensors.insert(name("lists"), lists);
+    Ok(report)
 }
 
 /// A kept weight that a sum has made exactly zero stays in the mask as next to nothing, so that zeros are counted as declared.
