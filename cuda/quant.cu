@@ -13,7 +13,7 @@
 // cost:     about 6 operations an element; each tensor moved once
 // numerics: f32; bits are defined: one multiplication by the correctly rounded reciprocal, round to nearest even;
 //           a group narrower than 2^-100 is zero with scale 1, one with NaN or wider than 2^120 has the scale NaN;
-//           a given step is at least 2^-100; means are sums in order
+//           a given step is at least 2^-100; means are sums in order, over what is not 0
 // source:   Jacob et al. 2018 (affine levels); straight-through: Bengio et al. 2013; learned steps:
 //           Esser et al. 2020, Eq 3; means: Li and Liu 2016, Rastegari et al. 2016
 // rungs:    v1 one thread, neighbouring elements; v2 16 bytes per access, a thread's elements in one group
@@ -98,9 +98,13 @@ extern "C" __global__ void __launch_bounds__(64) observe_means(const E* x, float
     u32 id = linear_id();
     if (id >= p.count / p.length) return;
     x += (u64)id * p.length;
-    float sum = 0.0f;
-    for (u32 i = 0u; i < p.length; i++) sum += fabsf(ld(x[i]));
-    float mean = __fmul_rn(sum, __fdiv_rn(1.0f, (float)p.length));
+    float sum = 0.0f, nonzero = 0.0f;
+    for (u32 i = 0u; i < p.length; i++) {
+        float value = fabsf(ld(x[i]));
+        sum += value;
+        nonzero += value >= 7.888609e-31f ? 1.0f : 0.0f;
+    }
+    float mean = __fmul_rn(sum, __fdiv_rn(1.0f, fmaxf(nonzero, 1.0f)));
     float step = 7.888609e-31f, scale = mean;
     if (is_nan(mean) || mean > 1.329228e36f) {
         step = scale = NOT_A_NUMBER;

@@ -12,7 +12,7 @@
 // cost:     about 6 operations an element; each tensor moved once
 // numerics: f32; bits are defined: one multiplication by the correctly rounded reciprocal, round to nearest even;
 //           a group narrower than 2^-100 is zero with scale 1, one with NaN or wider than 2^120 has the scale NaN;
-//           a given step is at least 2^-100; means are sums in order
+//           a given step is at least 2^-100; means are sums in order, over what is not 0
 // source:   Jacob et al. 2018 (affine levels); straight-through: Bengio et al. 2013; learned steps:
 //           Esser et al. 2020, Eq 3; means: Li and Liu 2016, Rastegari et al. 2016
 // rungs:    v1 one invocation, neighbouring elements
@@ -150,13 +150,15 @@ fn observe_means(@builtin(global_invocation_id) gid: vec3<u32>) {
     if id >= quant.count / quant.length { return; }
     let first = id * quant.length;
     var sum = 0.0;
+    var nonzero = 0.0;
     var nan = false;
     for (var i = first; i < first + quant.length; i++) {
         let x = abs(ld(quant_x[i]));
         nan = nan || is_nan(x);
         sum += x;
+        nonzero += f32(x >= 7.888609e-31);
     }
-    let mean = sum * reciprocal(f32(quant.length));
+    let mean = sum * reciprocal(max(nonzero, 1.0));
     var means = vec2<f32>(7.888609e-31, mean);
     if nan || !(mean <= 1.329228e36) {
         means = vec2<f32>(not_a_number());

@@ -82,10 +82,11 @@ impl Scheme {
         if self.mode == MEANS { self.means(row) } else { extent_of(row) }
     }
 
-    /// (step to divide by, scale) from the mean magnitude, summed in order.
+    /// (step to divide by, scale) from the mean magnitude of what is not 0, summed in order.
     fn means<T: Float>(&self, row: &[T]) -> [f32; 2] {
         let magnitudes = || row.iter().map(|x| x.load().abs());
-        let mean = magnitudes().fold(0.0, |sum, x| sum + x) * (1.0 / row.len() as f32);
+        let count = magnitudes().filter(|x| *x >= NARROWEST).count().max(1);
+        let mean = magnitudes().fold(0.0, |sum, x| sum + x) * (1.0 / count as f32);
         if mean.is_nan() || mean > WIDEST {
             return [f32::NAN; 2];
         }

@@ -349,13 +349,15 @@ fn random_lists(n: usize, words: usize, kept: u32) -> (usize, Vec<f64>) {
     (start, lists)
 }
 
+/// The case with the two inputs of a compressed `[n, k]` of which about `kept` of 256 words are kept.
+pub(super) fn weights(case: Case, [n, k]: [usize; 2], dtype: DType, kept: u32, fill: Fill) -> Case {
+    let words = k / per_word(dtype);
+    let (count, lists) = random_lists(n, words, kept);
+    let case = case.input(&[per_word(dtype) * (count + PADDING)], dtype, fill);
+    case.input(&[words.div_ceil(BLOCK), n, 3], DType::U32, Fill::Values(lists))
+}
+
 fn cases() -> Vec<Case> {
-    let weights = |case: Case, [n, k]: [usize; 2], dtype: DType, kept: u32, fill: Fill| {
-        let words = k / per_word(dtype);
-        let (count, lists) = random_lists(n, words, kept);
-        let case = case.input(&[per_word(dtype) * (count + PADDING)], dtype, fill);
-        case.input(&[words.div_ceil(BLOCK), n, 3], DType::U32, Fill::Values(lists))
-    };
     let narrow = Fill::Integers { low: -128, high: 127 };
     let float = |[m, n, k]: [usize; 3], bias: bool, kept: u32| {
         let case = Case::new(MatmulBitmap { bias }, Tolerance::Contraction { k: k + 1 }).normal(&[m, k], DType::F32);

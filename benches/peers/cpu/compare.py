@@ -133,6 +133,14 @@ def matches(cases):
             yield case["name"], "both", [forward[case["name"]], case]
 
 
+def dense_of(case, cases):
+    """What a sparse int8 product is held against: our own product of the same size without zeros."""
+    if case["op"] != "matmul_bitmap_int8":
+        return None
+    size = lambda c: (c["inputs"][0]["dims"], c["outputs"][0]["dims"])
+    return next((c for c in cases if c["op"] == "matmul_int8" and size(c) == size(case)), None)
+
+
 class Run:
     def __init__(self, options):
         self.options, self.field = options, Field(options)
@@ -155,8 +163,8 @@ class Run:
         self.field.end()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def match(self, name, mode, parts, ceiling):
-        """Everybody on one match; the records."""
+    def match(self, name, mode, parts, ceiling, dense=None):
+        """Everybody on one match, also our own `dense` case where there is one; the records."""
         numbers = [Numbers(part, self.draw, self.folder, self.options.seed) for part in parts]
         entries = [
             (self.field.contestant("ours" if i == 0 else "ours too", self.field.ours), "", n) for i, n in enumerate(numbers)
@@ -169,6 +177,10 @@ class Run:
                     names.append((peer, version))
                 except (Refused, OSError) as reason:
                     say(f"left out: {peer}: {reason}")
+        if dense:
+            numbers.append(Numbers(dense, self.draw, self.folder, self.options.seed))
+            entries.append((self.field.contestant("dense", self.field.ours), "", numbers[-1]))
+            names.append(("espalier, dense", self.version))
         load = os.getloadavg()[0]
         corners, others = bout(entries, self.options.rounds, self.options.threads)
         for n in numbers:
@@ -318,7 +330,7 @@ def main():
                 if time.monotonic() - begin > options.limit_seconds:
                     say("time is up; the next call goes on from here")
                     break
-                found = run.match(name, mode, parts, ceiling)
+                found = run.match(name, mode, parts, ceiling, dense_of(last, cases))
                 write(found)
                 say(f"{time.monotonic() - begin:6.1f} s  {describe(name, mode, found)}")
     finally:

@@ -10,7 +10,7 @@ from goals import GOALS
 TITLES = {
     "matmul": "Matrix products",
     "int8": "int8 products",
-    "sparse": "2:4 products",
+    "sparse": "2:4, 80 and 90 % zeros",
     "quant": "Fake quantization",
     "attention": "Attention, 12 heads of 64, f32",
     "rows": "Rows: softmax, norms, GELU, top-k",

@@ -42,6 +42,24 @@ def matmul_sparse24(value, x, values, places):
     return [x @ dense.T]
 
 
+def bitmap(values, lists, k, per):
+    """A weight `[n, k]` of kept words of `per` elements and the bitmaps of each block of 64 words of each row."""
+    words = lists.astype(numpy.uint64)
+    masks = words[:, :, 0] | words[:, :, 1] << numpy.uint64(32)
+    kept = (masks[:, :, None] >> numpy.arange(64, dtype=numpy.uint64) & numpy.uint64(1)).astype(bool)
+    dense = numpy.zeros((*kept.shape, per))
+    dense[kept] = values[: kept.sum() * per].reshape(-1, per)
+    return dense.transpose(1, 0, 2, 3).reshape(len(lists[0]), -1)[:, :k]
+
+
+def matmul_bitmap(value, x, values, lists):
+    return [x @ bitmap(values, lists, x.shape[1], 1).T]
+
+
+def matmul_bitmap_int8(value, x, x_scales, values, lists, scales):
+    return [(x @ bitmap(values, lists, x.shape[1], 4).T) * x_scales[:, None] * scales[None]]
+
+
 def fake_quant(value, x, steps):
     step = steps if value["granularity"].name == "Tensor" else steps[:, None]
     level = x / step
@@ -175,7 +193,7 @@ def multiply_add_chain(value, x):
 REFERENCES = {
     name: function
     for name, function in globals().items()
-    if callable(function) and name not in ("double", "heads", "tokens", "log_sum_exp", "parse_value", "attention_gradients")
+    if callable(function) and name not in ("double", "heads", "tokens", "log_sum_exp", "parse_value", "attention_gradients", "bitmap")
 }
 
 

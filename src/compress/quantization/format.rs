@@ -19,9 +19,9 @@ pub enum Levels {
     /// -(2^(b-1) - 1) ..= 2^(b-1) - 1.
     #[default]
     Uniform,
-    /// -1, 0, 1 with the threshold 0.7 mean |w| (Li and Liu 2016).
+    /// -1, 0, 1 with the threshold 0.7 mean |w| over what is not pruned (Li and Liu 2016).
     Ternary,
-    /// sign(w) mean |w| (Rastegari et al. 2016); 0 stays 0.
+    /// sign(w) mean |w| over what is not pruned (Rastegari et al. 2016); 0 stays 0.
     Binary,
 }
 

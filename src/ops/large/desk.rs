@@ -14,6 +14,7 @@ use crate::ops::norm::{LayerNorm, RmsNorm};
 use crate::ops::optim::{AdamW, StepRates};
 use crate::ops::quant::{FakeQuant, Granularity, GridFrom, MatmulInt8, Scheme};
 use crate::ops::softmax::{CrossEntropy, CrossEntropyBackward, Softmax};
+use crate::ops::sparse_bitmap::{self, MatmulBitmap, MatmulBitmapInt8};
 use crate::ops::sparse24::MatmulSparse24;
 use crate::ops::sparse24_pack::{meta_words, random_meta};
 use crate::ops::unary::{Function, Unary};
@@ -62,6 +63,23 @@ fn reduced() -> Vec<Large> {
         let case = case.input(&[n, meta_words(k)], DType::U32, Fill::Custom(random_meta));
         whole("sparse", format!("2:4 {m} x {n} x {k} f32"), case)
     };
+    // Of int8 whole fours are zero, which is what its kernels skip.
+    let zeros = |percent: u32, dtype: DType, [m, n, k]: [usize; 3]| {
+        let kept = (100 - percent) * 256 / 100;
+        let case = match dtype {
+            DType::I8 => {
+                let case = Case::new(MatmulBitmapInt8 { bias: false }, Tolerance::Contraction { k: 4 });
+                let case = case.input(&[m, k], DType::I8, NARROW).input(&[m], F32, SCALES);
+                sparse_bitmap::weights(case, [n, k], dtype, kept, NARROW).input(&[n], F32, SCALES)
+            }
+            _ => {
+                let case = Case::new(MatmulBitmap { bias: false }, Tolerance::Contraction { k });
+                sparse_bitmap::weights(case.normal(&[m, k], F32), [n, k], dtype, kept, Fill::NORMAL)
+            }
+        };
+        let kind = if dtype == DType::I8 { "int8" } else { dtype.name() };
+        whole("sparse", format!("{percent} % zeros {m} x {n} x {k} {kind}"), case)
+    };
     let fake_quant = |granularity, dims: [usize; 2], name: &str| {
         let from = GridFrom::Step;
         let op = FakeQuant { bits: 8, scheme: Scheme::SymmetricFull, granularity, from };
@@ -76,7 +94,13 @@ fn reduced() -> Vec<Large> {
         int8([2048; 3]),
         int8([128, 3072, 768]),
         int8([128, 768, 3072]),
+        // The dense product of the sparse ones below.
+        int8([512, 3072, 768]),
         sparse([512, 3072, 768]),
+        zeros(80, F32, [512, 3072, 768]),
+        zeros(90, F32, [512, 3072, 768]),
+        zeros(80, DType::I8, [512, 3072, 768]),
+        zeros(90, DType::I8, [512, 3072, 768]),
         fake_quant(Granularity::Tensor, [4096, 1024], "per tensor"),
         fake_quant(Granularity::Channel, [4096, 1024], "per channel"),
     ]

@@ -27,6 +27,13 @@ fn poisoned(seed: u64, shape: &Shape) -> Vec<f64> {
     (0..shape.count()).map(|i| if i == 2 * shape.last() + 1 { f64::NAN } else { stream.normal() }).collect()
 }
 
+/// Two of three are 0; the whole first row is.
+fn pruned(seed: u64, shape: &Shape) -> Vec<f64> {
+    let mut stream = Stream::new(seed, 0x0a1);
+    let kept = |i: usize| i % 3 == 0 && i >= shape.last();
+    (0..shape.count()).map(|i| if kept(i) { stream.normal() } else { 0.0 }).collect()
+}
+
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     let granularities = |k: usize| [Granularity::Tensor, Granularity::Channel, Granularity::Group(k)];
@@ -181,7 +188,7 @@ fn means() -> Vec<Case> {
     }
     for scheme in Scheme::MEANS {
         let op = Quantize { bits: 2, scheme, granularity: Granularity::Channel, from: GridFrom::Own };
-        let draws: [(fn(u64, &Shape) -> Vec<f64>, _); 2] = [(spread, "spread"), (poisoned, "nan")];
+        let draws: [(fn(u64, &Shape) -> Vec<f64>, _); 3] = [(spread, "spread"), (poisoned, "nan"), (pruned, "pruned")];
         for (fill, variant) in draws {
             let case = Case::new(op, Tolerance::Exact).input(&[14, 33], DType::F32, Fill::Custom(fill));
             cases.push(case.variant(variant));

@@ -10,7 +10,8 @@ use crate::shape::{self, Meta};
 /// Which integers stand for which reals. `b` bits.
 ///
 /// The last two look at the mean magnitude of a group where the others look at its range, so their groups are runs of at
-/// most [`LONGEST_MEAN`] elements; their gradient is plain straight-through.
+/// most [`LONGEST_MEAN`] elements; their gradient is plain straight-through. Zeros (below 2^-100, as subnormal numbers are
+/// zeros on some devices) are no part of a mean: pruned weights say nothing about the size of the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Scheme {
     /// s = amax / (2^(b-1) - 1), levels -(2^(b-1) - 1) ..= 2^(b-1) - 1: no level without its negative.
@@ -153,7 +154,8 @@ impl Grid {
         }
         let levels = scheme.levels(bits);
         let magnitudes = || x.iter().map(|v| (*v as f32).abs());
-        let mean = magnitudes().fold(0.0, |sum, v| sum + v) * (1.0 / x.len() as f32);
+        let count = magnitudes().filter(|v| *v >= NARROWEST).count().max(1);
+        let mean = magnitudes().fold(0.0, |sum, v| sum + v) * (1.0 / count as f32);
         if mean.is_nan() || mean > WIDEST {
             return Self { scale: f32::NAN, inverse: f32::NAN, zero: 0.0, levels };
         }

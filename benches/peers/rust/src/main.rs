@@ -11,7 +11,7 @@ const PEERS: [(&str, &str); 4] =
 
 fn open(peer: &str, case: &Case, slots: usize) -> Option<Box<dyn Work>> {
     match case.op.as_str() {
-        "matmul" | "matmul_sparse24" => product::open(peer, case, slots),
+        "matmul" | "matmul_sparse24" | "matmul_bitmap" => product::open(peer, case, slots),
         "matmul_int8" if peer == "rten-gemm" => Some(Box::new(int8::Int8::new(case, slots))),
         _ => None,
     }

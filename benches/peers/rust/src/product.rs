@@ -1,4 +1,4 @@
-//! f32 products of row-major matrices: a `[m, k]` times b, which is `[k, n]` or, of a 2:4 weight made dense, `[n, k]`.
+//! f32 products of row-major matrices: a `[m, k]` times b, which is `[k, n]` or, of a sparse weight made dense, `[n, k]`.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -22,13 +22,24 @@ struct Size {
     transposed: bool,
 }
 
+/// How the case gives b.
+#[derive(Clone, Copy)]
+enum Stored {
+    Dense,
+    /// 2:4, with so many words of places in a row.
+    Pairs {
+        words: usize,
+    },
+    /// Kept values and bitmaps of blocks of 64.
+    Bitmaps,
+}
+
 type Multiply = Box<dyn Fn(Size, &mut Slot)>;
 
 struct Product {
     kernel: String,
     size: Size,
-    /// Words of 2:4 places in a row of b; 0 where b is dense from the start.
-    words: usize,
+    stored: Stored,
     slots: Vec<Slot>,
     multiply: Multiply,
 }
@@ -36,12 +47,17 @@ struct Product {
 pub fn open(peer: &str, case: &Case, slots: usize) -> Option<Box<dyn Work>> {
     let (a, b) = (&case.inputs[0], &case.inputs[1]);
     let plain = case.params.contains("transpose_a:false,transpose_b:false,epilogue:None,accumulate:false");
-    let sparse = case.op == "matmul_sparse24" && case.inputs.len() == 3;
-    if a.dtype != "f32" || a.dims.len() != 2 || !(plain || sparse) {
+    let (stored, n) = match case.op.as_str() {
+        "matmul_sparse24" if case.inputs.len() == 3 => (Stored::Pairs { words: case.inputs[2].dims[1] }, b.dims[0]),
+        "matmul_bitmap" if case.inputs.len() == 3 => (Stored::Bitmaps, case.inputs[2].dims[1]),
+        "matmul" if plain => (Stored::Dense, b.dims[1]),
+        _ => return None,
+    };
+    if a.dtype != "f32" || a.dims.len() != 2 {
         return None;
     }
     let (m, k) = (a.dims[0], a.dims[1]);
-    let size = Size { m, k, n: if sparse { b.dims[0] } else { b.dims[1] }, transposed: sparse };
+    let size = Size { m, k, n, transposed: !matches!(stored, Stored::Dense) };
     let (kernel, multiply): (String, Multiply) = match peer {
         "faer" => (peer.into(), Box::new(with_faer)),
         "gemm x86-v4" => (peer.into(), Box::new(with_gemm)),
@@ -52,19 +68,18 @@ pub fn open(peer: &str, case: &Case, slots: usize) -> Option<Box<dyn Work>> {
         }
         _ => return None,
     };
-    let words = if sparse { case.inputs[2].dims[1] } else { 0 };
     let slot = || Slot { a: vec![0.0; m * k], b: vec![0.0; k * size.n], c: vec![0.0; m * size.n] };
-    Some(Box::new(Product { kernel, size, words, slots: (0..slots).map(|_| slot()).collect(), multiply }))
+    Some(Box::new(Product { kernel, size, stored, slots: (0..slots).map(|_| slot()).collect(), multiply }))
 }
 
 impl Work for Product {
     fn fill(&mut self, slot: usize, inputs: Vec<Vec<u8>>) {
         let slot = &mut self.slots[slot];
         floats(&mut slot.a, &inputs[0]);
-        if self.words == 0 {
-            floats(&mut slot.b, &inputs[1]);
-        } else {
-            dense(&mut slot.b, self.size.k, self.words, &inputs[1], &inputs[2]);
+        match self.stored {
+            Stored::Dense => floats(&mut slot.b, &inputs[1]),
+            Stored::Pairs { words } => of_pairs(&mut slot.b, self.size.k, words, &inputs[1], &inputs[2]),
+            Stored::Bitmaps => of_bitmaps(&mut slot.b, self.size, &inputs[1], &inputs[2]),
         }
         slot.c.fill(f32::from_bits(u32::MAX));
     }
@@ -83,7 +98,7 @@ impl Work for Product {
 }
 
 /// A 2:4 matrix with its zeros: two kept values of each four, their places in two bits each, low bits first.
-fn dense(b: &mut [f32], k: usize, words: usize, values: &[u8], places: &[u8]) {
+fn of_pairs(b: &mut [f32], k: usize, words: usize, values: &[u8], places: &[u8]) {
     b.fill(0.0);
     let mut kept = vec![0.0; b.len() / 2];
     floats(&mut kept, values);
@@ -92,6 +107,21 @@ fn dense(b: &mut [f32], k: usize, words: usize, values: &[u8], places: &[u8]) {
             let at = 4 * (row * words + i / 16);
             let word = u32::from_le_bytes([places[at], places[at + 1], places[at + 2], places[at + 3]]);
             target[i / 2 * 4 + (word >> (2 * (i % 16)) & 3) as usize] = *value;
+        }
+    }
+}
+
+/// A matrix with its zeros: of each block of 64 columns and row two words of mask and the place of the first value.
+fn of_bitmaps(b: &mut [f32], Size { n, k, .. }: Size, values: &[u8], lists: &[u8]) {
+    b.fill(0.0);
+    let mut kept = vec![0.0; values.len() / 4];
+    floats(&mut kept, values);
+    let words: Vec<u32> = lists.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    for (i, list) in words.chunks_exact(3).enumerate() {
+        let (mask, row) = (u64::from(list[0]) | u64::from(list[1]) << 32, &mut b[i % n * k..][..k]);
+        let places = (0..64).filter(|place| mask >> place & 1 == 1);
+        for (place, value) in places.zip(&kept[list[2] as usize..]) {
+            row[i / n * 64 + place] = *value;
         }
     }
 }
