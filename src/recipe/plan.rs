@@ -229,8 +229,9 @@ pub fn summary(report: &RunReport) -> String {
     let speed = teacher.latency.first().zip(student.latency.first()).map_or(String::new(), |(t, s)| {
         format!(" and its forward pass takes {:.2}x the teacher's time at batch {}", s.p50_ms / t.p50_ms, s.batch)
     });
+    let bytes = if ratio < 1.0 { format!("{:.1}x more", 1.0 / ratio) } else { format!("{ratio:.1}x fewer") };
     format!(
-        "The compressed model keeps {retained} of the teacher's token accuracy{tuned} with {ratio:.1}x fewer activated bytes \
+        "The compressed model keeps {retained} of the teacher's token accuracy{tuned} with {bytes} activated bytes \
          (attention and FFN weights that one token touches, as stored; the teacher's are f32){speed}."
     )
 }
