@@ -30,7 +30,7 @@ fn poisoned(seed: u64, shape: &Shape) -> Vec<f64> {
 /// Two of three are 0; the whole first row is.
 fn pruned(seed: u64, shape: &Shape) -> Vec<f64> {
     let mut stream = Stream::new(seed, 0x0a1);
-    let kept = |i: usize| i % 3 == 0 && i >= shape.last();
+    let kept = |i: usize| i.is_multiple_of(3) && i >= shape.last();
     (0..shape.count()).map(|i| if kept(i) { stream.normal() } else { 0.0 }).collect()
 }
 
