@@ -1,6 +1,7 @@
 //! CPU kernels of `ops/distill.rs`.
 
 use super::simd::{self, exp, largest, ln_1p, multiversion, sums, sums2, widened};
+use super::softmax::BLOCK;
 use super::{Args, float_kernel, grain};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
@@ -28,9 +29,6 @@ pub fn kl(args: &Args) -> Result<()> {
 pub fn kl_backward(args: &Args) -> Result<()> {
     float_kernel!(args, kl_rows_backward)
 }
-
-/// Elements of a row that are looked at together: they stay in the first-level cache.
-const BLOCK: usize = 2048;
 
 multiversion! {
     fn norm_of(x: &[f32]) -> f32 {
@@ -254,24 +252,30 @@ multiversion! {
         total
     }
 
-    /// Gradient of the student's logits, which it overwrites where `zs` and `dz` are one (`dz` holds them).
-    pub(super) fn kl_slopes(zt: &[f32], form: Form, saved: [f32; 3], factor: f32, dz: &mut [f32]) {
+    /// Gradient of the student's logits.
+    pub(super) fn kl_slopes(zs: &[f32], zt: &[f32], form: Form, saved: [f32; 3], factor: f32, dz: &mut [f32]) {
         let [lse_s, lse_t, expectation] = saved;
         let factor = factor * form.factor * form.inverse;
-        let pairs = dz.iter_mut().zip(zt);
+        let logits = dz.iter_mut().zip(zs).zip(zt);
         match form.direction {
-            0 => pairs.for_each(|(z, zt)| *z = factor * (exp(form.inverse * *z - lse_s) - exp(form.inverse * zt - lse_t))),
-            1 => pairs.for_each(|(z, zt)| {
-                let (log_q, log_p) = (form.inverse * *z - lse_s, form.inverse * zt - lse_t);
-                *z = factor * exp(log_q) * (log_q - log_p - expectation);
-            }),
+            0 => {
+                for ((dz, zs), zt) in logits {
+                    *dz = factor * (exp(form.inverse * zs - lse_s) - exp(form.inverse * zt - lse_t));
+                }
+            }
+            1 => {
+                for ((dz, zs), zt) in logits {
+                    let (log_q, log_p) = (form.inverse * zs - lse_s, form.inverse * zt - lse_t);
+                    *dz = factor * exp(log_q) * (log_q - log_p - expectation);
+                }
+            }
             _ => {
                 let (log_beta, log_rest, rest) = (form.beta.ln(), (1.0 - form.beta).ln(), 1.0 - form.beta);
-                pairs.for_each(|(z, zt)| {
-                    let (log_q, log_p) = (form.inverse * *z - lse_s, form.inverse * zt - lse_t);
+                for ((dz, zs), zt) in logits {
+                    let (log_q, log_p) = (form.inverse * zs - lse_s, form.inverse * zt - lse_t);
                     let [_, over_q] = log_mixture(log_p - log_q, log_beta, log_rest);
-                    *z = factor * exp(log_q) * (-rest * over_q - expectation);
-                })
+                    *dz = factor * exp(log_q) * (-rest * over_q - expectation);
+                }
             }
         }
     }
@@ -327,14 +331,15 @@ fn kl_rows_backward<T: Float>(args: &Args) -> Result<()> {
     let [weight, lse_s, lse_t, expectation, dloss] = [2, 3, 4, 5, 6].map(|i| args.read::<f32>(i));
     let (dz, v, form) = (args.write::<T>(7), args.u(1), Form::at(args, 2));
     args.rows(dz, v, grain(v), |first, dz| {
-        let (mut ts, mut dzs) = (room::<T>(v), room::<T>(v));
+        let (mut ss, mut ts, mut dzs) = (room::<T>(BLOCK), room::<T>(BLOCK), room::<T>(BLOCK));
         for (offset, dz) in dz.chunks_exact_mut(v).enumerate() {
             let row = first + offset;
-            let t = widened(&teacher[row * v..(row + 1) * v], &mut ts);
-            simd::write_row(dz, &mut dzs, |dz| {
-                simd::widen(&student[row * v..(row + 1) * v], dz);
-                kl_slopes(t, form, [lse_s[row], lse_t[row], expectation[row]], weight[row] * dloss[row], dz);
-            });
+            let (at, saved) = (row * v..(row + 1) * v, [lse_s[row], lse_t[row], expectation[row]]);
+            let pairs = student[at.clone()].chunks(BLOCK).zip(teacher[at].chunks(BLOCK));
+            for (dz, (s, t)) in dz.chunks_mut(BLOCK).zip(pairs) {
+                let (s, t) = (widened(s, &mut ss), widened(t, &mut ts));
+                simd::write_row(dz, &mut dzs, |dz| kl_slopes(s, t, form, saved, weight[row] * dloss[row], dz));
+            }
         }
     });
     Ok(())

@@ -4,7 +4,7 @@ use super::distill::{Form, Online, jsd_sums, kl_online, kl_slopes, kl_value};
 use super::gemm::{Product, View, gemm_threaded};
 use super::scratch::{scratch, zeros};
 use super::simd::{self, narrow};
-use super::softmax::{IGNORE, entropy_row_backward, online_exp_sum, row_sum};
+use super::softmax::{BLOCK, IGNORE, entropy_slopes, online_exp_sum, row_sum};
 use super::{Args, float_kernel, grain};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
@@ -165,6 +165,16 @@ fn scores<T: Float>(
     scores
 }
 
+/// Puts what `work` (start, logits, gradient) makes of a block of a row into its place.
+fn replace(row: &mut [f32], work: impl Fn(usize, &[f32], &mut [f32])) {
+    let mut logits = [0.0; BLOCK];
+    for (index, block) in row.chunks_mut(BLOCK).enumerate() {
+        let logits = &mut logits[..block.len()];
+        logits.copy_from_slice(block);
+        work(index * BLOCK, logits, block);
+    }
+}
+
 fn head<'a, T: Float>(args: &Args<'a>, first: usize, d: usize) -> Head<'a, T> {
     Head { hidden: args.read::<T>(first), weight: args.read::<T>(first + 1), d }
 }
@@ -225,7 +235,7 @@ fn entropy_backward<T: Float>(args: &Args) -> Result<()> {
                     z.fill(0.0);
                     continue;
                 }
-                entropy_row_backward(lse[row], factor, smoothing / v as f32, z);
+                replace(z, |_, z, dz| entropy_slopes(z, lse[row], factor, smoothing / v as f32, dz));
                 if let Some(z) = (target as usize).checked_sub(t.word).and_then(|j| z.get_mut(j)) {
                     *z -= factor * (1.0 - smoothing);
                 }
@@ -284,7 +294,8 @@ fn kl_backward<T: Float>(args: &Args) -> Result<()> {
             for (offset, zs) in zs.chunks_exact_mut(t.words).enumerate() {
                 let (local, row) = (first + offset, t.row + first + offset);
                 let zt = &zt[local * t.words..(local + 1) * t.words];
-                kl_slopes(zt, form, [lse_s[row], lse_t[row], expectation[row]], weight[row] * dloss[row], zs);
+                let saved = [lse_s[row], lse_t[row], expectation[row]];
+                replace(zs, |start, zs, dz| kl_slopes(zs, &zt[start..], form, saved, weight[row] * dloss[row], dz));
             }
         });
     };

@@ -1,9 +1,10 @@
 //! CPU kernels of `ops/softmax.rs`.
 
-use super::simd::{self, exp, largest, multiversion, sums, sums2, widened};
+use super::simd::{self, LANES, add_terms, exp, fold_lanes, largest, last_block, multiversion, sums, sums2, widened};
 use super::{Args, float_kernel, grain};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
+
 /// A target of this value takes no part: loss 0, gradient 0.
 pub const IGNORE: u32 = u32::MAX;
 
@@ -23,22 +24,52 @@ pub fn cross_entropy_backward(args: &Args) -> Result<()> {
     float_kernel!(args, entropy_backward)
 }
 
-/// Elements whose maximum is taken before their exponentials are summed: they stay in the first-level cache.
-const BLOCK: usize = 2048;
+/// Elements of a row that are looked at together: they stay in the first-level cache.
+pub(super) const BLOCK: usize = 2048;
 
-/// Maximum and sum of exp(scale x - maximum) of one row in one pass over memory, a block at a time.
+/// Elements whose maxima are taken before their exponentials are summed: few enough for the processor to be fetching the
+/// next ones meanwhile.
+const PART: usize = 16 * LANES;
+
+/// Maximum and sum of exp(scale x - maximum) of one row in one pass over memory. Every lane has a maximum of its own until
+/// the end, and sums a part on its own: one sum over a vocabulary would lose too many bits.
 #[inline(always)]
-fn online(x: &[f32], scale: f32, state: (f32, f32)) -> (f32, f32) {
-    let (mut most, mut sum) = state;
-    for block in x.chunks(BLOCK) {
-        let block_most = scale * largest(block);
-        if block_most > most {
-            sum *= exp(most - block_most);
-            most = block_most;
+fn online(x: &[f32], scale: f32, (most, sum): (f32, f32)) -> (f32, f32) {
+    let pick = |a: f32, b: f32| if b > a { b } else { a };
+    let (mut high, mut total) = ([most; LANES], [0.0f32; LANES]);
+    total[0] = sum;
+    for part in x.chunks(PART) {
+        let (blocks, tail) = part.as_chunks::<LANES>();
+        let mut room = [0.0; LANES];
+        let last = (!tail.is_empty()).then(|| last_block(part, &mut room));
+        let mut next = high;
+        for x in blocks {
+            for l in 0..LANES {
+                next[l] = pick(next[l], scale * x[l]);
+            }
         }
-        sum += sums(block, |v| [exp(scale * v - most)])[0];
+        if let Some(x) = last {
+            for l in 0..LANES {
+                next[l] = pick(next[l], scale * x[l]);
+            }
+        }
+        let mut sums = [[0.0; LANES]];
+        for x in blocks {
+            add_terms(&mut sums, 0, |l| [exp(x[l].mul_add(scale, -next[l]))]);
+        }
+        if let Some(x) = last {
+            add_terms(&mut sums, LANES - tail.len(), |l| [exp(x[l].mul_add(scale, -next[l]))]);
+        }
+        for l in 0..LANES {
+            total[l] = total[l].mul_add(exp(high[l] - next[l]), sums[0][l]);
+        }
+        high = next;
     }
-    (most, sum)
+    let most = fold_lanes(high, pick);
+    for l in 0..LANES {
+        total[l] *= exp(high[l] - most);
+    }
+    (most, fold_lanes(total, |a, b| a + b))
 }
 
 multiversion! {
@@ -51,8 +82,10 @@ multiversion! {
     fn softmax_row(x: &[f32], y: &mut [f32]) {
         let most = largest(x);
         // Blocks are summed on their own: one sum over a vocabulary would lose too many bits.
-        let blocks = x.chunks(BLOCK).zip(y.chunks_mut(BLOCK));
-        let total: f32 = blocks.map(|(x, y)| simd::map_sum(x, y, |v| exp(v - most))).sum();
+        let mut total = 0.0;
+        for (x, y) in x.chunks(BLOCK).zip(y.chunks_mut(BLOCK)) {
+            total += simd::map_sum(x, y, |v| exp(v - most));
+        }
         let factor = 1.0 / total;
         for y in y {
             *y *= factor;
@@ -85,10 +118,10 @@ multiversion! {
         sums(x, |v| [v])[0]
     }
 
-    /// dz = factor (exp(z - lse) - shift), in the place of z.
-    pub(super) fn entropy_row_backward(lse: f32, factor: f32, shift: f32, z: &mut [f32]) {
-        for z in z {
-            *z = factor * (exp(*z - lse) - shift);
+    /// dz = factor (exp(z - lse) - shift).
+    pub(super) fn entropy_slopes(z: &[f32], lse: f32, factor: f32, shift: f32, dz: &mut [f32]) {
+        for (dz, z) in dz.iter_mut().zip(z) {
+            *dz = factor * (exp(z - lse) - shift);
         }
     }
 }
@@ -154,8 +187,9 @@ fn entropy_backward<T: Float>(args: &Args) -> Result<()> {
     let (z, targets) = (args.read::<T>(0), args.read::<u32>(1));
     let (lse, dloss, dz) = (args.read::<f32>(2), args.read::<f32>(3), args.write::<T>(4));
     let (v, smoothing) = (args.u(1), args.f(3));
+    let shift = smoothing / v as f32;
     args.rows(dz, v, grain(v), |first, dz| {
-        let mut dzs = room::<T>(v);
+        let (mut zs, mut dzs) = (room::<T>(BLOCK), room::<T>(BLOCK));
         for (offset, dz) in dz.chunks_exact_mut(v).enumerate() {
             let row = first + offset;
             let (target, factor) = (targets[row], dloss[row]);
@@ -163,13 +197,16 @@ fn entropy_backward<T: Float>(args: &Args) -> Result<()> {
                 dz.fill(T::store(0.0));
                 continue;
             }
-            simd::write_row(dz, &mut dzs, |dz| {
-                simd::widen(&z[row * v..(row + 1) * v], dz);
-                entropy_row_backward(lse[row], factor, smoothing / v as f32, dz);
-                if let Some(dz) = dz.get_mut(target as usize) {
-                    *dz -= factor * (1.0 - smoothing);
-                }
-            });
+            let blocks = z[row * v..(row + 1) * v].chunks(BLOCK).zip(dz.chunks_mut(BLOCK));
+            for (block, (z, dz)) in blocks.enumerate() {
+                let z = widened(z, &mut zs);
+                simd::write_row(dz, &mut dzs, |dz| {
+                    entropy_slopes(z, lse[row], factor, shift, dz);
+                    if let Some(dz) = (target as usize).checked_sub(block * BLOCK).and_then(|j| dz.get_mut(j)) {
+                        *dz -= factor * (1.0 - smoothing);
+                    }
+                });
+            }
         }
     });
     Ok(())

@@ -361,6 +361,12 @@ fn cases() -> Vec<Case> {
                 });
             }
         }
+        // Saturated, and where the tail of a gate is all there is.
+        if matches!(f, Function::GeluTanh | Function::GeluErf | Function::Silu | Function::Tanh | Function::Sigmoid) {
+            let far = vec![-100.0, -20.0, -9.0, -5.5, 0.0, 1e-30, 5.5, 20.0, 100.0];
+            let case = |op: Unary| Case::new(op, tolerance).input(&[9], DType::F32, Fill::Values(far.clone()));
+            cases.push(case(Unary(f)));
+        }
         // GPT-2 small's FFN activation over 1,024 tokens.
         cases.push(Case::new(Unary(f), tolerance).input(&[1024, 3072], DType::F32, fill(f)).bench());
     }
