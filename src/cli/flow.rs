@@ -151,6 +151,7 @@ fn say_spread(planned: &[plan::PlannedStage]) {
 /// `ranks`: processes, where there are several.
 fn dry_run(global: &Global, recipe: &Recipe, ranks: Option<usize>) -> Result<()> {
     plan::check_files(recipe)?;
+    plan::check_shapes(recipe)?;
     let mut stages = plan::plan(recipe);
     plan::plan_spread(recipe, &mut stages)?;
     if recipe.pipeline.is_some() {

@@ -16,9 +16,7 @@ use crate::json;
 use crate::nn::ways::{Way, Ways, columns, dense_levels, dense_weight};
 use crate::nn::{Model, Pass};
 use crate::ops::layout::Permute;
-use crate::ops::matmul::Matmul;
 use crate::ops::sparse_bitmap::BLOCK;
-use crate::ops::unary::{Function, Unary};
 use crate::rng::Stream;
 use crate::tape::Var;
 use crate::tensor::Tensor;
@@ -139,39 +137,40 @@ fn unmeasured(mut model: Model) -> Result<Model> {
     Ok(model)
 }
 
-/// One line for each form, number of rows and way that is not the stored form's; and one for each form and number of rows
-/// that is slower than dense all the same.
+/// One line for each form and way that is not the stored form's; and one for each form that is slower than dense all the same:
+/// at how many tokens, how many of its layers, by how much.
 pub fn notes(choices: &[Choice]) -> Vec<String> {
-    let tokens = |rows: usize| if rows == 1 { "1 token".into() } else { format!("{rows} tokens") };
     let ratios = |of: &dyn Fn(&Choice) -> f64, some: &[&Choice]| {
         let range = some.iter().map(|c| of(c)).fold((f64::INFINITY, 0.0f64), |(l, m), x| (l.min(x), m.max(x)));
-        if range.1 - range.0 < 0.01 { format!("{:.2}", range.1) } else { format!("{:.2} to {:.2}", range.0, range.1) }
+        if range.1 - range.0 < 0.01 {
+            format!("{:.2} x", range.1)
+        } else {
+            format!("{:.2} to {:.2} x", range.0, range.1)
+        }
     };
     let mut groups: BTreeMap<(&str, usize), Vec<&Choice>> = BTreeMap::new();
     for choice in choices {
         groups.entry((&choice.form, choice.rows)).or_default().push(choice);
     }
-    let mut notes = Vec::new();
+    // What is said of a form, and for each number of tokens how.
+    let mut lines: BTreeMap<(&str, String), Vec<String>> = BTreeMap::new();
     for ((form, rows), all) in groups {
         let mut ways: BTreeMap<&str, Vec<&Choice>> = BTreeMap::new();
         all.iter().filter(|c| c.way != STORED).for_each(|c| ways.entry(&c.way).or_default().push(c));
+        let mut say = |what: String, some: &[&Choice], ratio: String| {
+            lines.entry((form, what)).or_default().push(format!("{rows} ({} of {}, {ratio})", some.len(), all.len()));
+        };
         for (way, some) in ways {
             let gain = ratios(&|c| c.stored_us / c.taken_us, &some);
-            let (count, of) = (some.len(), all.len());
-            notes
-                .push(format!("at {} {count} of {of} {form} layers run as {way} here, {gain} x as fast", tokens(rows)));
+            say(format!("run as {way}, faster than as stored"), &some, gain);
         }
         let speed = |c: &Choice| c.dense_us.map_or(1.0, |dense| dense / c.taken_us);
         let slower: Vec<&Choice> = all.iter().copied().filter(|c| speed(c) < 1.0 - GAIN).collect();
         if !slower.is_empty() {
-            let (count, of, share) = (slower.len(), all.len(), ratios(&speed, &slower));
-            notes.push(format!(
-                "at {} {count} of {of} {form} layers are slower than dense f32 ones, {share} x as fast",
-                tokens(rows)
-            ));
+            say("are slower than dense f32 ones".into(), &slower, ratios(&speed, &slower));
         }
     }
-    notes
+    lines.into_iter().map(|((form, what), at)| format!("{form} layers {what}; tokens: {}", at.join(", "))).collect()
 }
 
 /// Layers that have more than one way, and their forms.
@@ -271,6 +270,7 @@ fn measure(model: &Model, (form, layers): (&str, &[String]), rows: &[usize]) -> 
             (all[0][way].name(), only)
         })
         .collect();
+    let dense = dense(model, layers, &all)?;
     let (width, block) = (width(model, &layers[0])?, block_of(model, &layers[0]));
     let mut choices = Vec::new();
     for &rows in rows {
@@ -285,8 +285,10 @@ fn measure(model: &Model, (form, layers): (&str, &[String]), rows: &[usize]) -> 
             let x = &x;
             Box::new(move || layers.iter().try_for_each(|layer| run(model, layer, x))) as Box<dyn Fn() -> Result<()>>
         });
-        let dense = all.iter().filter_map(|all| all.last()).collect::<Vec<_>>();
-        let on_dense: Box<dyn Fn() -> Result<()>> = Box::new(|| dense.iter().try_for_each(|way| run_dense(way, &x)));
+        let on_dense: Box<dyn Fn() -> Result<()>> = match &dense {
+            Some(dense) => Box::new(|| layers.iter().try_for_each(|layer| run(dense, layer, &x))),
+            None => Box::new(|| Ok(())),
+        };
         let works: Vec<Box<dyn Fn() -> Result<()>>> = on_ways.chain([on_dense]).collect();
         let works: Vec<&dyn Fn() -> Result<()>> = works.iter().map(|work| &**work).collect();
         let times = take_turns(device, &works, ROUNDS)?;
@@ -297,7 +299,6 @@ fn measure(model: &Model, (form, layers): (&str, &[String]), rows: &[usize]) -> 
         };
         let best = (1..timed.len()).max_by(|&a, &b| gain(a).total_cmp(&gain(b))).unwrap_or(0);
         let way = if gain(best) * (1.0 - GAIN) > 1.0 { best } else { 0 };
-        let has_dense = matches!(all[0].last(), Some(Way::Float { .. } | Way::AllExperts { .. }));
         choices.extend(layers.iter().map(|layer| Choice {
             layer: layer.clone(),
             form: form.into(),
@@ -305,7 +306,7 @@ fn measure(model: &Model, (form, layers): (&str, &[String]), rows: &[usize]) -> 
             way: timed[way].0.into(),
             stored_us: us(0),
             taken_us: us(way),
-            dense_us: has_dense.then(|| us(timed.len())),
+            dense_us: dense.is_some().then(|| us(timed.len())),
         }));
     }
     Ok(choices)
@@ -320,17 +321,28 @@ fn run(model: &Model, layer: &str, x: &Var) -> Result<()> {
     Ok(())
 }
 
-/// The products of the dense layer that a way stands for, on inputs as they are and without a router.
-fn run_dense(way: &Way, x: &Var) -> Result<()> {
-    let linear = |x: &Tensor, weight: &Tensor| dispatch::run_one(&Matmul::linear(), &[x, weight]);
-    match way {
-        Way::Float { weight } => linear(&x.tensor, weight).map(drop),
-        Way::AllExperts { inner, outer } => {
-            let h = dispatch::run_one(&Unary(Function::Relu), &[&linear(&x.tensor, inner)?])?;
-            linear(&h, outer).map(drop)
+/// The model with dense f32 layers for these, of experts one FFN of all neurons without a router; none where a way does not
+/// have their weights.
+fn dense(model: &Model, layers: &[String], all: &[Vec<Way>]) -> Result<Option<Model>> {
+    let mut dense = model.as_stored();
+    for (layer, ways) in layers.iter().zip(all) {
+        match (ways.last(), block_of(model, layer)) {
+            (Some(Way::Float { weight }), _) => {
+                let bias = dense.tensors.get(&format!("{layer}.bias")).cloned();
+                dense.tensors.retain(|name, _| !name.starts_with(&format!("{layer}.")));
+                dense.tensors.extend(bias.map(|bias| (format!("{layer}.bias"), bias)));
+                dense.tensors.insert(format!("{layer}.weight"), weight.clone());
+            }
+            (Some(Way::AllExperts { inner, outer }), Some(block)) => {
+                let bias = model.get(&format!("{layer}.experts.in.bias"))?.reshape(&[inner.dims()[0]])?;
+                let parts = [("in.bias", bias), ("in.weight", inner.clone()), ("out.weight", outer.clone())];
+                dense.tensors.extend(parts.map(|(part, tensor)| (format!("{layer}.{part}"), tensor)));
+                dense.config.blocks[block].experts = None;
+            }
+            _ => return Ok(None),
         }
-        _ => Ok(()),
     }
+    Ok(Some(dense))
 }
 
 /// Elements of a row of a layer's input.
@@ -356,7 +368,16 @@ fn take(model: &mut Model, choices: &[Choice]) -> Result<()> {
             let rule = format!("is not stored as {}, which was measured", choice.form);
             return Err(Error::file(FILE, &choice.layer, rule));
         }
-        own.entry(&choice.layer).or_default().push(choice);
+        let times = [Some(choice.stored_us), Some(choice.taken_us), choice.dense_us];
+        let own = own.entry(&choice.layer).or_default();
+        if choice.rows == 0
+            || times.into_iter().flatten().any(|us| !(us.is_finite() && us > 0.0))
+            || own.iter().any(|other: &&Choice| other.rows == choice.rows)
+        {
+            let rule = format!("{choice:?}: one choice for each number of rows from 1, with times above 0, is needed");
+            return Err(Error::file(FILE, &choice.layer, rule));
+        }
+        own.push(choice);
     }
     for (layer, choices) in own.into_iter().filter(|(_, own)| own.iter().any(|c| c.way != STORED)) {
         let mut all = ways(model, layer)?;

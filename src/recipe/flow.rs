@@ -56,6 +56,7 @@ pub fn run(recipe: &Recipe, device: &Arc<dyn Device>, options: &Options) -> Resu
     let started = Instant::now();
     super::plan::check_memory(recipe, device)?;
     super::plan::check_files(recipe)?;
+    super::plan::check_shapes(recipe)?;
     let ranks = options.ranks.as_ref().map(|post| post.ranks()).filter(|ranks| *ranks > 1);
     super::plan::check_devices(recipe, device, ranks)?;
     let resolved = recipe.to_toml()?;
@@ -192,6 +193,13 @@ impl<'a> Flow<'a> {
         let deployed = deployable(&outcome.model, outcome.state.form())?;
         let (mut row, measured) = self.measured(&deployed, name)?;
         outcome.notes.extend(measured.iter().flat_map(|measured| fastest::notes(&measured.choices)));
+        let earlier = self.report.stages.iter().rev().find(|stage| !stage.baseline && stage.name != "hybrid-teacher");
+        if let Some(stage) =
+            earlier.filter(|s| !baseline && name != "hybrid-teacher" && s.activated_bytes < row.activated_bytes)
+        {
+            let (now, before) = (row.activated_bytes, stage.activated_bytes);
+            outcome.notes.push(format!("activated bytes grew: {now} after {before} of {}", stage.name));
+        }
         let before = (!baseline).then_some(&self.pruned);
         let state = (&outcome.model, &outcome.state);
         outcome.invariants.extend(promises::checked(corpus, state, &deployed, before)?);

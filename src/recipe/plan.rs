@@ -1,5 +1,6 @@
 //! What a run will do (`--dry-run`) and what a report says of the machine.
 
+mod shapes;
 mod spread;
 
 use std::path::Path;
@@ -15,7 +16,8 @@ use crate::device::{Device, Kind};
 use crate::error::{Error, Result};
 use crate::nn::Config;
 use crate::nn::config::Size;
-use crate::report::model::{Machine, RunReport};
+use crate::report::model::{Latency, Machine, RunReport};
+pub use shapes::check_shapes;
 pub use spread::{PlannedSpread, check_devices, plan_spread};
 
 /// One line of a plan.
@@ -226,7 +228,15 @@ pub fn summary(report: &RunReport) -> String {
     let tuned = report.stages.iter().find(|s| s.name == "hybrid-teacher").and_then(|t| t.token_accuracy);
     let tuned = tuned.zip(student.token_accuracy).filter(|(t, _)| *t > 0.0);
     let tuned = tuned.map_or(String::new(), |(t, s)| format!(" ({:.1} % of the tuned teacher's)", 100.0 * s / t));
-    let speed = teacher.latency.first().zip(student.latency.first()).map_or(String::new(), |(t, s)| {
+    if student.activated_bytes == 0 {
+        return format!("Nothing is left of attention and FFNs; {retained} of the teacher's token accuracy is.");
+    }
+    // A teacher of another run may have been timed for other sizes.
+    let both = student.latency.iter().find_map(|s| {
+        let same = |t: &&Latency| (t.batch, t.length) == (s.batch, s.length);
+        teacher.latency.iter().find(same).map(|t| (t, s))
+    });
+    let speed = both.map_or(String::new(), |(t, s)| {
         format!(" and its forward pass takes {:.2}x the teacher's time at batch {}", s.p50_ms / t.p50_ms, s.batch)
     });
     let bytes = if ratio < 1.0 { format!("{:.1}x more", 1.0 / ratio) } else { format!("{ratio:.1}x fewer") };

@@ -198,3 +198,28 @@ fn adapters_and_prefixes_are_deployed_with_the_model() {
     let refused = Recipe::load(None, &sets).unwrap_err().to_string();
     assert!(refused.contains("tune last"), "{refused}");
 }
+
+/// As low-rank updates on quantized weights are used: few bits, or zeros, and what is learned beside them.
+#[test]
+fn updates_that_stay_learn_beside_the_weights_that_are_stored() {
+    let tune = "tune={ merge = false, method = { kind = \"lora\", rank = 4, linears = [\"attention\", \"ffn\"] }, \
+                training = { steps = 30, batch = 8, learning_rate = 1e-2 } }";
+    for sets in [
+        &["sparsify=false", "quantize={ method = \"weight_only\", bits = 4, groups = 8 }"][..],
+        &["sparsify=false", "quantize.bits=2"],
+        &["quantize=false"],
+        &["sparsify.pattern=unstructured", "sparsify.sparsity=0.8", "quantize.bits=3"],
+        &["sparsify.pattern=unstructured", "sparsify.sparsity=0.8", "quantize=false"],
+    ] {
+        let sets: Vec<&str> = ["structure=false", "experts=false", "hybrid=false", tune]
+            .into_iter()
+            .chain(sets.iter().copied())
+            .collect();
+        let (report, model, state) = composed(&tiny(&sets));
+        let last = report.stages.last().unwrap();
+        assert!(last.name == "tune" && last.invariants.iter().all(|i| i.ok), "{sets:?}: {:?}", last.invariants);
+        assert!(last.invariants.iter().any(|i| i.name.contains("as it was")));
+        assert!(model.tuned() && state.sparse.is_empty() && state.quantized.is_empty());
+        assert!(!model.tensors.keys().any(|name| name.ends_with(".lora.mask")), "{sets:?}");
+    }
+}

@@ -138,6 +138,16 @@ fn experts_without_positive_activation_change_nothing() {
     assert!(distance(&want, &hidden(&split, false)) < 1e-6);
 }
 
+/// That all experts are the dense FFN is a promise of the split; what a threshold leaves out is not part of it.
+#[test]
+fn all_experts_are_the_dense_ffn_whatever_the_threshold() {
+    let dense = model(&cpu());
+    let own = Settings { router: Router::Oracle, threshold: Some(0.5), ..settings() };
+    let (split, _) = convert(&dense, own, &batches(&cpu())).unwrap();
+    let difference = difference_with_all_experts(&dense, &split, &batches(&cpu())[0]).unwrap();
+    assert!(difference < 1e-5, "{difference}");
+}
+
 #[test]
 fn a_threshold_executes_fewer_experts_and_says_how_many() {
     let (dense, batches) = (model(&cpu()), batches(&cpu()));

@@ -488,6 +488,51 @@ fn a_recipe_learns_its_structure() {
     }
 }
 
+/// Channels alone can go as far as others: rounding to multiples does not stop above the target.
+#[test]
+fn channels_alone_reach_what_was_declared() {
+    let layout = Layout::of(&Config::glm(SIZE, VOCABULARY)).unwrap();
+    let costs = Costs::parameters(&layout);
+    let all = BTreeMap::from([(Level::Hidden, vec![2.0; layout.count(Level::Hidden)])]);
+    for target in [0.1, 0.3, 0.6] {
+        let decision = decide(&layout, &all, &costs, target, 4);
+        assert!(decision.share(&layout, &costs) <= 1.0 - target, "{target}");
+        assert!(decision.channels.iter().filter(|c| **c).count().is_multiple_of(4));
+    }
+}
+
+#[test]
+fn shapes_tell_what_gates_and_patterns_cannot_do() {
+    for (sets, key, words) in [
+        (
+            &[GATED, "experts=false", "structure.l0.levels=[\"ffn\"]", "structure.l0.target=0.9"][..],
+            "structure.l0.target",
+            "at most 0.",
+        ),
+        (
+            &["structure=false", "sparsify.pattern={ block = { rows = 7, columns = 3 } }"],
+            "sparsify.pattern",
+            "attention.query.weight [",
+        ),
+    ] {
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        let error = recipe::plan::check_shapes(&Recipe::load(None, &sets).unwrap()).unwrap_err().to_string();
+        assert!(error.contains(&format!("recipe: {key}:")) && error.contains(words), "{error}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let table = folder.path().join("times.json");
+    std::fs::write(&table, "{ \"attention\": [[0, 0.0]], \"ffn\": [[1, 1.0]] }").unwrap();
+    let sets = [
+        GATED.into(),
+        "experts=false".into(),
+        "structure.l0.cost=\"latency\"".into(),
+        format!("structure.l0.table={:?}", table.to_str().unwrap()),
+    ];
+    let error = recipe::plan::check_shapes(&Recipe::load(None, &sets).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("times.json") && error.contains("structure.l0.table"), "{error}");
+    recipe::plan::check_shapes(&Recipe::load(None, &[GATED.into(), "experts=false".into()]).unwrap()).unwrap();
+}
+
 #[test]
 fn recipes_that_cannot_be_are_refused_by_key() {
     for (set, key) in [

@@ -103,7 +103,23 @@ pub fn decide(
         sublayers[i] = false;
         decision.close(layout);
     }
+    // Where there is nothing else to go: channels, all but one group.
+    if let Some(log_alphas) = of(Level::Hidden) {
+        let open: Vec<usize> = ascending(log_alphas).into_iter().filter(|i| decision.channels[*i]).collect();
+        for group in open.chunks(multiple).take(open.len().div_ceil(multiple).saturating_sub(1)) {
+            if decision.share(layout, costs) <= 1.0 - target + 1e-12 {
+                break;
+            }
+            group.iter().for_each(|&i| decision.channels[i] = false);
+        }
+    }
     decision
+}
+
+/// Largest share of the cost that gates of these levels can take away.
+pub fn removable(layout: &Layout, levels: &[Level], costs: &Costs, multiple: usize) -> f64 {
+    let closed = levels.iter().map(|&level| (level, vec![-20.0; layout.count(level)])).collect();
+    1.0 - decide(layout, &closed, costs, 1.0, multiple).share(layout, costs)
 }
 
 /// What may go at once.

@@ -193,15 +193,22 @@ pub fn shrink(model: &Model, micros: &[Micro], plan: &Plan) -> Result<Keep> {
     let rounds = plan.rounds(removed);
     let mut stream = Stream::new(plan.seed, 0x5eed);
     let mut left = model.clone();
+    let mut stay: Vec<usize> = counts.iter().map(|count| count.total).collect();
     for round in 1..=rounds {
+        let per_round = |aim: &Aim| plan.heads.and_then(|h| h.per_round).filter(|_| aim.kind == Kind::Heads);
+        let next = |(aim, count): (&Aim, &Count)| count.after(round, rounds, plan.progress, per_round(aim));
+        let after: Vec<usize> = aims.iter().zip(&counts).map(next).collect();
+        // Scores of a round in which nothing goes decide nothing.
+        if round > 1 && after == stay {
+            continue;
+        }
+        stay = after;
         let objective = if round == 1 && plan.objective.compares() { Objective::Entropy } else { plan.objective };
         let judge = Judge { objective, dense: Some(model) };
         let mut chosen = Vec::new();
-        for (aim, count) in aims.iter().zip(&counts) {
+        for (aim, &groups) in aims.iter().zip(&stay) {
             let sites = Site::of(&left.config, aim.kind);
             let scores = aim.scores(&left, micros, &sites, &judge, &mut stream)?;
-            let per_round = plan.heads.and_then(|h| h.per_round).filter(|_| aim.kind == Kind::Heads);
-            let groups = count.after(round, rounds, plan.progress, per_round);
             let stay = select::choose(&scores, groups, aim.even, aim.floor.div_ceil(aim.group), aim.group);
             chosen.extend(sites.into_iter().zip(stay));
             if plan.order != Order::Together {

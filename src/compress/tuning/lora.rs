@@ -100,10 +100,9 @@ impl Lora {
             put(model, format!("{linear}.lora.down"), &[r, k], &uniform(seed, site as u32, [r, k]))?;
             put(model, format!("{linear}.lora.up"), &[n, r], &vec![0.0; n * r])?;
             put(model, format!("{linear}.lora.factor"), &[1], &[self.alpha / r as f32])?;
-            // Zeros of other forms are no places of their own, or levels like others.
-            if ["weight", "kept"].iter().any(|part| model.tensors.contains_key(&format!("{linear}.{part}"))) {
-                let weight = dense_weight(model, linear)?.to_vec::<f32>()?;
-                let mask: Vec<f32> = weight.iter().map(|w| f32::from(*w != 0.0)).collect();
+            if model.tensors.contains_key(&format!("{linear}.weight")) {
+                let mask: Vec<f32> =
+                    model.values(&format!("{linear}.weight"))?.iter().map(|w| f32::from(*w != 0.0)).collect();
                 if mask.contains(&0.0) {
                     put(model, format!("{linear}.lora.mask"), &[n, k], &mask)?;
                 }
@@ -188,8 +187,10 @@ fn merge_one(model: &mut Model, linear: &str) -> Result<Merged> {
 fn merge_bitmap(model: &mut Model, linear: &str, update: &Tensor) -> Result<Merged> {
     let name = |part: &str| format!("{linear}.{part}");
     let device = model.device().clone();
-    let mask = model.get(&format!("{TUNING}{linear}.lora.mask"))?;
-    let update = dispatch::run_one(&MUL, &[update, mask])?;
+    let kept = |w: f32| f32::from(w != 0.0);
+    let mask: Vec<f32> = dense_weight(model, linear)?.to_vec::<f32>()?.into_iter().map(kept).collect();
+    let mask = Tensor::from_slice(&device, update.dims(), &mask)?;
+    let update = dispatch::run_one(&MUL, &[update, &mask])?;
     let (merged, report) = match model.tensors.get(&name("scale")).map(Tensor::to_vec::<f32>).transpose()? {
         Some(scale) => {
             let levels = dense_levels(model, linear)?;

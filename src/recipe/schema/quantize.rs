@@ -243,9 +243,14 @@ impl Quantize {
         }
         if let Some(experts) = recipe.experts.as_ref().filter(|_| before(Step::Experts)) {
             widths.push(experts.expert_size);
-            if self.smooth.is_some() || self.method == Method::Awq || (self.leaves_steps() && group > 0) {
-                let allowed = "quantize without smooth, awq and steps of groups: experts share and reorder what these stand beside";
-                return refuse("experts", "after this quantize", allowed);
+            let beside = [
+                (self.smooth.is_some(), "quantize.smooth".to_string()),
+                (self.method == Method::Awq, "quantize.method = \"awq\"".into()),
+                (self.leaves_steps() && group > 0, format!("quantize.groups = {group}, set or by default")),
+            ];
+            if let Some((_, what)) = beside.iter().find(|(there, _)| *there) {
+                let allowed = "experts after quantize without smooth, awq and steps of groups, as they share and reorder what these stand beside (groups = 0: a step per channel)";
+                return refuse("experts", format!("after {what}"), allowed);
             }
         }
         // The teacher's own widths count only where it is quantized before it is cut.

@@ -91,7 +91,7 @@ fn split(context: &Context, dense: Outcome, settings: &Experts, batches: &[nn::B
         recount(&model, &mut state)?;
     }
     if !state.sparse.is_empty() {
-        notes.push("expert weights keep their 2:4 zeros but run on kernels that do not skip them".into());
+        notes.push("expert weights keep their zeros but run on kernels that do not skip them".into());
     }
     let form = state.form();
     let evaluate = &context.recipe.evaluate;

@@ -1,0 +1,67 @@
+//! What the shapes alone say about a recipe: stages that could not end as declared are refused before anything trains.
+
+use std::path::Path;
+
+use super::Step;
+use crate::compress::gates::{Costs, LatencyTable, Layout, removable};
+use crate::compress::written;
+use crate::error::{Error, Result};
+use crate::json;
+use crate::nn::Config;
+use crate::recipe::check::refuse;
+use crate::recipe::schema::{GateCost, L0, Recipe};
+use crate::recipe::stages::linears;
+
+/// Refuses gates that cannot take away what they should, and patterns that no weight can hold.
+pub fn check_shapes(recipe: &Recipe) -> Result<()> {
+    let teacher = recipe.model.size();
+    let config = recipe.model.config(teacher, recipe.data.vocabulary, &[]);
+    if let Some(l0) = recipe.structure.as_ref().and_then(|s| s.l0.as_ref()) {
+        check_gates(l0, &config)?;
+    }
+    let steps = recipe.steps();
+    let before = |step: &Step| steps.iter().take_while(|s| **s != Step::Sparsify).any(|s| s == step);
+    let config = match &recipe.structure {
+        // What gates leave is not known before.
+        Some(structure) if before(&Step::Structure) && structure.l0.is_none() => {
+            let config = recipe.model.config(structure.pruned(teacher), recipe.data.vocabulary, &[]);
+            Config { width: structure.width(teacher), ..config }
+        }
+        Some(_) if before(&Step::Structure) => return Ok(()),
+        _ => config,
+    };
+    let Some(sparsify) = &recipe.sparsify else { return Ok(()) };
+    let names: Vec<String> = linears(&config, &sparsify.linears).iter().map(|l| format!("{l}.weight")).collect();
+    let weights: Vec<_> = config.parameters().into_iter().filter(|(name, _)| names.contains(name)).collect();
+    // Uneven FFNs may hold what even ones do not.
+    let even = recipe.structure.as_ref().and_then(|s| s.ffn.as_ref()).is_none_or(|ffn| ffn.even);
+    let holds = |dims: &[usize]| matches!(dims, &[n, k] if sparsify.pattern.divides([n, k]));
+    match weights.first() {
+        Some((name, dims)) if even && !weights.iter().any(|(_, dims)| holds(dims)) => {
+            let allowed = format!("units that make up at least one weight, such as {name} {dims:?}");
+            refuse("sparsify.pattern", written(&sparsify.pattern), allowed)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn check_gates(l0: &L0, config: &Config) -> Result<()> {
+    let layout = Layout::of(config)?;
+    let costs = match (l0.cost, &l0.table) {
+        (GateCost::Parameters, _) => Costs::parameters(&layout),
+        (GateCost::Latency, Some(path)) => {
+            let path = Path::new(path);
+            let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+            let table: LatencyTable = json::read(path, &bytes)?;
+            Costs::latency(&layout, &table).map_err(|e| Error::file(path, "structure.l0.table", e.to_string()))?
+        }
+        // Measured by the stage.
+        (GateCost::Latency, None) => return Ok(()),
+    };
+    let most = removable(&layout, &l0.gated(), &costs, l0.multiple_of);
+    if l0.target > most + 1e-9 {
+        let allowed = format!("at most {most:.4}, which is all that gates of these levels can take away");
+        return refuse("structure.l0.target", l0.target, allowed);
+    }
+    Ok(())
+}
