@@ -1,4 +1,5 @@
-//! Matrix product on the CPU: C = f((C +) A B + bias) with f32 accumulation, any strides, any float storage.
+//! Matrix product on the CPU: C = f((C +) A B + bias) with f32 accumulation, any strides, any float storage. Where both
+//! operands are bf16 and the processor multiplies pairs of them, they stay so; else they are widened as they are packed.
 //!
 //! Blocking after Goto and van de Geijn 2008 and BLIS (Van Zee and van de Geijn 2015): a block of A packed for the
 //! second-level cache, a panel of B for the first, a tile of C in registers. The block length along k depends on k
@@ -108,16 +109,18 @@ impl<'a, A: Float, B: Float> Product<'a, A, B> {
     }
 }
 
-/// Longest block along k: a panel of A of 14 rows is then 28 KB and stays in the first-level cache.
+/// Longest block along k, in words (see `tile.rs`): a panel of A of 14 rows is then 28 KB and stays in the first-level
+/// cache.
 const KC: usize = 512;
 /// Most columns packed at a time: a block of B is then 4 MB, in the last-level cache.
 const NC: usize = 2048;
-/// Columns that one panel of A meets before the next: 512 x 256 values are 512 KB, half of the second-level cache.
+/// Columns that one panel of A meets before the next: 512 x 256 words are 512 KB, half of the second-level cache.
 const SLICE: usize = 256;
-/// Most rows of a packed block of A.
-const MC: usize = 252;
-/// Rows whose f32 sums are held at a time when C is stored in 16 bits.
-const SUMS: usize = 512;
+/// Most rows of a packed block of A: 2 MB of which each panel is read once for each slice. Fewer would read B more often
+/// from the last-level cache, which costs more; more would touch more pages of C in turn than the processor remembers.
+const MC: usize = 1008;
+/// Sums held at a time where C is stored in 16 bits and they are added to in turn: 16 MB.
+const SUMS: usize = 4 << 20;
 /// Work below which threads cost more than they bring: 2 M multiply-adds are about 15 us on one AVX-512 core.
 const WORTH_THREADS: usize = 2 << 20;
 
@@ -143,44 +146,43 @@ fn run<A: Float, B: Float, C: Float>(threads: Option<usize>, p: &Product<A, B>, 
     assert!(p.b.data.len() >= p.b.extent(p.k, p.n), "B is smaller than its shape");
     assert!(row >= p.n && c.len() >= (p.m - 1) * row + p.n, "C is smaller than its shape");
     assert!(p.bias.is_none_or(|b| b.len() >= p.n), "bias is smaller than a row");
+    let tiles = tiles(A::DTYPE == DType::Bf16 && B::DTYPE == DType::Bf16);
+    let base = c.as_mut_ptr();
     if C::DTYPE == DType::F32 {
-        let c: &mut [f32] = bytemuck::cast_slice_mut(c);
-        return blocked(threads, tiles(), p, Target::new(c, row));
+        return blocked(threads, tiles, p, Target::new(base, row, Some((base.cast(), row))));
     }
-    // 16-bit storage rounds once, after the whole sum: f32 sums of some rows at a time.
-    let mut sums = scratch::<f32>(p.m.min(SUMS) * p.n);
-    for i0 in (0..p.m).step_by(SUMS) {
-        let m = SUMS.min(p.m - i0);
+    // 16-bit storage rounds once, after the whole sum.
+    if p.k <= depth(p.k.div_ceil(tiles.word)) * tiles.word {
+        return blocked(threads, tiles, p, Target::new(base, row, None));
+    }
+    let rows = (SUMS / p.n).max(MC);
+    let mut sums = scratch::<f32>(p.m.min(rows) * p.n);
+    for i0 in (0..p.m).step_by(rows) {
         let a = View { data: p.a.data.get(i0 * p.a.row..).unwrap_or(&[]), ..p.a };
-        let target = &mut sums[..m * p.n];
-        if p.accumulate {
-            for (s, c) in target.chunks_exact_mut(p.n).zip(c[i0 * row..].chunks(row)) {
-                s.iter_mut().zip(c).for_each(|(s, c)| *s = c.load());
-            }
-        }
-        blocked(threads, tiles(), &Product { m, a, ..*p }, Target::new(target, p.n));
-        for (s, c) in target.chunks_exact(p.n).zip(c[i0 * row..].chunks_mut(row)) {
-            s.iter().zip(c).for_each(|(s, c)| *c = C::store(*s));
-        }
+        let part = Product { m: rows.min(p.m - i0), a, ..*p };
+        let c = &mut c[i0 * row..];
+        blocked(threads, tiles, &part, Target::new(c.as_mut_ptr(), row, Some((sums.as_mut_ptr(), p.n))));
     }
 }
 
 /// C as tasks see it: each writes its own rows and columns.
 #[derive(Clone, Copy)]
-struct Target<'a> {
-    base: *mut f32,
+struct Target<'a, C> {
+    base: *mut C,
     row: usize,
-    _memory: PhantomData<&'a mut [f32]>,
+    /// Where sums lie between blocks of k, and from row to row of them: C itself if it is f32. Without, there is one block.
+    sums: Option<(*mut f32, usize)>,
+    _memory: PhantomData<&'a mut [C]>,
 }
 
 // SAFETY: tasks write disjoint tiles (see `blocked`).
-unsafe impl Send for Target<'_> {}
+unsafe impl<C> Send for Target<'_, C> {}
 // SAFETY: as above.
-unsafe impl Sync for Target<'_> {}
+unsafe impl<C> Sync for Target<'_, C> {}
 
-impl<'a> Target<'a> {
-    fn new(c: &'a mut [f32], row: usize) -> Self {
-        Self { base: c.as_mut_ptr(), row, _memory: PhantomData }
+impl<C> Target<'_, C> {
+    fn new(base: *mut C, row: usize, sums: Option<(*mut f32, usize)>) -> Self {
+        Self { base, row, sums, _memory: PhantomData }
     }
 }
 
@@ -190,7 +192,7 @@ fn part(extent: usize, most: usize, unit: usize) -> usize {
     extent.div_ceil(parts).next_multiple_of(unit)
 }
 
-/// Length of a block along k. k alone decides: the order of every sum is the same whatever m, n and the threads are. A
+/// Length of a block along k, both in words. k alone decides: the order of every sum is the same whatever m, n and the threads are. A
 /// multiple of 64, so that blocks start with whole words of 2:4 places.
 pub(super) fn depth(k: usize) -> usize {
     part(k, KC, 64).max(1)
@@ -205,15 +207,15 @@ struct Block {
     n: usize,
 }
 
-fn blocked<A: Float, B: Float>(threads: Option<usize>, tiles: &Tiles, p: &Product<A, B>, c: Target) {
-    let columns = tiles.columns();
-    let kc = depth(p.k);
+fn blocked<A: Float, B: Float, C: Float>(threads: Option<usize>, tiles: &Tiles, p: &Product<A, B>, c: Target<C>) {
+    let (columns, word) = (tiles.columns(), tiles.word);
+    let kc = depth(p.k.div_ceil(word)) * word;
     let nc = part(p.n, NC, columns);
     let tasks = threads.unwrap_or(1);
     let rows = p.m.div_ceil(p.m.div_ceil(tiles.rows));
-    let mc = part(p.m, MC.min(p.m.div_ceil(tasks)).max(rows), rows);
+    let mc = p.m.div_ceil(p.m.div_ceil(MC).next_multiple_of(tasks)).next_multiple_of(rows);
     let blocks_down = p.m.div_ceil(mc);
-    let mut packed = scratch::<f32>(p.n.min(nc).next_multiple_of(columns) * kc.min(p.k));
+    let mut packed = scratch::<f32>(p.n.min(nc).next_multiple_of(columns) * kc.min(p.k).div_ceil(word));
     for j0 in (0..p.n).step_by(nc) {
         let n = nc.min(p.n - j0);
         // Few blocks of rows: columns are shared out too.
@@ -226,71 +228,90 @@ fn blocked<A: Float, B: Float>(threads: Option<usize>, tiles: &Tiles, p: &Produc
             .collect();
         // A product over no k still writes C once.
         for k0 in (0..p.k.max(1)).step_by(kc) {
-            let k = kc.min(p.k - k0);
-            let size = n.next_multiple_of(columns) * k;
-            let panel = columns * k;
-            let ends = (k0 == 0, k0 + k == p.k);
+            let k = (k0, kc.min(p.k - k0));
+            let panel = columns * k.1.div_ceil(word);
+            let packed = &mut packed[..n.div_ceil(columns) * panel];
+            let pack = |start: usize, part: &mut [f32]| {
+                let own = (part.len() / panel.max(1) * columns).min(n - start);
+                pack::pack_b_words(p.b, (j0 + start, own), k, (columns, word), part);
+            };
+            let work = |packed: &[f32], at: Block| {
+                block(tiles, p, at, rows, k, &packed[(at.j0 - j0) / columns * panel..], c);
+            };
             if tasks == 1 {
-                pack::pack_b(p.b, (j0, n), (k0, k), columns, &mut packed[..size]);
-                blocks.iter().for_each(|&b| {
-                    block(tiles, p, b, rows, (k0, k), &packed[(b.j0 - j0) / columns * panel..], ends, c)
-                });
+                pack(0, packed);
+                blocks.iter().for_each(|&at| work(packed, at));
             } else {
-                let share = panel * (n.div_ceil(columns).div_ceil(4 * tasks));
-                packed[..size].par_chunks_mut(share.max(1)).enumerate().for_each(|(i, part)| {
-                    let start = i * share / panel.max(1) * columns;
-                    pack::pack_b(
-                        p.b,
-                        (j0 + start, (part.len() / panel.max(1) * columns).min(n - start)),
-                        (k0, k),
-                        columns,
-                        part,
-                    );
-                });
-                let packed = &packed;
-                blocks.par_iter().with_max_len(1).for_each(|&b| {
-                    block(tiles, p, b, rows, (k0, k), &packed[(b.j0 - j0) / columns * panel..], ends, c);
-                });
+                let panels = n.div_ceil(columns).div_ceil(4 * tasks);
+                let parts = packed.par_chunks_mut((panels * panel).max(1)).enumerate();
+                parts.for_each(|(i, part)| pack(i * panels * columns, part));
+                blocks.par_iter().with_max_len(1).for_each(|&at| work(packed, at));
             }
         }
     }
 }
 
-/// One block of C over one block of k: `b` holds its panels of B; `ends` says whether k is at its start and its end.
-#[allow(clippy::too_many_arguments)]
-fn block<A: Float, B: Float>(
+/// One block of C over k from `k0` on; `b` holds its panels of B.
+fn block<A: Float, B: Float, C: Float>(
     tiles: &Tiles,
     p: &Product<A, B>,
     at: Block,
     rows: usize,
     (k0, k): (usize, usize),
     b: &[f32],
-    (first, last): (bool, bool),
-    c: Target,
+    c: Target<C>,
 ) {
-    let columns = tiles.columns();
-    let mut packed = scratch::<f32>(at.m * k);
-    pack::pack_a(p.a, (at.i0, at.m), (k0, k), rows, &mut packed);
-    let add = p.accumulate || !first;
-    let finishes = last && (p.bias.is_some() || p.activation != Activation::None);
+    let (columns, words) = (tiles.columns(), k.div_ceil(tiles.word));
+    let (first, last) = (k0 == 0, k0 + k == p.k);
+    let mut packed = scratch::<f32>(at.m * words);
+    let mut strip = scratch::<f32>(if c.sums.is_some() { 0 } else { rows * SLICE });
+    let narrow = C::DTYPE != DType::F32;
+    let finishes = p.bias.is_some() || p.activation != Activation::None;
     for s in (0..at.n).step_by(SLICE) {
         let slice = SLICE.min(at.n - s);
         for i in (0..at.m).step_by(rows) {
             let m = rows.min(at.m - i);
-            let a = &packed[i * k..(i + m) * k];
-            // SAFETY: `run` checked that C holds m x n elements at this stride.
-            let corner = unsafe { c.base.add((at.i0 + i) * c.row + at.j0 + s) };
+            let (i0, j0) = (at.i0 + i, at.j0 + s);
+            let a = &mut packed[i * words..(i + m) * words];
+            // Rows that the next panel is packed from: they are asked for while this one is multiplied.
+            let mut ahead = 0..0;
+            if s == 0 {
+                // Just before it is used: it then lies in the first-level cache.
+                pack::pack_a(p.a, (i0, m), (k0, k), tiles.word, a);
+                ahead = i0 + m..at.i0 + at.m.min(i + m + rows);
+            }
+            let (sums, stride) = match c.sums {
+                // SAFETY: there are as many sums as elements of C.
+                Some((sums, row)) => (unsafe { sums.add(i0 * row + j0) }, row),
+                None => (strip.as_mut_ptr(), SLICE),
+            };
+            // SAFETY: `run` checked that C holds m x n elements at this stride; these sums, and these elements where they
+            // are not the sums, are this task's.
+            let sums_of = |i| unsafe { std::slice::from_raw_parts_mut(sums.add(i * stride), slice) };
+            // SAFETY: as above.
+            let c_of = |i| unsafe { std::slice::from_raw_parts_mut(c.base.add((i0 + i) * c.row + j0), slice) };
+            if narrow && first && p.accumulate {
+                (0..m).for_each(|i| simd::widen(c_of(i), sums_of(i)));
+            }
             for j in (0..slice).step_by(columns) {
                 let (tile, tail) = tiles.pick(m, columns.min(slice - j));
-                let b = &b[(s + j) * k..(s + j + columns) * k];
+                let b = &b[(s + j) * words..(s + j + columns) * words];
+                let ask = [(); 2].map(|()| match ahead.next() {
+                    Some(i) => p.a.data.as_ptr().wrapping_add(i * p.a.row + k0 * p.a.column).cast(),
+                    None => a.as_ptr(),
+                });
                 // SAFETY: as above; panels hold k groups; this task alone writes these rows and columns; `tiles` fits
                 // the processor.
-                unsafe { tile(k, a.as_ptr(), b.as_ptr(), corner.add(j), c.row, add, tail) };
+                unsafe { tile(words, a.as_ptr(), b.as_ptr(), ask, sums.add(j), stride, p.accumulate || !first, tail) };
             }
-            for row in 0..if finishes { m } else { 0 } {
-                // SAFETY: as above; these elements are finished and still in the first-level cache.
-                let row = unsafe { std::slice::from_raw_parts_mut(corner.add(row * c.row), slice) };
-                finish(row, p.bias.map(|bias| &bias[at.j0 + s..]), p.activation);
+            for i in 0..if last && (finishes || narrow) { m } else { 0 } {
+                // Whole sums, still in the first-level cache.
+                if finishes {
+                    finish(sums_of(i), p.bias.map(|bias| &bias[j0..]), p.activation);
+                }
+                if narrow {
+                    simd::narrow(sums_of(i), c_of(i));
+                }
             }
         }
     }

@@ -1,8 +1,8 @@
 //! CPU kernels of `ops/sparse24_matmul.rs`.
 //!
 //! With AVX-512 weights are never expanded: half of the dense product's multiply-adds remain (`sparse24_matmul/lanes.rs`). Elsewhere
-//! strips of weights are expanded into the cache and multiplied by the dense kernel. Both give the bits of the dense product of finite inputs (a dropped
-//! weight times an infinity is NaN where it is multiplied).
+//! strips of weights are expanded into the cache and multiplied by the dense kernel. Both give the bits of the dense product of
+//! finite inputs that are widened to f32 (a dropped weight times an infinity is NaN where it is multiplied).
 
 #[cfg(target_arch = "x86_64")]
 mod lanes;
@@ -119,16 +119,19 @@ mod tests {
         let mut word = || (0..8).fold(0, |w, i| w | nibbles[stream.below(6)] << (4 * i));
         let meta: Vec<u32> = (0..n * k.div_ceil(32)).map(|_| word()).collect();
         let w = Compressed { values: &values, meta: &meta, bias: (n % 2 == 0).then_some(&bias), n, k };
-        let mut want = vec![T::store(f32::NAN); m * n];
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
         let args = Args::new(&[], T::DTYPE, &pool);
-        expanded(&args, &x, m, &w, &mut want);
-        let mut got = vec![T::store(f32::NAN); m * n];
-        let mut wide = vec![0.0; m * k];
+        let (mut wide, mut wide_values) = (vec![0.0; m * k], vec![0.0; n * k / 2]);
         simd::widen(&x, &mut wide);
+        simd::widen(&values, &mut wide_values);
+        let mut want = vec![f32::NAN; m * n];
+        expanded(&args, &wide, m, &Compressed { values: &wide_values, meta: &meta, bias: w.bias, n, k }, &mut want);
+        let mut got = vec![T::store(f32::NAN); m * n];
         lanes::run(&args, &wide, m, &w, &mut got);
-        let bits = |y: &[T]| -> Vec<u32> { y.iter().map(|y| y.load().to_bits()).collect() };
-        assert_eq!(bits(&got), bits(&want), "{m} {n} {k} {}", T::DTYPE);
+        for (id, (got, want)) in got.iter().zip(&want).enumerate() {
+            let want = T::store(*want).load();
+            assert_eq!(got.load().to_bits(), want.to_bits(), "{m} {n} {k} {} at {id}", T::DTYPE);
+        }
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! x Wᵀ with W compressed, on AVX-512: half of the dense product's multiply-adds, and its bits.
+//! x Wᵀ with W compressed, on AVX-512: half of the dense product's multiply-adds, and the bits of that of
+//! operands that are widened to f32.
 //!
 //! Lanes are weight rows. Values are turned, so that a register holds one value of each of 16 rows; every quarter of another
 //! holds the same four columns of a row of x, of which `vpermilps` picks for each lane the one at its place: by the low two bits
