@@ -9,7 +9,7 @@
 mod pack;
 #[cfg(target_arch = "x86_64")]
 pub(super) use pack::turn;
-pub(super) use pack::{pack_b, pack_columns};
+pub(super) use pack::{pack_a, pack_b, pack_columns};
 mod tile;
 
 use std::marker::PhantomData;

@@ -5,27 +5,24 @@
 //! sum of the activation row is taken off at the end. Many rows take packed weights instead (`int8_packed.rs`). Integer sums are
 //! exact, so every path gives the same bits.
 
-use std::cell::Cell;
 use std::ops::Range;
 
 use super::Args;
-use super::int8_packed::{self as packed, Finish};
+use super::int8_packed::{self as packed, Finish, Panels};
+use super::scratch::{Scratch, scratch};
 use super::simd::multiversion;
 use super::sparse24::expand_row;
 
 /// Weight rows of one parallel task: with 768 columns they are 48 KB, in the second-level cache.
 const STRIP: usize = 64;
+/// Bytes of packed weights that many rows meet before the next: half of the second-level cache.
+const NEAR: usize = 1 << 19;
 /// Compressed weight rows expanded at a time: with 768 columns 12 KB, in the first-level cache.
 const EXPANDED: usize = 16;
 /// Activation rows kept in the first-level cache while a strip passes over them.
 const ROWS: usize = 32;
 /// Multiply-adds below which threads cost more than they bring: about 5 us on one core.
 const WORTH_THREADS: usize = 4 << 20;
-
-thread_local! {
-    /// Packed weights. Taken while in use.
-    static PACKED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-}
 
 /// The sum of the bytes of each row of `k`.
 pub(super) fn sums(x: &[i8], k: usize) -> Vec<i32> {
@@ -179,7 +176,7 @@ pub(super) enum Weights<'a> {
 pub(super) struct Product<'a> {
     pub x: &'a [i8],
     pub x_scale: &'a [f32],
-    /// Of each row of x: see [`sums`].
+    /// Of each row of x: see [`sums`]. Not for [`Product::run`].
     pub x_sums: &'a [i32],
     pub w: Weights<'a>,
     pub w_scale: &'a [f32],
@@ -196,19 +193,39 @@ struct Columns(*mut f32);
 unsafe impl Sync for Columns {}
 
 impl Product<'_> {
-    /// The whole product into `y [m, n]`; `row(i)` is the row of x that output row i takes.
-    pub(super) fn run(&self, args: &Args, row: impl Fn(usize) -> usize + Sync, y: &mut [f32]) {
-        let place = |i: usize| [row(i), i];
-        if self.m * self.n * self.k < WORTH_THREADS {
-            return self.run_alone(place, y);
-        }
+    /// The whole product into `y [m, n]`; finds the sums of x itself.
+    pub(super) fn run(&self, args: &Args, y: &mut [f32]) {
+        let place = |i: usize| [i, i];
         assert!(y.len() >= self.m * self.n, "room for the product");
-        let sums = self.sums(&place);
         let out = &Columns(y.as_mut_ptr());
+        let alone = self.m * self.n * self.k < WORTH_THREADS;
+        if let Some(panels) = Panels::of(&self.x[..self.m * self.k], self.k, self.n, args) {
+            let tasks = if alone { 1 } else { 4 * args.threads() };
+            let shared = if args.threads() == 1 { self.n } else { self.n.div_ceil(tasks) };
+            let strip = (NEAR / self.k).min(shared).max(STRIP).next_multiple_of(32);
+            args.ranges(self.n.div_ceil(strip), if alone { usize::MAX } else { 1 }, |range| {
+                for first in range.map(|s| s * strip) {
+                    let columns = first..(first + strip).min(self.n);
+                    let words = self.pack(columns.clone());
+                    // SAFETY: `y` has m x n elements, and each strip is visited by one task.
+                    unsafe {
+                        let to = |i: usize| out.0.add(i * self.n + columns.start);
+                        panels.product(&words, &self.finish(columns.clone()), to);
+                    }
+                }
+            });
+            return;
+        }
+        let x_sums = sums(self.x, self.k);
+        let product = Product { x_sums: &x_sums, ..*self };
+        if alone {
+            return product.run_alone(place, y);
+        }
+        let sums = product.sums(&place);
         args.ranges(self.n.div_ceil(STRIP), 1, |range| {
             for s in range {
-                // SAFETY: `y` has m x n elements, and each strip is visited by one task.
-                unsafe { self.strip(s * STRIP, &place, &sums, out) };
+                // SAFETY: as above.
+                unsafe { product.strip(s * STRIP, &place, &sums, out) };
             }
         });
     }
@@ -279,32 +296,39 @@ impl Product<'_> {
     /// # Safety
     /// As [`Product::strip`].
     unsafe fn packed(&self, columns: Range<usize>, place: &impl Fn(usize) -> [usize; 2], sums: &[i32], out: &Columns) {
-        let mut words = PACKED.take();
-        match self.w {
-            Weights::Dense(w) => packed::pack(&w[columns.start * self.k..columns.end * self.k], self.k, &mut words),
-            Weights::Sparse24 { values, meta } => {
-                let (half, meta_words) = (self.k / 2, self.k.div_ceil(32));
-                let mut dense = vec![0i8; columns.len() * self.k];
-                for (j, w) in columns.clone().zip(dense.chunks_mut(self.k.max(1))) {
-                    expand_row(&values[j * half..][..half], &meta[j * meta_words..][..meta_words], w);
-                }
-                packed::pack(&dense, self.k, &mut words);
-            }
-        }
-        let finish = Finish {
-            x_scale: self.x_scale,
-            w_scale: &self.w_scale[columns.clone()],
-            bias: self.bias.map(|b| &b[columns.clone()]),
-            relu: self.relu,
-            add: false,
-        };
+        let words = self.pack(columns.clone());
         let x = |i: usize| (place(i)[0], sums[i], self.x_row(place(i)[0]).as_ptr());
         // SAFETY: as promised by the caller.
         unsafe {
             let to = |i: usize| out.0.add(place(i)[1] * self.n + columns.start);
-            packed::product(x, self.m, &words, self.k, &finish, to);
+            packed::product(x, self.m, &words, self.k, &self.finish(columns.clone()), to);
         }
-        PACKED.set(words);
+    }
+
+    /// The weights of these columns, packed.
+    fn pack(&self, columns: Range<usize>) -> Scratch<f32> {
+        match self.w {
+            Weights::Dense(w) => packed::pack(&w[columns.start * self.k..columns.end * self.k], self.k),
+            Weights::Sparse24 { values, meta } => {
+                let (half, words) = (self.k / 2, self.k.div_ceil(32));
+                let mut dense = scratch::<i8>(columns.len() * self.k);
+                for (j, w) in columns.zip(dense.chunks_mut(self.k.max(1))) {
+                    expand_row(&values[j * half..][..half], &meta[j * words..][..words], w);
+                }
+                packed::pack(&dense, self.k)
+            }
+        }
+    }
+
+    /// What becomes of the sums of these columns.
+    fn finish(&self, columns: Range<usize>) -> Finish<'_> {
+        Finish {
+            x_scale: self.x_scale,
+            w_scale: &self.w_scale[columns.clone()],
+            bias: self.bias.map(|b| &b[columns]),
+            relu: self.relu,
+            add: false,
+        }
     }
 
     /// The given columns, whose weights are `w`, of every row.

@@ -29,9 +29,8 @@ const LONG: usize = 1024;
 const SHORT: usize = 24;
 
 thread_local! {
-    /// Rows of sums, and packed weights. Taken while in use.
+    /// Rows of sums. Taken while in use.
     static MADE: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-    static PACKED: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// Parameters of both kernels: tokens, n, d, k, experts, sum, relu, skips, threshold.
@@ -300,7 +299,7 @@ pub fn gathered_matmul_int8(args: &Args) -> Result<()> {
     }
     let (sorted, packs) = (g.blocks(), packed::fits(usize::MAX, d));
     sums(args, &g, bias, y, |block, tokens, columns, sums| {
-        let (width, mut words, mut made) = (columns.len(), PACKED.take(), Vec::new());
+        let (width, mut made) = (columns.len(), Vec::new());
         for (e, slots) in sorted[block].experts() {
             let own = e * n + columns.start..e * n + columns.end;
             let at = |i: usize| (slots[i].token() - tokens.start) * width;
@@ -311,14 +310,13 @@ pub fn gathered_matmul_int8(args: &Args) -> Result<()> {
                 made.chunks(width).enumerate().for_each(|(i, row)| add_row(&mut sums[at(i)..][..width], row));
                 continue;
             }
-            packed::pack(&w[own.start * d..own.end * d], d, &mut words);
+            let words = packed::pack(&w[own.start * d..own.end * d], d);
             let finish = Finish { x_scale, w_scale: &w_scale[own], bias: None, relu: false, add: true };
             let row = |i: usize| (slots[i].at(), x_sums[slots[i].at()], x[slots[i].at() * d..][..d].as_ptr());
             let base = Target(sums.as_mut_ptr());
             // SAFETY: rows of x were cut to d bytes, and `sums` has a row of these columns for each of the tokens.
             unsafe { packed::product(row, slots.len(), &words, d, &finish, |i| base.0.add(at(i))) };
         }
-        PACKED.set(words);
     });
     Ok(())
 }

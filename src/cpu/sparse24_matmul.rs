@@ -8,7 +8,7 @@
 mod lanes;
 
 use super::gemm::{Product as Dense, View, gemm_threaded};
-use super::int8::{self, Product, Weights};
+use super::int8::{Product, Weights};
 use super::matmul::floats;
 use super::scratch::scratch;
 use super::sparse24::expand_row;
@@ -86,11 +86,10 @@ fn expanded<T: Float>(args: &Args, x: &[T], m: usize, w: &Compressed<T>, y: &mut
 /// Parameters: m, n, k, bias.
 pub fn matmul_sparse24_int8(args: &Args) -> Result<()> {
     let bias = (args.u(3) == 1).then(|| args.read::<f32>(5));
-    let (x, x_sums) = (args.read(0), int8::sums(args.read(0), args.u(2)));
     let product = Product {
-        x,
+        x: args.read(0),
         x_scale: args.read(1),
-        x_sums: &x_sums,
+        x_sums: &[],
         w: Weights::Sparse24 { values: args.read(2), meta: args.read(3) },
         w_scale: args.read(4),
         bias,
@@ -99,7 +98,7 @@ pub fn matmul_sparse24_int8(args: &Args) -> Result<()> {
         n: args.u(1),
         k: args.u(2),
     };
-    product.run(args, |i| i, args.write(args.len() - 1));
+    product.run(args, args.write(args.len() - 1));
     Ok(())
 }
 

@@ -70,7 +70,7 @@ impl<T: Float> Groups<'_, T> {
 }
 
 /// Rows `i0..i0 + m` of A over `k0..k0 + k` as one panel of `m` rows.
-pub(super) fn pack_a<T: Float>(
+pub(in super::super) fn pack_a<T: Float>(
     a: View<T>,
     (i0, m): (usize, usize),
     (k0, k): (usize, usize),
