@@ -302,7 +302,9 @@ fn block<A: Float, B: Float, C: Float>(
                 });
                 // SAFETY: as above; panels hold k groups; this task alone writes these rows and columns; `tiles` fits
                 // the processor.
-                unsafe { tile(words, a.as_ptr(), b.as_ptr(), ask, sums.add(j), stride, p.accumulate || !first, tail) };
+                unsafe {
+                    tile(words, a.as_ptr(), b.as_ptr(), ask, (sums.add(j), stride), p.accumulate || !first, tail)
+                };
             }
             for i in 0..if last && (finishes || narrow) { m } else { 0 } {
                 // Whole sums, still in the first-level cache.

@@ -34,19 +34,6 @@ pub fn level() -> Level {
     *LEVEL
 }
 
-/// Asks for the cache line of an address, which need not exist.
-#[inline(always)]
-pub(crate) fn prefetch<T>(at: *const T) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch reads nothing.
-    unsafe {
-        use std::arch::x86_64::*;
-        _mm_prefetch::<_MM_HINT_T0>(at.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
-}
-
 /// Defines a function whose body is compiled for AVX-512, AVX2 and the baseline, and picked per call by [`level`].
 /// Whatever the body calls must be `#[inline(always)]` to be compiled with it.
 macro_rules! multiversion {
@@ -101,7 +88,7 @@ pub fn fold_lanes(lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
 
 /// Asks for the cache line at `x`, which may lie anywhere, outside every allocation too.
 #[inline(always)]
-fn prefetch(x: *const f32) {
+pub(crate) fn prefetch<T>(x: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint, which reads nothing and never faults.
     unsafe {

@@ -7,13 +7,13 @@
 
 use crate::simd::{self, Level};
 
-/// (k in words, packed A, packed B, two rows to ask for, C, elements from row to row of C, add to C, columns in the last
+/// (k in words, packed A, packed B, two rows to ask for, C with the elements from row to row, add to C, columns in the last
 /// register). What is asked for, word by word along k, comes into the first-level cache meanwhile; it need not exist.
 ///
 /// # Safety
 /// A holds k * R, B k * columns words; C may be written (and read, with add) on R rows of (V - 1) * lanes + tail
 /// columns; the processor has the instructions of the table that the function is taken from.
-pub(super) type Tile = unsafe fn(usize, *const f32, *const f32, [*const f32; 2], *mut f32, usize, bool, usize);
+pub(super) type Tile = unsafe fn(usize, *const f32, *const f32, [*const f32; 2], (*mut f32, usize), bool, usize);
 
 /// The micro-kernels of one instruction set.
 pub(super) struct Tiles {
@@ -85,8 +85,7 @@ macro_rules! wide_tile {
             mut a: *const f32,
             mut b: *const f32,
             ask: [*const f32; 2],
-            c: *mut f32,
-            stride: usize,
+            (c, stride): (*mut f32, usize),
             add: bool,
             tail: usize,
         ) {
@@ -178,8 +177,7 @@ mod avx2 {
         mut a: *const f32,
         mut b: *const f32,
         _ask: [*const f32; 2],
-        c: *mut f32,
-        stride: usize,
+        (c, stride): (*mut f32, usize),
         add: bool,
         tail: usize,
     ) {
@@ -223,8 +221,7 @@ mod portable {
         mut a: *const f32,
         mut b: *const f32,
         _ask: [*const f32; 2],
-        c: *mut f32,
-        stride: usize,
+        (c, stride): (*mut f32, usize),
         add: bool,
         tail: usize,
     ) {
