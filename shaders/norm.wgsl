@@ -3,17 +3,18 @@
 //           n = (h - mean) rstd, g = dy w: dh' = rstd (g - mean(g) - n mean(g n)) + dh; dx = dh', dr = scale dh',
 //           dw = sum_rows dy n, db = sum_rows dy; rms: without mean(g)
 // grad:     norm_bwd, add_norm_bwd
-// shapes:   layernorm: x[R,D], w[D], b[D], y[R,D], mean[R], rstd[R]; rmsnorm: x[R,D], w[D], y[R,D], rstd[R]
+// shapes:   layernorm: x[R,D], w[D], b[D], y[R,D] (x4, w4, b4, y4: the same in fours), mean[R], rstd[R]; rmsnorm: x[R,D], w[D], y[R,D], rstd[R]
 //           add_layernorm: x[R,D], r[R,D], w[D], b[D], y[R,D], h[R,D], mean[R], rstd[R]
 //           add_rmsnorm: x[R,D], r[R,D], w[D], y[R,D], h[R,D], rstd[R]
 //           norm_bwd: x[R,D], w[D], mean[R], rstd[R], dy[R,D], dx[R,D], dw[D], db[D], partial[chunks,D]
 //           add_norm_bwd: h[R,D], w[D], mean[R], rstd[R], dy[R,D], dh[R,D], dx[R,D], dr[R,D], dw[D], db[D], partial[chunks,D]
 // layout:   row-major; partial holds (sum dy n, sum dy) of 64 rows
-// launch:   v1: linear over rows, 64 a group; v2: one group of 128 per row; partial: linear over chunks x D; total: linear over D
+// launch:   v1: linear over rows, 64 a group (fours: 8); v2: one group of 128 per row; partial: linear over chunks x D; total: linear over D
 // cost:     8 R D flops forward, 15 R D backward; every element of x, r, dy, dh, y, h, dx, dr once
 // numerics: f32; centred second pass for the variance; y from the unrounded h; NaN rows stay NaN
 // source:   Ba, Kiros and Hinton 2016; Zhang and Sennrich 2019
-// rungs:    v1 a row per invocation, three passes; v2 a row per workgroup, tree sums in shared memory
+// rungs:    v1 a row per invocation, three passes; v2 a row per workgroup, tree sums in shared memory;
+//           fours (layernorm): a row per invocation, sixteen elements at a time, both moments in one pass
 
 struct NormParams { rows: u32, d: u32, epsilon: f32, scale: f32, rms: u32, joined: u32, chunks: u32 }
 var<immediate> norm: NormParams;
@@ -163,6 +164,63 @@ fn layernorm_fwd_v2(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invo
     if row >= norm.rows { return; }
     let mean = group_sum(lane, x_sum(row, lane, GROUP)) / f32(norm.d);
     layer_store(row, mean, rstd_of(group_sum(lane, x_squares(row, mean, lane, GROUP))), lane, GROUP);
+}
+
+// Fours: loads and stores of four neighbours, which software drivers check once and not four times.
+@group(0) @binding(0) var<storage, read> norm_x4: array<vec4<E>>;
+@group(0) @binding(1) var<storage, read> norm_w4: array<vec4<E>>;
+@group(0) @binding(2) var<storage, read> norm_b4: array<vec4<E>>;
+@group(0) @binding(3) var<storage, read_write> layer_y4: array<vec4<E>>;
+
+fn four(x: vec4<E>) -> vec4<f32> { return vec4<f32>(ld(x.x), ld(x.y), ld(x.z), ld(x.w)); }
+fn sum_of_four(x: vec4<f32>) -> f32 { return (x.x + x.y) + (x.z + x.w); }
+
+fn layer_four(base: u32, i: u32, m: Moments, rstd: f32) {
+    let y = (four(norm_x4[base + i]) - m.mean) * rstd * four(norm_w4[i]) + four(norm_b4[i]);
+    layer_y4[base + i] = vec4<E>(st(y.x), st(y.y), st(y.z), st(y.w));
+}
+
+// Mean and centred squares of so many elements.
+struct Moments { mean: f32, squares: f32, count: f32 }
+fn joined(a: Moments, b: Moments) -> Moments {
+    let share = b.count / (a.count + b.count);
+    let delta = b.mean - a.mean;
+    return Moments(a.mean + delta * share, a.squares + b.squares + delta * delta * a.count * share, a.count + b.count);
+}
+
+@compute @workgroup_size(8)
+fn layernorm_fwd_fours(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let row = linear_id(gid, 8u);
+    if row >= norm.rows { return; }
+    let fours = norm.d / 4u;
+    let base = row * fours;
+    var m = Moments(0.0, 0.0, 0.0);
+    var i = 0u;
+    for (; i + 4u <= fours; i += 4u) {
+        let a = four(norm_x4[base + i]);
+        let b = four(norm_x4[base + i + 1u]);
+        let c = four(norm_x4[base + i + 2u]);
+        let d = four(norm_x4[base + i + 3u]);
+        let mean = sum_of_four((a + b) + (c + d)) / 16.0;
+        let squares = (dot(a - mean, a - mean) + dot(b - mean, b - mean)) + (dot(c - mean, c - mean) + dot(d - mean, d - mean));
+        m = joined(m, Moments(mean, squares, 16.0));
+    }
+    for (; i < fours; i++) {
+        let a = four(norm_x4[base + i]);
+        let mean = sum_of_four(a) / 4.0;
+        m = joined(m, Moments(mean, dot(a - mean, a - mean), 4.0));
+    }
+    let rstd = rstd_of(m.squares);
+    i = 0u;
+    for (; i + 4u <= fours; i += 4u) {
+        layer_four(base, i, m, rstd);
+        layer_four(base, i + 1u, m, rstd);
+        layer_four(base, i + 2u, m, rstd);
+        layer_four(base, i + 3u, m, rstd);
+    }
+    for (; i < fours; i++) { layer_four(base, i, m, rstd); }
+    layer_mean[row] = m.mean;
+    layer_rstd[row] = rstd;
 }
 
 @compute @workgroup_size(64)

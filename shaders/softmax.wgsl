@@ -3,14 +3,15 @@
 //           softmax_bwd: dx = y (dy - sum(dy y)); log: dx = dy - exp(y) sum(dy)
 //           cross_entropy: loss = lse - (1 - s) z_t - s mean(z); bwd: dz = dloss (exp(z - lse) - (1 - s) onehot - s / V)
 // grad:     softmax_bwd, cross_entropy_bwd
-// shapes:   softmax: x[R,V], y[R,V]; softmax_bwd: y[R,V], dy[R,V], dx[R,V]
+// shapes:   softmax: x[R,V], y[R,V] (x4, y4: the same in fours); softmax_bwd: y[R,V], dy[R,V], dx[R,V]
 //           cross_entropy: z[R,V], target[R], loss[R], lse[R]; cross_entropy_bwd: z[R,V], target[R], saved[R] (lse), dloss[R], dz[R,V]
 // layout:   row-major
-// launch:   v1: linear over rows, 64 a group; v2: one group of 128 per row; cross_entropy_bwd: linear over elements, 4 each
+// launch:   v1: linear over rows, 64 a group (fours: 8); v2: one group of 128 per row; cross_entropy_bwd: linear over elements, 4 each
 // cost:     5 R V flops; every element once
 // numerics: f32, maximum taken off first; NaN rows stay NaN; target 0xffffffff: loss, lse and dz are 0; a target of V or more: NaN loss
 // source:   label smoothing: Szegedy et al. 2016
-// rungs:    v1 a row per invocation, three passes; v2 a row per workgroup, tree reductions in shared memory
+// rungs:    v1 a row per invocation, three passes; v2 a row per workgroup, tree reductions in shared memory;
+//           fours: a row per invocation, sixteen elements at a time, maximum and sum in one pass
 
 struct SoftmaxParams { rows: u32, v: u32, log: u32, smoothing: f32 }
 var<immediate> softmax: SoftmaxParams;
@@ -112,6 +113,61 @@ fn softmax_fwd_v2(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invoca
     if row >= softmax.rows { return; }
     let most = group_max(lane, x_max(row, lane, GROUP));
     y_store(row, most, group_sum(lane, exp_sum(row, most, lane, GROUP)), lane, GROUP);
+}
+
+// Fours: loads and stores of four neighbours, which software drivers check once and not four times.
+@group(0) @binding(0) var<storage, read> softmax_x4: array<vec4<E>>;
+@group(0) @binding(1) var<storage, read_write> softmax_y4: array<vec4<E>>;
+
+fn x_four(i: u32) -> vec4<f32> {
+    let x = softmax_x4[i];
+    return vec4<f32>(ld(x.x), ld(x.y), ld(x.z), ld(x.w));
+}
+
+fn max_of_four(x: vec4<f32>) -> f32 { return max(max(x.x, x.y), max(x.z, x.w)); }
+
+// Offset is the sum's logarithm (log-softmax), factor its reciprocal.
+fn y_four(i: u32, most: f32, offset: f32, factor: f32) {
+    let x = x_four(i) - most;
+    let y = select(exp(x) * factor, x - offset, softmax.log != 0u);
+    softmax_y4[i] = vec4<E>(st(y.x), st(y.y), st(y.z), st(y.w));
+}
+
+@compute @workgroup_size(8)
+fn softmax_fwd_fours(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let row = linear_id(gid, 8u);
+    if row >= softmax.rows { return; }
+    let first = row * (softmax.v / 4u);
+    let last = first + softmax.v / 4u;
+    var most = -3.4e38;
+    var sums = vec4<f32>(0.0);
+    var i = first;
+    for (; i + 4u <= last; i += 4u) {
+        let a = x_four(i);
+        let b = x_four(i + 1u);
+        let c = x_four(i + 2u);
+        let d = x_four(i + 3u);
+        let larger = max(most, max_of_four(max(max(a, b), max(c, d))));
+        sums = sums * exp(most - larger) + ((exp(a - larger) + exp(b - larger)) + (exp(c - larger) + exp(d - larger)));
+        most = larger;
+    }
+    for (; i < last; i++) {
+        let a = x_four(i);
+        let larger = max(most, max_of_four(a));
+        sums = sums * exp(most - larger) + exp(a - larger);
+        most = larger;
+    }
+    let sum = (sums.x + sums.y) + (sums.z + sums.w);
+    let offset = log(sum);
+    let factor = 1.0 / sum;
+    i = first;
+    for (; i + 4u <= last; i += 4u) {
+        y_four(i, most, offset, factor);
+        y_four(i + 1u, most, offset, factor);
+        y_four(i + 2u, most, offset, factor);
+        y_four(i + 3u, most, offset, factor);
+    }
+    for (; i < last; i++) { y_four(i, most, offset, factor); }
 }
 
 // Backward; softmax_x is y.

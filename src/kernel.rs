@@ -383,13 +383,29 @@ fn prelude(element: DType) -> File {
 
 const LIBRARY: File = File { name: "lib.wgsl", text: include_str!("../shaders/lib.wgsl") };
 
+/// The file whose declarations another one goes on from: rungs that need a feature stand apart from those that run everywhere.
+fn base(file: File) -> Option<File> {
+    match file.name {
+        "matmul_lanes.wgsl" => Some(File { name: "matmul.wgsl", text: include_str!("../shaders/matmul.wgsl") }),
+        "attention_lanes.wgsl" => {
+            Some(File { name: "matmul_lanes.wgsl", text: include_str!("../shaders/matmul_lanes.wgsl") })
+        }
+        _ => None,
+    }
+}
+
 /// Full WGSL source of a kernel file for one element type, and how many lines stand before the file's own first line.
 /// With `ESPALIER_SHADERS` set to a folder the files are read from there, so that a kernel can be tuned without a rebuild.
 pub fn assemble(file: File, element: DType) -> Result<(String, u32)> {
     let read = |file: &File| read_override("ESPALIER_SHADERS", file);
-    let (head, library, body) = (read(&prelude(element))?, read(&LIBRARY)?, read(&file)?);
-    let before = (head.lines().count() + library.lines().count() + 2) as u32;
-    Ok((format!("{head}\n{library}\n{body}"), before))
+    let mut bases: Vec<File> = std::iter::successors(base(file), |&file| base(file)).collect();
+    bases.reverse();
+    let mut front = String::new();
+    for part in [prelude(element), LIBRARY].iter().chain(&bases) {
+        front = format!("{front}{}\n", read(part)?);
+    }
+    let before = front.lines().count() as u32;
+    Ok((front + &read(&file)?, before))
 }
 
 /// The text of a file of the program, or of the file of that name in the folder that the environment variable names.

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{Global, say, say_json};
 use crate::data::collect::languages;
 use crate::device::cuda::compile::nvrtc;
-use crate::device::{self, Adapter, Class, CpuDevice, CudaDevice, Device, Info, Kind, WgpuDevice};
+use crate::device::{self, Adapter, CpuDevice, CudaDevice, Device, Info, Kind, WgpuDevice};
 use crate::error::Result;
 use crate::report::{Alignment, Table};
 
@@ -34,7 +34,9 @@ struct DeviceReport {
     name: String,
     kind: &'static str,
     driver: String,
+    /// Which WGSL kernels fit: `cpu`, `simt` or `coop`.
     class: &'static str,
+    class_means: &'static str,
     software: bool,
     limits: BTreeMap<&'static str, Option<u64>>,
     features: BTreeMap<&'static str, bool>,
@@ -70,14 +72,6 @@ struct Missing {
     needed_for: &'static str,
 }
 
-fn class(class: Class) -> &'static str {
-    match class {
-        Class::Cpu => "software rasterizer",
-        Class::Simt => "simt",
-        Class::Coop => "cooperative matrices",
-    }
-}
-
 fn describe(info: &Info) -> DeviceReport {
     let l = &info.limits;
     // No limit is written as none, not as the largest integer.
@@ -110,7 +104,8 @@ fn describe(info: &Info) -> DeviceReport {
         name: info.name.clone(),
         kind: info.kind.name(),
         driver: info.driver.clone(),
-        class: if info.kind == Kind::Cpu { "cpu" } else { class(info.class) },
+        class: info.class.name(),
+        class_means: if info.kind == Kind::Wgpu { info.class.meaning() } else { "" },
         software: info.software,
         limits: limits.into_iter().collect(),
         features: features.into_iter().collect(),
@@ -229,7 +224,9 @@ pub fn run(global: &Global) -> Result<()> {
 fn print_device(device: &DeviceReport) {
     say(format!("\n{}: {}", device.id, device.name));
     say(format!("  driver    {}", device.driver));
-    say(format!("  class     {}{}", device.class, if device.software { " (used only when named)" } else { "" }));
+    let meaning = if device.class_means.is_empty() { String::new() } else { format!(" ({})", device.class_means) };
+    let named = if device.software { ", used only when named" } else { "" };
+    say(format!("  class     {}{meaning}{named}", device.class));
     let limit = |(name, value): (&&str, &Option<u64>)| value.map(|v| format!("{name} {v}"));
     let limits: Vec<String> = device.limits.iter().filter_map(limit).collect();
     say(format!("  limits    {}", if limits.is_empty() { "none".to_string() } else { limits.join(", ") }));

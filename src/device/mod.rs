@@ -62,6 +62,25 @@ pub enum Class {
     Coop,
 }
 
+impl Class {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Class::Cpu => "cpu",
+            Class::Simt => "simt",
+            Class::Coop => "coop",
+        }
+    }
+
+    /// In words.
+    pub const fn meaning(self) -> &'static str {
+        match self {
+            Class::Cpu => "software rasterizer: register tiles, no barriers",
+            Class::Simt => "GPU: workgroup tiles",
+            Class::Coop => "GPU with cooperative matrices",
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct Limits {
     pub binding_bytes: u64,
@@ -108,6 +127,8 @@ pub struct Features {
     /// 16-bit integers in storage: how WGSL stores bf16.
     pub i16: bool,
     pub subgroups: bool,
+    /// Invocations of a subgroup, where all have as many; else 0.
+    pub subgroup_size: u32,
     pub timestamps: bool,
     pub cooperative_matrix: bool,
     /// Compute capability times 10 of a CUDA device: 90 is 9.0.

@@ -38,7 +38,14 @@ impl NullDevice {
             class,
             software: false,
             limits,
-            features: Features { f16: true, i16: true, subgroups: true, arch: 80, ..Features::default() },
+            features: Features {
+                f16: true,
+                i16: true,
+                subgroups: true,
+                subgroup_size: 8,
+                arch: 80,
+                ..Features::default()
+            },
             probes: Vec::new(),
         };
         let (allocations, launched) = (AtomicU64::new(0), AtomicU64::new(0));

@@ -202,6 +202,7 @@ impl Op for Attention {
             tensor::forward::<64>(),
             tensor::forward::<96>(),
             tensor::forward::<128>(),
+            plan::LANES,
             plan::FORWARD,
         ];
         KERNELS

@@ -83,6 +83,7 @@ impl Op for Binary {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("binary_fwd", DType::FLOATS, cpu::binary),
             vector::cuda(SOURCE, ["binary_fwd_v2"; 2], DType::FLOATS, never_wraps, |p| plan(p, vectors)),
+            BY_FOURS,
             wgsl("binary_fwd", "binary_fwd", |p| plan(p, fours)),
         ];
         KERNELS
@@ -181,6 +182,19 @@ impl Op for AccumulateScaled {
 const fn wgsl(name: &'static str, entry: &'static str, plan: fn(&Problem) -> Plan) -> Kernel {
     let code = Code::Gpu { source: SOURCE, entry, constants: &[] };
     Kernel { name, code, dtypes: DType::FLOATS, fits: always, plan }
+}
+
+/// For software rasterizers, where one binding holds all.
+const BY_FOURS: Kernel = {
+    let plan: fn(&Problem) -> Plan =
+        |p| Plan::of(Launch::linear(p.outputs[0].count().div_ceil(vector::FOURS), BLOCK, p.params()));
+    let code = Code::Wgsl { source: SOURCE, entry: "binary_fwd_fours", constants: &[] };
+    Kernel { name: "binary_fwd_fours", code, dtypes: DType::FLOATS, fits: fits_by_fours, plan }
+};
+
+fn fits_by_fours(p: &Problem) -> bool {
+    let bytes = p.outputs[0].bytes() as u64;
+    vector::whole_fours(p) && p.inputs[1].count().is_multiple_of(4) && bytes <= p.info.limits.binding_bytes
 }
 
 /// How a number of elements becomes a launch.

@@ -10,7 +10,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{File, Kernel, Params, Plan, Problem, Source, source};
 use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
-use crate::ops::rows::{PLANS, rungs};
+use crate::ops::rows::{PLANS, fours, rungs};
 use crate::ops::unary::{Function, Unary};
 use crate::ops::vector::{self, above};
 use crate::shape::{self, Meta, Shape};
@@ -156,10 +156,11 @@ impl Op for LayerNorm {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &above(
+        const ROWS: [Kernel; 5] = above(
             forward!("layernorm", KEPT),
             rungs(SOURCE, "layernorm_fwd", cpu::layernorm, ["layernorm_fwd", "layernorm_fwd_v2"], PLANS),
         );
+        const KERNELS: &[Kernel] = &fours(SOURCE, "layernorm_fwd_fours", ROWS);
         KERNELS
     }
 

@@ -14,6 +14,10 @@ const GROUP: usize = 128;
 /// Elements whose sum is taken on its own; `BLOCK` in the shaders.
 const SUM_BLOCK: usize = 32;
 const PASSES: usize = 3;
+/// Invocations per workgroup of the rung by fours: the lanes of a software driver, so that few rows still fill its threads.
+const FOURS_BLOCK: u32 = 8;
+/// Longest row whose sum the rung by fours takes; each of its steps adds sixteen elements to four sums.
+const LONGEST_PLAIN_SUM: usize = 8192;
 
 /// The records of one op: the CPU kernel, then a workgroup per row for GPUs, then a row per invocation for software
 /// rasterizers, then the workgroup again where those must not loop so long (and, to be tested there, for little work).
@@ -30,6 +34,24 @@ pub(super) const fn rungs(
         gpu(source, row, short_rows, row_plan),
         gpu(source, group, long_or_little, group_plan),
     ]
+}
+
+/// The records of an op with a rung for software rasterizers before them: a row per invocation, four neighbours a load.
+pub(super) const fn fours(source: Source, entry: &'static str, rest: [Kernel; 5]) -> [Kernel; 6] {
+    let code = Code::Wgsl { source, entry, constants: &[] };
+    let fours = Kernel { name: entry, code, dtypes: DType::FLOATS, fits: fits_fours, plan: fours_plan };
+    [fours, rest[0], rest[1], rest[2], rest[3], rest[4]]
+}
+
+/// Rows that start at multiples of four elements, short enough for sums without blocks.
+fn fits_fours(p: &Problem) -> bool {
+    let d = p.inputs[0].shape.last();
+    p.info.class == Class::Cpu && d.is_multiple_of(4) && d <= LONGEST_PLAIN_SUM
+}
+
+fn fours_plan(p: &Problem) -> Plan {
+    let x = p.inputs[0].shape;
+    Plan::of(Launch::linear(x.rows(), FOURS_BLOCK, p.params()).trips(row_trips(x.last())))
 }
 
 pub(super) const fn gpu(

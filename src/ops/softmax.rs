@@ -10,7 +10,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Params, Plan, Source, always, source};
 use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
-use crate::ops::rows::{PLANS, rungs};
+use crate::ops::rows::{PLANS, fours, rungs};
 use crate::ops::vector::{self, above};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
@@ -30,6 +30,11 @@ const FORWARD: Kernel = vector::cuda(SOURCE, ["softmax_fwd_v3", "softmax_fwd_war
     let entries = ["softmax_fwd_warp_v3", "softmax_fwd_block_v3", "softmax_fwd_wide_v3", "softmax_fwd_long_v3"];
     Plan::of(vector::rows(p, &entries, [32; 3]))
 });
+const FORWARD_RUNGS: &[Kernel] = &fours(
+    SOURCE,
+    "softmax_fwd_fours",
+    above(FORWARD, rungs(SOURCE, "softmax_fwd", cpu::softmax, ["softmax_fwd", "softmax_fwd_v2"], PLANS)),
+);
 const BACKWARD: Kernel = vector::cuda(SOURCE, ["softmax_bwd_v3", "softmax_bwd_warp_v3"], DType::FLOATS, always, |p| {
     let entries = ["softmax_bwd_warp_v3", "softmax_bwd_block_v3", "softmax_bwd_wide_v3", "softmax_bwd_long_v3"];
     Plan::of(vector::rows(p, &entries, [32, 32, 16]))
@@ -103,9 +108,7 @@ impl Op for Softmax {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] =
-            &above(FORWARD, rungs(SOURCE, "softmax_fwd", cpu::softmax, ["softmax_fwd", "softmax_fwd_v2"], PLANS));
-        KERNELS
+        FORWARD_RUNGS
     }
 
     fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {
@@ -148,9 +151,7 @@ impl Op for LogSoftmax {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] =
-            &above(FORWARD, rungs(SOURCE, "softmax_fwd", cpu::softmax, ["softmax_fwd", "softmax_fwd_v2"], PLANS));
-        KERNELS
+        FORWARD_RUNGS
     }
 
     fn params(&self, inputs: &[Meta], _: &[Meta]) -> Params {

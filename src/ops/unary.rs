@@ -5,7 +5,7 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source};
+use crate::kernel::{Code, Constants, Kernel, Launch, Params, Plan, Problem, Source, always, source};
 use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
 use crate::ops::vector;
 use crate::shape::{self, Meta};
@@ -165,12 +165,15 @@ impl Op for Unary {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &[
-            Kernel::cpu("unary_fwd", DType::FLOATS, cpu::unary),
-            vector::cuda(SOURCE, ["unary_fwd_v2"; 2], DType::FLOATS, always, vectors),
-            wgsl("unary_fwd", "unary_fwd", DType::FLOATS),
-        ];
-        KERNELS
+        const KERNELS: &[[Kernel; 4]; KINDS.len()] = &each(
+            [
+                Kernel::cpu("unary_fwd", DType::FLOATS, cpu::unary),
+                vector::cuda(SOURCE, ["unary_fwd_v2"; 2], DType::FLOATS, always, vectors),
+                wgsl("unary_fwd", "unary_fwd", DType::FLOATS),
+            ],
+            "unary_fwd_fours",
+        );
+        &KERNELS[self.0.code()]
     }
 
     fn params(&self, _: &[Meta], outputs: &[Meta]) -> Params {
@@ -208,12 +211,15 @@ impl Op for UnaryBackward {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[Kernel] = &[
-            Kernel::cpu("unary_bwd", DType::FLOATS, cpu::unary_backward),
-            vector::cuda(SOURCE, ["unary_bwd_v2"; 2], DType::FLOATS, always, vectors),
-            wgsl("unary_bwd", "unary_bwd", DType::FLOATS),
-        ];
-        KERNELS
+        const KERNELS: &[[Kernel; 4]; KINDS.len()] = &each(
+            [
+                Kernel::cpu("unary_bwd", DType::FLOATS, cpu::unary_backward),
+                vector::cuda(SOURCE, ["unary_bwd_v2"; 2], DType::FLOATS, always, vectors),
+                wgsl("unary_bwd", "unary_bwd", DType::FLOATS),
+            ],
+            "unary_bwd_fours",
+        );
+        &KERNELS[self.0.code()]
     }
 
     fn params(&self, _: &[Meta], outputs: &[Meta]) -> Params {
@@ -303,6 +309,36 @@ fn bf16_to_f16(p: &Problem) -> bool {
 
 const fn wgsl(name: &'static str, entry: &'static str, dtypes: &'static [DType]) -> Kernel {
     Kernel { name, code: Code::Gpu { source: SOURCE, entry, constants: &[] }, dtypes, fits: always, plan }
+}
+
+/// A function's code as the shader's constant.
+const KINDS: [Constants; 9] = [
+    &[("KIND", 0.0)],
+    &[("KIND", 1.0)],
+    &[("KIND", 2.0)],
+    &[("KIND", 3.0)],
+    &[("KIND", 4.0)],
+    &[("KIND", 5.0)],
+    &[("KIND", 6.0)],
+    &[("KIND", 7.0)],
+    &[("KIND", 8.0)],
+];
+
+/// The records of each function, by its code: before the `plain` ones a rung for software rasterizers, in which the function is
+/// a constant.
+const fn each(plain: [Kernel; 3], entry: &'static str) -> [[Kernel; 4]; KINDS.len()] {
+    let mut all = [[plain[0], plain[0], plain[1], plain[2]]; KINDS.len()];
+    let mut kind = 0;
+    while kind < KINDS.len() {
+        let code = Code::Wgsl { source: SOURCE, entry, constants: KINDS[kind] };
+        all[kind][0] = Kernel { name: entry, code, dtypes: DType::FLOATS, fits: vector::whole_fours, plan: plan_fours };
+        kind += 1;
+    }
+    all
+}
+
+fn plan_fours(p: &Problem) -> Plan {
+    Plan::of(Launch::linear(p.outputs[0].count().div_ceil(vector::FOURS), BLOCK, p.params()))
 }
 
 /// Each invocation handles `PER_INVOCATION` neighbouring elements: fewer, fatter invocations suit every adapter class.

@@ -1,5 +1,7 @@
-//! Launch geometry of the CUDA rungs that move 16 bytes per access; what needs no tensor instruction runs from Turing on.
+//! Launch geometry of the rungs that move several neighbours per access: 16 bytes on CUDA, where what needs no tensor instruction
+//! runs from Turing on, and four elements on software rasterizers.
 
+use crate::device::Class;
 use crate::dtype::DType;
 use crate::kernel::cuda::LOWEST_ARCH;
 use crate::kernel::{Code, Kernel, Launch, Problem, Source};
@@ -35,6 +37,15 @@ pub(super) const fn cuda(
 /// The records of a row-wise op with a CUDA rung above them.
 pub(super) const fn above(first: Kernel, rest: [Kernel; 4]) -> [Kernel; 5] {
     [first, rest[0], rest[1], rest[2], rest[3]]
+}
+
+/// Elements of an invocation of the elementwise rungs for software rasterizers, which load and store four of them at once.
+pub(super) const FOURS: usize = 16;
+
+/// Whether a software rasterizer can take the output by fours, a block of them at least.
+pub(super) fn whole_fours(p: &Problem) -> bool {
+    let count = p.outputs[0].count();
+    p.info.class == Class::Cpu && count >= FOURS && count.is_multiple_of(4)
 }
 
 /// Elements of 16 bytes.

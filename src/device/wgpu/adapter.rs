@@ -167,6 +167,8 @@ pub fn open(index: usize, adapter: &wgpu::Adapter) -> Result<Opened> {
         (false, true) => Class::Coop,
         (false, false) => Class::Simt,
     };
+    let (least, most) = (adapter.get_info().subgroup_min_size, adapter.get_info().subgroup_max_size);
+    let subgroup_size = if required.contains(wgpu::Features::SUBGROUP) && least == most { least } else { 0 };
     let timestamps = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
     let info = Info {
         threads: 1,
@@ -190,6 +192,7 @@ pub fn open(index: usize, adapter: &wgpu::Adapter) -> Result<Opened> {
             f16: required.contains(wgpu::Features::SHADER_F16),
             i16: required.contains(wgpu::Features::SHADER_I16),
             subgroups: required.contains(wgpu::Features::SUBGROUP),
+            subgroup_size,
             timestamps: required.contains(timestamps),
             cooperative_matrix: cooperative,
             arch: 0,

@@ -84,6 +84,13 @@ pub fn cases() -> Vec<Case> {
     for dim in [2, 15, 24, 48, 63, 80, 96, 127, 128] {
         both(op((Mask::Causal, false, false), dim, 0), [1, 19, 19, 2, dim], DType::F32, false);
     }
+    // Tiles of lanes: their edges, rows by fours, with and without a rest of three fours.
+    for dtype in DType::FLOATS {
+        for kind in KINDS {
+            both(op(kind, 20, 0), [2, 35, 36, 3, 20], *dtype, false);
+        }
+        both(op((Mask::Prefix, true, true), 64, 25), [2, 70, 100, 2, 64], *dtype, false);
+    }
     // Blocks of tensor instructions: their edges, several of them in both directions, every layout of registers.
     for dtype in [DType::F16, DType::Bf16] {
         for kind in KINDS {
@@ -116,6 +123,7 @@ pub fn cases() -> Vec<Case> {
         cases.push(backward(op((Mask::None, true, false), 64, 0), size, *dtype).bench());
     }
     let size = [1, 512, 512, 4, 64];
+    cases.push(forward(op((Mask::None, false, false), 64, 0), size, DType::F32).bench());
     cases.push(forward(op((Mask::Causal, false, false), 64, 0), size, DType::F32).bench());
     cases.push(backward(op((Mask::Causal, false, false), 64, 0), size, DType::F32).bench());
     cases

@@ -1,15 +1,29 @@
 //! WGSL records: which entries run, over which range of keys, with which argument in which slot.
 
 use super::{Attention, AttentionBackward, Extents};
+use crate::device::Class;
 use crate::dtype::DType;
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, source};
+use crate::kernel::{Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, source};
 
 pub(super) const SOURCE: Source = source!("attention");
 
 pub(super) const FORWARD: Kernel = Kernel { fits: fits_forward, plan: forward, ..wgsl("attention_fwd") };
 pub(super) const BACKWARD: Kernel = Kernel { fits: fits_backward, plan: backward, ..wgsl("attention_bwd_rows") };
 
+/// Two products of matrices around a softmax, in a file of their own: they need subgroups.
+pub(super) const LANES: Kernel = {
+    let source = Source::wgsl(
+        "attention_lanes.wgsl",
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/attention_lanes.wgsl")),
+    );
+    let code = Code::Wgsl { source, entry: "attention_scores", constants: &[] };
+    Kernel { name: "attention_fwd_lanes", code, dtypes: DType::FLOATS, fits: fits_lanes, plan: lanes }
+};
+
 const BLOCK: u32 = 64;
+/// Lanes of the subgroups that the products are written for, and rows and columns of a tile of theirs.
+const SUBGROUP: u32 = 8;
+const TILE: usize = 32;
 /// Keys (or queries) that a kernel takes per iteration of its outer loop.
 const STEP: usize = 4;
 /// Rows live in private arrays of this length.
@@ -93,6 +107,44 @@ fn forward(p: &Problem) -> Plan {
     let finish = Launch::linear(rows, BLOCK, range(p, (0, e.keys))).entry("attention_fwd_finish");
     launches.push(finish.trips(e.dim).slots(&[state, y, lse]));
     Plan::sequence(launches).scratch(state_bytes(&e))
+}
+
+/// Rows by fours, and scores of all pairs in one binding. Few queries leave most of a tile empty.
+fn fits_lanes(p: &Problem) -> bool {
+    let Some(e) = extents(p) else { return false };
+    let largest = p.inputs.iter().chain(p.outputs).map(|m| m.bytes()).max().unwrap_or(0).max(scores_bytes(&e));
+    let fours = e.dim.is_multiple_of(4) && e.keys.is_multiple_of(4) && e.dim > 0 && e.keys > 0;
+    let trips = p.info.limits.loop_budget.is_none_or(|budget| lanes_trips(&e) as u64 <= budget);
+    let groups =
+        e.batch * e.heads <= MAX_GROUPS as usize && e.queries.max(e.keys).div_ceil(TILE) <= MAX_GROUPS as usize;
+    let software = p.info.class == Class::Cpu && p.info.features.subgroup_size == SUBGROUP;
+    software && fours && trips && groups && e.queries > TILE / 2 && largest as u64 <= p.info.limits.binding_bytes
+}
+
+fn scores_bytes(e: &Extents) -> usize {
+    e.batch * e.heads * e.queries * e.keys * 4
+}
+
+/// Two passes over a row of scores; products take four steps at once.
+fn lanes_trips(e: &Extents) -> usize {
+    e.keys + e.dim + 40
+}
+
+fn lanes(p: &Problem) -> Plan {
+    let (Some(e), Some(op)) = (extents(p), p.op::<Attention>()) else { return Plan::default() };
+    let (y, lse, scores) = (op.inputs(), op.inputs() + 1, op.inputs() + 2);
+    let [context, lengths, bias] = optional(op);
+    let tiles = |columns: usize| {
+        let groups = [columns.div_ceil(TILE), e.queries.div_ceil(TILE), e.batch * e.heads].map(|n| n as u32);
+        Launch::new(groups, p.params()).trips(lanes_trips(&e))
+    };
+    let rows = Launch::linear(e.batch * e.heads * e.queries, SUBGROUP, p.params()).trips(lanes_trips(&e));
+    Plan::sequence(vec![
+        tiles(e.keys).slots(&[0, 1, scores, context, lengths]),
+        rows.entry("attention_rows").slots(&[scores, lse, bias, context, lengths]),
+        tiles(e.dim).entry("attention_values").slots(&[scores, 2, y, context, lengths]),
+    ])
+    .scratch(scores_bytes(&e))
 }
 
 /// Iterations of one invocation of `bwd_q` (or `bwd_kv`, with queries for keys): two passes over D in steps of 2.

@@ -4,7 +4,7 @@ use super::{Epilogue, Layout, Matmul};
 use crate::device::Class;
 use crate::dtype::DType;
 use crate::kernel::{
-    Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, TensorMap, always, cuda_source, source,
+    Code, Constants, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, TensorMap, always, cuda_source, source,
 };
 use crate::ops::groups;
 use crate::ops::groups::MULTIPROCESSORS;
@@ -14,17 +14,25 @@ pub(super) const SOURCE: Source = source!("matmul");
 /// The rungs on warp groups stand in a file of their own.
 const GROUPS: Source = cuda_source!("matmul_wgmma");
 
+/// The rung on subgroups stands in a file of its own, joined behind the other: it needs a feature that those do not.
+const LANES: Source =
+    Source::wgsl("matmul_lanes.wgsl", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/matmul_lanes.wgsl")));
+/// Lanes of the subgroups that it is written for: those of software Vulkan on processors with AVX2.
+const SUBGROUP: u32 = 8;
+
 /// Rows and columns of output per workgroup of 8 x 8 invocations.
 type Tile = (usize, usize);
 const NAIVE_TILE: Tile = (8, 8);
 const TILE: Tile = (64, 64);
 const TALL_TILE: Tile = (128, 64);
+/// Of one subgroup.
+const LANES_TILE: Tile = (32, 32);
 const TENSOR_TILE: Tile = (128, 128);
 const WIDE_TILE: Tile = (128, 256);
 
 const fn wgsl(
     name: &'static str,
-    constants: &'static [(&'static str, f64)],
+    constants: Constants,
     fits: fn(&Problem) -> bool,
     plan: fn(&Problem) -> Plan,
 ) -> Kernel {
@@ -40,10 +48,18 @@ const fn gpu(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) 
 
 /// Best first. Software adapters prefer registers without barriers; the workgroup tile is what a GPU wants and is kept
 /// as a candidate everywhere, so that every device verifies it.
-pub(super) const QUADS_NN: Kernel = quads(&[("A_ALONG_K", 1.0), ("B_ALONG_K", 0.0)], |p| fits_quads(p, false, false));
-pub(super) const QUADS_NT: Kernel = quads(&[("A_ALONG_K", 1.0), ("B_ALONG_K", 1.0)], |p| fits_quads(p, false, true));
-pub(super) const QUADS_TN: Kernel = quads(&[("A_ALONG_K", 0.0), ("B_ALONG_K", 0.0)], |p| fits_quads(p, true, false));
-pub(super) const QUADS_TT: Kernel = quads(&[("A_ALONG_K", 0.0), ("B_ALONG_K", 1.0)], |p| fits_quads(p, true, true));
+const NN: Constants = &[("A_ALONG_K", 1.0), ("B_ALONG_K", 0.0)];
+const NT: Constants = &[("A_ALONG_K", 1.0), ("B_ALONG_K", 1.0)];
+const TN: Constants = &[("A_ALONG_K", 0.0), ("B_ALONG_K", 0.0)];
+const TT: Constants = &[("A_ALONG_K", 0.0), ("B_ALONG_K", 1.0)];
+pub(super) const QUADS_NN: Kernel = quads(NN, |p| fits_quads(p, false, false));
+pub(super) const QUADS_NT: Kernel = quads(NT, |p| fits_quads(p, false, true));
+pub(super) const QUADS_TN: Kernel = quads(TN, |p| fits_quads(p, true, false));
+pub(super) const QUADS_TT: Kernel = quads(TT, |p| fits_quads(p, true, true));
+pub(super) const LANES_NN: Kernel = lanes(NN, |p| fits_lanes(p, false, false));
+pub(super) const LANES_NT: Kernel = lanes(NT, |p| fits_lanes(p, false, true));
+pub(super) const LANES_TN: Kernel = lanes(TN, |p| fits_lanes(p, true, false));
+pub(super) const LANES_TT: Kernel = lanes(TT, |p| fits_lanes(p, true, true));
 pub(super) const REGISTERS: Kernel =
     wgsl("matmul_fwd_v2", &[], fits_registers, |p| plan(p, "matmul_fwd_v2", TILE, FOURTH));
 pub(super) const WORKGROUP: Kernel =
@@ -78,8 +94,14 @@ const fn tensor(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Proble
     Kernel { name, code, dtypes: &[DType::F16, DType::Bf16], fits, plan }
 }
 
-const fn quads(constants: &'static [(&'static str, f64)], fits: fn(&Problem) -> bool) -> Kernel {
+const fn quads(constants: Constants, fits: fn(&Problem) -> bool) -> Kernel {
     wgsl("matmul_fwd_v3", constants, fits, |p| plan(p, "matmul_fwd_v3", TALL_TILE, FOURTH))
+}
+
+const fn lanes(constants: Constants, fits: fn(&Problem) -> bool) -> Kernel {
+    let name = "matmul_fwd_v5";
+    let code = Code::Wgsl { source: LANES, entry: name, constants };
+    Kernel { name, code, dtypes: DType::FLOATS, fits, plan: |p| plan(p, "matmul_fwd_v5", LANES_TILE, FOURTH) }
 }
 
 fn layout(p: &Problem) -> Option<(Matmul, Layout)> {
@@ -126,6 +148,13 @@ fn fits_quads(p: &Problem, transpose_a: bool, transpose_b: bool) -> bool {
                 && quads(a)
                 && quads(b)
         })
+}
+
+/// Outputs are stored by fours; few rows leave most of a tile empty.
+fn fits_lanes(p: &Problem, transpose_a: bool, transpose_b: bool) -> bool {
+    p.info.features.subgroup_size == SUBGROUP
+        && fits_quads(p, transpose_a, transpose_b)
+        && layout(p).is_some_and(|(_, l)| l.m > LANES_TILE.0 / 2 && l.n.is_multiple_of(4))
 }
 
 /// A matrix as its rows: the axis whose step is not 1, with the batch if it has one.

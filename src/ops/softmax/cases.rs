@@ -57,6 +57,8 @@ pub(super) fn cases() -> Vec<Case> {
         }
     }
     cases.push(one(Softmax, &[6, 40], DType::F32, HUGE));
+    // The longest row that is summed without blocks of sums, nearly.
+    cases.push(one(Softmax, &[3, 8188], DType::F32, WIDE));
     cases.push(one(Softmax, &[2, 8], DType::F32, Fill::Values(vec![-1e30; 16])));
     // Rows longer than one invocation's loop budget on drivers that cut loops: XLM-R's vocabulary.
     const VOCABULARY: usize = 250_002;
