@@ -10,6 +10,7 @@ use crate::kernel::{Kernel, Launch, Plan, Problem, check_launch};
 use crate::op::{Array, Op};
 use crate::shape::{self, Meta};
 use crate::tensor::Tensor;
+use crate::tuned;
 
 /// Runs `op` on the device of its first input.
 pub fn run(op: &dyn Op, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
@@ -78,23 +79,19 @@ pub fn supports(device: &Arc<dyn Device>, op: &dyn Op, inputs: &[Meta]) -> bool 
     device.info().kind == Kind::Reference || choose(&problem).is_ok()
 }
 
-/// The kernels of `op` that fit the problem, best first.
+/// The kernels that fit, the one that `run` takes first.
 pub fn candidates(problem: &Problem) -> Vec<&'static Kernel> {
-    let fits = |k: &&Kernel| k.runs_on(problem.info) && k.dtypes.contains(&problem.element) && (k.fits)(problem);
-    if !problem.info.stores(problem.element) {
-        return Vec::new();
+    let mut kernels: Vec<&'static Kernel> = problem.fitting().collect();
+    if let Some(first) = tuned::choice(problem) {
+        kernels.sort_by_key(|kernel| !std::ptr::eq(*kernel, first));
     }
-    problem.op.kernels().iter().filter(fits).collect()
+    kernels
 }
 
-/// The kernel that `run` takes: the first record that fits.
+/// The kernel that `run` takes: the one that was measured as fastest where the device's table has been loaded, else the first
+/// that fits.
 pub fn choose(problem: &Problem) -> Result<&'static Kernel> {
-    let first = if problem.info.stores(problem.element) {
-        let fits = |k: &&Kernel| k.runs_on(problem.info) && k.dtypes.contains(&problem.element) && (k.fits)(problem);
-        problem.op.kernels().iter().find(fits)
-    } else {
-        None
-    };
+    let first = tuned::choice(problem).or_else(|| problem.fitting().next());
     let unsupported = || Error::Unsupported {
         op: problem.op.name(),
         device: problem.info.id.clone(),

@@ -176,6 +176,15 @@ impl Problem<'_> {
     pub fn params(&self) -> Params {
         self.op.params(self.inputs, self.outputs)
     }
+
+    /// The op's kernels that fit, in the table's order.
+    pub fn fitting(&self) -> impl Iterator<Item = &'static Kernel> {
+        let stored = self.info.stores(self.element);
+        let fits = move |kernel: &&'static Kernel| {
+            stored && kernel.runs_on(self.info) && kernel.dtypes.contains(&self.element) && (kernel.fits)(self)
+        };
+        self.op.kernels().iter().filter(fits)
+    }
 }
 
 /// Words of a kernel's parameter block (WGSL immediates, last CUDA argument); at most 16.

@@ -19,6 +19,7 @@ pub mod report;
 pub mod tape;
 pub mod tensor;
 pub mod train;
+pub mod tuned;
 pub mod verify;
 
 pub use espalier_cpu as cpu;

@@ -22,6 +22,7 @@ use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use crate::console;
 use crate::device::{self, Device};
 use crate::error::{Error, Result};
+use crate::tuned;
 
 #[derive(Parser)]
 #[command(
@@ -62,8 +63,11 @@ pub enum Format {
 }
 
 impl Global {
+    /// The device, with what `kernels tune` found for it.
     fn open(&self) -> Result<Arc<dyn Device>> {
-        device::open(&self.device)
+        let device = device::open(&self.device)?;
+        tuned::load(device.info());
+        Ok(device)
     }
 
     fn json(&self) -> bool {
@@ -85,7 +89,7 @@ impl Global {
 enum Command {
     /// Devices, drivers, limits, features and traps; what is missing and which package brings it
     Doctor,
-    /// The kernel table: list, verify, bench, compare
+    /// The kernel table: list, verify, bench, tune, compare
     #[command(subcommand)]
     Kernels(kernels::Kernels),
     /// Text that is already on this machine

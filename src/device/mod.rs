@@ -21,6 +21,7 @@ pub use capture::Graph;
 pub use cpu::CpuDevice;
 #[cfg(unix)]
 pub use cuda::CudaHostDevice;
+pub(crate) use cuda::cache_place;
 pub use cuda::{CudaDevice, CudaDriver, cuda_driver};
 pub use null::NullDevice;
 pub use pool::Stats;
@@ -168,9 +169,10 @@ impl Info {
     /// What results depend on. Two devices of the same arithmetic give the same bits; the number of threads is no part of
     /// it, so a run may go on with another.
     pub fn arithmetic(&self) -> String {
+        let tuned = crate::tuned::mark(self);
         match self.kind {
-            Kind::Cpu => format!("cpu ({})", crate::cpu::level()),
-            kind => format!("{} ({})", kind.name(), self.name),
+            Kind::Cpu => format!("cpu ({}{tuned})", crate::cpu::level()),
+            kind => format!("{} ({}{tuned})", kind.name(), self.name),
         }
     }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use assert_cmd::Command;
+use espalier::device::Class;
 use espalier::report::bench;
 use serde_json::Value;
 
@@ -107,6 +108,53 @@ fn bench_checks_times_and_compares() {
     assert!(stdout(&["kernels", "compare", name, name]).contains("argmax"));
     let lines = stdout(&arguments);
     assert!(lines.contains("ceilings of this run") && lines.contains("argmax"), "{lines}");
+}
+
+#[test]
+fn dispatch_takes_what_was_tuned_and_names_a_table_that_it_cannot_use() {
+    let Some(device) = crate::device::wgpu("tuning") else { return };
+    if device.info().class != Class::Cpu {
+        eprintln!("skipped tuning: {} has one kernel of sigmoid", device.info().name);
+        return;
+    }
+    let cache = tempfile::tempdir().unwrap();
+    let call = |arguments: &[&str]| -> (Vec<Value>, String) {
+        let arguments =
+            [&["kernels"], arguments, &["--op", "sigmoid", "--device", "wgpu", "--format", "json"]].concat();
+        let call =
+            Command::cargo_bin("espalier").unwrap().args(&arguments).env("ESPALIER_CACHE", cache.path()).output();
+        let output = call.unwrap();
+        let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{arguments:?}: {errors}");
+        (text.lines().map(|line| serde_json::from_str(line).unwrap()).collect(), errors.into_owned())
+    };
+    let dispatched = || {
+        let (records, errors) = call(&["bench", "--samples", "5", "--seconds", "0.05"]);
+        (records[0]["kernel"].as_str().unwrap().to_string(), errors)
+    };
+    let fitting = ["unary_fwd_fours KIND=5", "unary_fwd"];
+    let (planned, _) = call(&["tune", "--dry-run"]);
+    assert!(!planned.is_empty() && std::fs::read_dir(cache.path()).unwrap().next().is_none());
+    let (compared, _) = call(&["tune"]);
+    assert_eq!(compared.len(), planned.len());
+    assert_eq!(compared[0]["fit"], fitting.len());
+    let times = compared[0]["timed"].as_array().unwrap();
+    assert!(!times.is_empty() && times.iter().all(|t| t["us"].as_f64().unwrap() > 0.0), "{compared:?}");
+    let file = std::fs::read_dir(cache.path().join("tuned")).unwrap().next().unwrap().unwrap().path();
+    let table: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let (kind, choice) = table["choices"].as_object().unwrap().iter().next().unwrap();
+    assert_eq!(choice["kernel"], compared[0]["kernel"]);
+    for kernel in fitting {
+        let mut other = table.clone();
+        other["choices"][kind]["kernel"] = kernel.into();
+        std::fs::write(&file, other.to_string()).unwrap();
+        assert_eq!(dispatched().0, kernel.split(' ').next().unwrap());
+    }
+    std::fs::write(&file, "{").unwrap();
+    let (first, errors) = dispatched();
+    assert_eq!(first, "unary_fwd_fours");
+    assert!(errors.contains("ignored") && errors.contains(file.to_str().unwrap()), "{errors}");
+    refused(&["kernels", "tune", "--device", "reference"], 2, "E-USAGE");
 }
 
 #[test]

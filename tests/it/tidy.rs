@@ -88,7 +88,7 @@ fn no_module_is_a_drawer() {
 fn height(module: &str) -> Option<u32> {
     Some(match module {
         "error" | "json" | "dtype" | "shape" | "rng" | "tensor" | "kernel" | "op" | "atomic" | "console" | "cpu"
-        | "device" | "dispatch" => 0,
+        | "device" | "dispatch" | "tuned" => 0,
         "ops" => 1,
         "tape" | "verify" => 2,
         "nn" => 3,

@@ -123,20 +123,20 @@ struct Overhead {
     whole_us: f64,
 }
 
-/// The cases that the arguments name. Those of the table are checked whole: they have no parts.
-fn cases(args: &Args) -> Result<Vec<Large>> {
-    let named = |case: &Case| verify::glob_match(&args.op, case.op.name());
-    let cases: Vec<Large> = match args.sizes {
+/// The cases of ops that fit `op`; of the table those for benches, or all. Those are checked whole: they have no parts.
+pub(super) fn cases(sizes: Sizes, op: &str, all: bool) -> Result<Vec<Large>> {
+    let named = |case: &Case| verify::glob_match(op, case.op.name());
+    let cases: Vec<Large> = match sizes {
         Sizes::Gpu => large::cases().into_iter().filter(|l| named(&l.case)).collect(),
         Sizes::Cpu => large::cpu_cases().into_iter().filter(|l| named(&l.case)).collect(),
         Sizes::Table => {
-            let wanted = verify::select(&args.op).into_iter().filter(|c| c.bench || args.all);
+            let wanted = verify::select(op).into_iter().filter(|c| c.bench || all);
             wanted.map(|case| Large { group: "table", name: case.label(), case, parts: Vec::new() }).collect()
         }
     };
     if cases.is_empty() {
         let rule = "an op of `kernels list` with a bench case".into();
-        return Err(Error::Usage { argument: "--op", value: args.op.clone(), rule });
+        return Err(Error::Usage { argument: "--op", value: op.into(), rule });
     }
     Ok(cases)
 }
@@ -148,7 +148,7 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
     if args.break_even {
         return break_even::run(global, args.samples, args.seed);
     }
-    let cases = cases(args)?;
+    let cases = cases(args.sizes, &args.op, args.all)?;
     let device = global.open()?;
     if args.serve {
         return serve::run(&device, &cases);
@@ -202,7 +202,7 @@ fn list(global: &Global, args: &Args) -> Result<()> {
     let tensors = |metas: &[Meta]| {
         metas.iter().map(|m| ListedTensor { dims: m.dims().to_vec(), dtype: m.dtype.name() }).collect::<Vec<_>>()
     };
-    for Large { group, name, case, .. } in cases(args)? {
+    for Large { group, name, case, .. } in cases(args.sizes, &args.op, args.all)? {
         let inputs = case.metas();
         let outputs = case.op.infer(&inputs)?;
         let cost = case.op.cost(&inputs, &outputs);
@@ -291,6 +291,10 @@ fn blank(case: &Case, device: &Arc<dyn Device>, args: &Args) -> Result<BenchReco
     })
 }
 
+pub(super) fn drawn(large: &Large, seed: u64) -> Vec<Vec<u8>> {
+    if large.parts.is_empty() { measure::inputs(&large.case, seed) } else { sampled::inputs(large, seed) }
+}
+
 /// Records of one case: the kernel that dispatch takes, or every rung. For the table's sizes the naive one is timed along
 /// for the ratio; for large ones it would take the time of all the others.
 fn bench(
@@ -308,7 +312,7 @@ fn bench(
         return Ok(vec![blank(case, device, args)?]);
     };
     let sampled = !large.parts.is_empty();
-    let encoded = if sampled { sampled::inputs(large, args.seed) } else { measure::inputs(case, args.seed) };
+    let encoded = drawn(large, args.seed);
     let verdicts = if sampled { Vec::new() } else { verify::forward(case, device, args.seed) };
     let time = |kernel: &'static Kernel| -> Result<BenchRecord> {
         let mut record = blank(case, device, args)?;

@@ -8,6 +8,7 @@ mod list;
 mod measure;
 mod sampled;
 mod serve;
+mod tune;
 mod verify;
 
 use clap::Subcommand;
@@ -23,6 +24,8 @@ pub enum Kernels {
     Verify(verify::Args),
     /// Times the table's real-model sizes: checked results, cold inputs, share of this run's measured ceiling
     Bench(bench::Args),
+    /// Times the records that fit the table's real-model sizes and keeps which is fastest, for this device and driver
+    Tune(tune::Args),
     /// Two benchmark files case by case, decided by interval; also as --format markdown
     Compare(compare::Args),
     /// Compiles every CUDA kernel for GPUs this machine need not have: registers, shared memory, spills, instructions
@@ -32,7 +35,7 @@ pub enum Kernels {
 impl Kernels {
     /// Whether `--device` has a meaning for it.
     pub fn runs_on_a_device(&self) -> bool {
-        matches!(self, Self::Verify(_) | Self::Bench(_))
+        matches!(self, Self::Verify(_) | Self::Bench(_) | Self::Tune(_))
     }
 
     /// Whether the command can print Markdown.
@@ -46,6 +49,7 @@ pub fn run(global: &Global, command: Kernels) -> Result<()> {
         Kernels::List(args) => list::run(global, &args),
         Kernels::Verify(args) => verify::run(global, &args),
         Kernels::Bench(args) => bench::run(global, &args),
+        Kernels::Tune(args) => tune::run(global, &args),
         Kernels::Compare(args) => compare::run(global, &args),
         Kernels::CudaCheck(args) => cuda_check::run(global, &args),
     }

@@ -5,16 +5,21 @@ use std::path::{Path, PathBuf};
 use crate::atomic::write_atomic;
 use crate::error::{Error, Result};
 
-/// The folder of compiled kernels of one kind, made where it is missing: `ESPALIER_CACHE`, else the user's cache folder.
+/// The folder of compiled kernels of one kind, made where it is missing.
 pub fn folder(kind: &str) -> Result<PathBuf> {
+    let folder = place(kind);
+    std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
+    Ok(folder)
+}
+
+/// Where what is kept of one kind lies, made or not: below `ESPALIER_CACHE`, else the user's cache folder.
+pub fn place(kind: &str) -> PathBuf {
     let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let base = variable("ESPALIER_CACHE")
         .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("espalier")))
         .or_else(|| Some(variable("HOME")?.join(".cache").join("espalier")))
         .unwrap_or_else(|| std::env::temp_dir().join("espalier"));
-    let folder = base.join(kind);
-    std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, e))?;
-    Ok(folder)
+    base.join(kind)
 }
 
 /// The cached file for `parts` (source, flags, versions, architecture), made by `build` where it is missing or damaged.

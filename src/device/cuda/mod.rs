@@ -9,6 +9,7 @@ mod graph;
 mod host;
 mod nccl;
 
+pub(crate) use cache::place as cache_place;
 pub use device::CudaDevice;
 pub use driver::{CudaDriver, cuda_driver};
 #[cfg(unix)]
