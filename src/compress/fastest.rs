@@ -112,8 +112,8 @@ pub fn load(path: &Path, device: &Arc<dyn Device>) -> Result<(Model, Vec<Choice>
     match take(&mut fast, &measured.choices) {
         Ok(()) => Ok((fast, measured.choices)),
         Err(e) => {
-            console::warn(format_args!("{}: all layers run as they are stored: {e}", path.join(FILE).display()));
-            Ok((model, Vec::new()))
+            console::warn(format_args!("{}: not followed: {e}", path.join(FILE).display()));
+            Ok((unmeasured(model)?, Vec::new()))
         }
     }
 }

@@ -198,8 +198,11 @@ impl Pass<'_> {
     fn grouped_linear(&mut self, name: &str, x: &Var, k: usize, first: bool, sorted: &Sorted) -> Result<Var> {
         let (order, offsets) = (&sorted.order, &sorted.offsets);
         let bias = self.optional(&format!("{name}.bias"))?;
+        // Integer products have no gradient for what is tuned before them.
+        let learnable = if self.tuned && self.tape.recording() { self.learnable(name, x)? } else { None };
         let float = match self.optional(&format!("{name}.weight"))? {
             Some(weight) => Some(self.hooked(name, x.clone(), weight)?),
+            None if learnable.is_some() => learnable,
             None => {
                 let scale = self.parameter(&format!("{name}.scale"))?;
                 let packed = self.optional(&format!("{name}.int4"))?;

@@ -17,6 +17,7 @@ use crate::compress::freeze::deployable;
 use crate::console;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::nn::ways::dense_weight;
 use crate::nn::{Model, Pass};
 use crate::pipeline::post::Post;
 use crate::report::model::{self as report, RunReport};
@@ -359,16 +360,17 @@ fn as_reported(invariant: &Invariant) -> report::Invariant {
     report::Invariant { name: invariant.rule.clone(), measured: invariant.measured.clone(), ok: invariant.holds }
 }
 
-/// Share of zeros of every weight matrix of the blocks.
+/// Share of zeros of every weight matrix of the blocks, in whatever form it is stored.
 fn sparsity(model: &Model) -> Result<Vec<(String, f64)>> {
-    let weights =
-        model.tensors.iter().filter(|(n, t)| n.starts_with("blocks.") && n.ends_with(".weight") && t.dims().len() > 1);
-    weights
-        .filter(|(n, _)| !n.contains(".router."))
-        .map(|(name, tensor)| {
-            let values = tensor.to_vec::<f32>()?;
+    let forms = [".weight", ".int8", ".int4", ".values", ".kept"];
+    let blocks = model.tensors.iter().filter(|(name, _)| name.starts_with("blocks.") && !name.contains(".router."));
+    blocks
+        .filter(|(name, tensor)| tensor.dims().len() > 1 || name.ends_with(".kept"))
+        .filter_map(|(name, _)| forms.iter().find_map(|form| name.strip_suffix(form)))
+        .map(|name| {
+            let values = dense_weight(model, name)?.to_vec::<f32>()?;
             let zeros = values.iter().filter(|&&w| w == 0.0).count();
-            Ok((name.trim_end_matches(".weight").to_string(), zeros as f64 / values.len().max(1) as f64))
+            Ok((name.to_string(), zeros as f64 / values.len().max(1) as f64))
         })
         .collect()
 }

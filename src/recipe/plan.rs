@@ -224,7 +224,7 @@ pub fn summary(report: &RunReport) -> String {
         return "A teacher was trained; nothing was compressed.".into();
     };
     let ratio = teacher.activated_bytes as f64 / student.activated_bytes.max(1) as f64;
-    let retained = student.retained.map_or("unknown".into(), |r| format!("{:.1} %", 100.0 * r));
+    let retained = student.retained.map_or("an unknown share".into(), |r| format!("{:.1} %", 100.0 * r));
     let tuned = report.stages.iter().find(|s| s.name == "hybrid-teacher").and_then(|t| t.token_accuracy);
     let tuned = tuned.zip(student.token_accuracy).filter(|(t, _)| *t > 0.0);
     let tuned = tuned.map_or(String::new(), |(t, s)| format!(" ({:.1} % of the tuned teacher's)", 100.0 * s / t));

@@ -205,21 +205,34 @@ fn updates_that_stay_learn_beside_the_weights_that_are_stored() {
     let tune = "tune={ merge = false, method = { kind = \"lora\", rank = 4, linears = [\"attention\", \"ffn\"] }, \
                 training = { steps = 30, batch = 8, learning_rate = 1e-2 } }";
     for sets in [
-        &["sparsify=false", "quantize={ method = \"weight_only\", bits = 4, groups = 8 }"][..],
-        &["sparsify=false", "quantize.bits=2"],
-        &["quantize=false"],
-        &["sparsify.pattern=unstructured", "sparsify.sparsity=0.8", "quantize.bits=3"],
-        &["sparsify.pattern=unstructured", "sparsify.sparsity=0.8", "quantize=false"],
+        &["experts=false", "sparsify=false", "quantize={ method = \"weight_only\", bits = 4, groups = 8 }"][..],
+        &["experts=false", "sparsify=false", "quantize.bits=2"],
+        &["experts=false", "quantize=false"],
+        &["experts=false", "sparsify.pattern=unstructured", "sparsify.sparsity=0.8", "quantize.bits=3"],
+        &["experts=false", "sparsify.pattern=unstructured", "sparsify.sparsity=0.8", "quantize=false"],
+        // Too few zeros for a bitmap: stored as f32.
+        &["experts=false", "sparsify.pattern=unstructured", "sparsify.sparsity=0.05", "quantize=false"],
+        &["tune.method.linears=[\"attention\"]", "sparsify=false", "quantize.bits=8"],
+        &[
+            "tune.method.linears=[\"attention\"]",
+            "sparsify=false",
+            "quantize={ method = \"weight_only\", bits = 8, groups = 8 }",
+        ],
     ] {
-        let sets: Vec<&str> = ["structure=false", "experts=false", "hybrid=false", tune]
-            .into_iter()
-            .chain(sets.iter().copied())
-            .collect();
+        let sets: Vec<&str> =
+            ["structure=false", "hybrid=false", tune].into_iter().chain(sets.iter().copied()).collect();
         let (report, model, state) = composed(&tiny(&sets));
         let last = report.stages.last().unwrap();
         assert!(last.name == "tune" && last.invariants.iter().all(|i| i.ok), "{sets:?}: {:?}", last.invariants);
         assert!(last.invariants.iter().any(|i| i.name.contains("as it was")));
         assert!(model.tuned() && state.sparse.is_empty() && state.quantized.is_empty());
         assert!(!model.tensors.keys().any(|name| name.ends_with(".lora.mask")), "{sets:?}");
+        // Zeros are told of whatever form they are stored in; few levels make more of them.
+        assert!(!last.sparsity.is_empty(), "{sets:?}");
+        if let Some(before) = report.stages.iter().find(|s| s.name == "sparsify") {
+            let fewer = |((name, before), (own, now)): (&(String, f64), &(String, f64))| name != own || now < before;
+            assert_eq!(before.sparsity.len(), last.sparsity.len(), "{sets:?}");
+            assert!(!before.sparsity.iter().zip(&last.sparsity).any(fewer), "{:?}", last.sparsity);
+        }
     }
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use espalier::compress::gates::{
-    Cofi, Costs, Decision, Gates, LatencyTable, Layout, Level, MULTIPLIERS, Phase, Settings, decide, shrink, soft,
+    Cofi, Costs, Decision, Gates, LatencyTable, Layout, Level, MULTIPLIERS, Phase, Settings, below, decide, removable,
+    shrink, soft,
 };
 use espalier::data::layout::Layout as Rows;
 use espalier::device::{self, Device};
@@ -396,6 +397,12 @@ fn what_cannot_be_gated_is_refused_with_the_reason() {
     assert!(refused(Settings { rate: f64::NAN, ..learning(0.5) }).contains("rate"));
     assert!(refused(Settings { levels: Vec::new(), ..learning(0.5) }).contains("levels"));
     assert!(refused(Settings { multiple: 0, ..learning(0.5) }).contains("multiple_of"));
+    // An FFN is not all that there is.
+    let levels = vec![Level::Ffn];
+    let most = below(removable(&layout, &levels, &Costs::parameters(&layout), 1));
+    let ask = |target| Settings { levels: levels.clone(), multiple: 1, initial: 0.0, ..learning(target) };
+    assert!(refused(ask(most + 1e-3)).contains(&format!("can take away {most}")));
+    Cofi::new(&mut model(), ask(most), Costs::parameters(&layout)).unwrap();
     let mut routed = Config::glm(SIZE, VOCABULARY);
     routed.blocks[0].experts = Some(espalier::nn::Experts { count: 4, selected: 1, threshold: None });
     assert!(Layout::of(&routed).unwrap_err().to_string().contains("experts"));

@@ -256,6 +256,16 @@ fn comparing_with_the_dense_model_needs_no_label() {
         assert_eq!(shrink(&whole, std::slice::from_ref(&micro), &plan).unwrap(), keep, "labels are not looked at");
         assert_eq!(counts(&keep, &whole.config).0.iter().sum::<usize>(), 4);
     }
+    // The first round in which one goes is late; until then there is nothing that could be compared.
+    let late = |objective, rounds| {
+        let heads = Heads { even: true, ..heads(3) };
+        let plan = Plan { objective, rounds, progress: Progress::Cubic, ..plan(Some(heads), None) };
+        shrink(&whole, std::slice::from_ref(&micro), &plan).unwrap()
+    };
+    let by_entropy = late(Objective::Entropy, 1);
+    let lowest: Vec<usize> = (0..3).collect();
+    assert!(by_entropy.blocks.iter().any(|b| b.attention.as_ref().unwrap().heads != lowest));
+    assert_eq!(late(Objective::DenseKl, 16), by_entropy);
     let judge = Judge { objective: Objective::DenseKl, dense: None };
     assert!(judge.backward(Pass::training(&whole), &micro).is_err());
 }

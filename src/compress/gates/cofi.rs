@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
 use super::cost::{Costs, Expectation};
-use super::decision::{Decision, decide, shrink};
+use super::decision::{Decision, below, decide, removable, shrink};
 use super::hook::{Gates, Phase};
 use super::layout::{Layout, Level};
 use crate::compress::structure::{Keep, KeepBlock};
@@ -87,7 +87,7 @@ impl Cofi {
     /// `Error::Parameter` for a target, rate or levels that cannot be, and for a model with experts.
     pub fn new(model: &mut Model, settings: Settings, costs: Costs) -> Result<Self> {
         let layout = Layout::of(&model.config)?;
-        settings.check(&layout)?;
+        settings.check(&layout, &costs)?;
         let device = model.device().clone();
         let levels: Vec<Level> = settings.levels.iter().copied().filter(|l| layout.count(*l) > 0).collect();
         let expectation = Expectation::new(&device, &layout, &costs, &levels)?;
@@ -167,7 +167,7 @@ impl Cofi {
 }
 
 impl Settings {
-    fn check(&self, layout: &Layout) -> Result<()> {
+    fn check(&self, layout: &Layout, costs: &Costs) -> Result<()> {
         let refuse = |parameter, value: String, allowed| {
             Err(Error::Parameter { op: "structure gates", parameter, value, allowed })
         };
@@ -185,6 +185,11 @@ impl Settings {
         }
         if self.multiple == 0 {
             return refuse("multiple_of", "0".into(), "1 or more");
+        }
+        let most = removable(layout, &self.levels, costs, self.multiple);
+        if self.target > most + 1e-9 {
+            let value = format!("{}, where gates of these levels can take away {}", self.target, below(most));
+            return refuse("target", value, "at most what can be taken away");
         }
         Ok(())
     }

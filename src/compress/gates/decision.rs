@@ -122,6 +122,11 @@ pub fn removable(layout: &Layout, levels: &[Level], costs: &Costs, multiple: usi
     1.0 - decide(layout, &closed, costs, 1.0, multiple).share(layout, costs)
 }
 
+/// A share in four digits, never more than it is: who asks for that much gets it.
+pub fn below(share: f64) -> f64 {
+    (share * 1e4).floor() / 1e4
+}
+
 /// What may go at once.
 struct Candidate {
     level: Level,

@@ -1,10 +1,13 @@
 //! Measured times of sublayers by their sizes: what gates may be held to instead of parameters.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
 use super::layout::Layout;
 use crate::compress::structure::{Keep, KeepHeads, prune};
 use crate::error::{Error, Result};
+use crate::json;
 use crate::nn::Model;
 
 /// Milliseconds of one attention by its heads and of one FFN by its neurons, rising sizes, all blocks alike.
@@ -22,6 +25,15 @@ pub struct LatencyTable {
 const FFN_POINTS: usize = 8;
 
 impl LatencyTable {
+    /// A table from a file.
+    ///
+    /// # Errors
+    /// `Io`, and `File` with the place of what is no table.
+    pub fn read(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+        json::read(path, &bytes)
+    }
+
     /// Measures the first block's sublayers at rising sizes: the time of a model of that sublayer alone less that of one
     /// without any. `time` gives milliseconds of a model's forward pass.
     ///

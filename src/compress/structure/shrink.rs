@@ -202,8 +202,10 @@ pub fn shrink(model: &Model, micros: &[Micro], plan: &Plan) -> Result<Keep> {
         if round > 1 && after == stay {
             continue;
         }
+        // A model compares with itself as long as nothing has gone.
+        let whole = counts.iter().zip(&stay).all(|(count, stay)| *stay == count.total);
         stay = after;
-        let objective = if round == 1 && plan.objective.compares() { Objective::Entropy } else { plan.objective };
+        let objective = if whole && plan.objective.compares() { Objective::Entropy } else { plan.objective };
         let judge = Judge { objective, dense: Some(model) };
         let mut chosen = Vec::new();
         for (aim, &groups) in aims.iter().zip(&stay) {

@@ -1,5 +1,6 @@
 //! Low-rank updates (Hu et al. 2021): W + (alpha / r) B A with A `[r, k]` and B `[n, r]`. Under a mask the product runs on
-//! M o (W + s B A) while it learns, and merging gives that very weight; on a grid of levels merging keeps the grid.
+//! M o (W + s B A) while it learns, and merging gives that very weight; on a grid of levels merging keeps the grid. Beside a
+//! stored weight the update is whole, and what merges into one that is stored without its zeros is the rest of it.
 
 use serde::{Deserialize, Serialize};
 

@@ -3,10 +3,9 @@
 use std::path::Path;
 
 use super::Step;
-use crate::compress::gates::{Costs, LatencyTable, Layout, removable};
+use crate::compress::gates::{Costs, LatencyTable, Layout, below, removable};
 use crate::compress::written;
 use crate::error::{Error, Result};
-use crate::json;
 use crate::nn::Config;
 use crate::recipe::check::refuse;
 use crate::recipe::schema::{GateCost, L0, Recipe};
@@ -33,8 +32,11 @@ pub fn check_shapes(recipe: &Recipe) -> Result<()> {
     let Some(sparsify) = &recipe.sparsify else { return Ok(()) };
     let names: Vec<String> = linears(&config, &sparsify.linears).iter().map(|l| format!("{l}.weight")).collect();
     let weights: Vec<_> = config.parameters().into_iter().filter(|(name, _)| names.contains(name)).collect();
-    // Uneven FFNs may hold what even ones do not.
-    let even = recipe.structure.as_ref().and_then(|s| s.ffn.as_ref()).is_none_or(|ffn| ffn.even);
+    // Uneven sublayers may hold what even ones do not.
+    let even = recipe
+        .structure
+        .as_ref()
+        .is_none_or(|s| s.ffn.as_ref().is_none_or(|ffn| ffn.even) && s.heads.as_ref().is_none_or(|heads| heads.even));
     let holds = |dims: &[usize]| matches!(dims, &[n, k] if sparsify.pattern.divides([n, k]));
     match weights.first() {
         Some((name, dims)) if even && !weights.iter().any(|(_, dims)| holds(dims)) => {
@@ -51,16 +53,15 @@ fn check_gates(l0: &L0, config: &Config) -> Result<()> {
         (GateCost::Parameters, _) => Costs::parameters(&layout),
         (GateCost::Latency, Some(path)) => {
             let path = Path::new(path);
-            let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-            let table: LatencyTable = json::read(path, &bytes)?;
-            Costs::latency(&layout, &table).map_err(|e| Error::file(path, "structure.l0.table", e.to_string()))?
+            Costs::latency(&layout, &LatencyTable::read(path)?)
+                .map_err(|e| Error::file(path, "structure.l0.table", e.to_string()))?
         }
-        // Measured by the stage.
+        // Measured by the stage, which asks then.
         (GateCost::Latency, None) => return Ok(()),
     };
     let most = removable(&layout, &l0.gated(), &costs, l0.multiple_of);
     if l0.target > most + 1e-9 {
-        let allowed = format!("at most {most:.4}, which is all that gates of these levels can take away");
+        let allowed = format!("at most {}, which is all that gates of these levels can take away", below(most));
         return refuse("structure.l0.target", l0.target, allowed);
     }
     Ok(())

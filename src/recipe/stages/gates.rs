@@ -7,7 +7,6 @@ use crate::atomic::write_atomic;
 use crate::compress::distillation::TeacherCache;
 use crate::compress::gates::{Cofi, Costs, LatencyTable, Layout, Settings};
 use crate::error::{Error, Result};
-use crate::json;
 use crate::nn::Model;
 use crate::recipe::evaluate::latency;
 use crate::recipe::flow::Flow;
@@ -60,8 +59,7 @@ fn table(context: &Context, l0: &L0, model: &Model) -> Result<LatencyTable> {
     let own = context.folder.join("latency.json");
     let path = l0.table.as_ref().map_or(own.as_path(), Path::new);
     if l0.table.is_some() || path.exists() {
-        let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
-        return json::read(path, &bytes);
+        return LatencyTable::read(path);
     }
     let settings = &context.recipe.evaluate;
     let batch = settings.latency_batches.first().copied().unwrap_or(1);
