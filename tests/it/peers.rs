@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 struct Ours(std::process::Child, BufReader<std::process::ChildStdout>);
 
 impl Ours {
-    fn start(op: &str) -> Self {
+    fn start(sizes: &str, op: &str) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_espalier"))
-            .args(["kernels", "bench", "--serve", "--device", "cpu:1", "--op", op])
+            .args(["kernels", "bench", "--serve", "--device", "cpu:1", "--sizes", sizes, "--op", op])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -33,7 +33,7 @@ impl Ours {
 fn our_side_takes_inputs_runs_and_hands_results_back() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
-    let mut ours = Ours::start("relu");
+    let mut ours = Ours::start("table", "relu");
     assert_eq!(ours.ask(&json!({"do": "hello"}))["name"], "espalier");
     let case = json!({"op": "relu", "params": "Unary(Relu) f32[1024,3072]", "flops": 0});
     let before = ours.ask(&json!({"do": "run", "first": 0, "runs": 1}));
@@ -58,7 +58,49 @@ fn our_side_takes_inputs_runs_and_hands_results_back() {
     assert!(ours.0.wait().unwrap().success());
 }
 
-/// Ten kernels that are fast because they do not do the work, three honest ones: `benches/peers/cpu/test_cheats.py`.
+#[test]
+fn our_side_takes_a_training_step_from_the_weights_it_is_given() {
+    let folder = tempfile::tempdir().unwrap();
+    let listed = Command::new(env!("CARGO_BIN_EXE_espalier"))
+        .args(["kernels", "bench", "--list", "--sizes", "cpu", "--op", "training_step", "--format", "json"])
+        .output()
+        .unwrap();
+    let case: Value = serde_json::from_slice(listed.stdout.split(|b| *b == b'\n').next().unwrap()).unwrap();
+    let names: Vec<&str> = case["inputs"].as_array().unwrap().iter().map(|i| i["name"].as_str().unwrap()).collect();
+    let at = |name: &str| names.iter().position(|n| *n == name).unwrap();
+    let paths = |kind: &str, count: usize| -> Vec<String> {
+        (0..count).map(|i| folder.path().join(format!("{kind}-{i}")).to_str().unwrap().to_string()).collect()
+    };
+    let (inputs, outputs) = (paths("in", names.len()), paths("out", names.len() - 1));
+    let floats = |path: &str| -> Vec<f32> { bytemuck::pod_collect_to_vec(&std::fs::read(path).unwrap()) };
+    let mut ours = Ours::start("cpu", "training_step");
+    assert_eq!(ours.ask(&json!({"do": "draw", "case": case, "seed": 1, "inputs": inputs}))["ok"], true);
+    let open = ours.ask(&json!({"do": "open", "case": case, "peer": "", "slots": 1}));
+    assert_eq!(open["outputs"].as_array().unwrap().len(), outputs.len(), "{open}");
+    let mut steps = Vec::new();
+    for _ in 0..2 {
+        assert_eq!(ours.ask(&json!({"do": "fill", "slot": 0, "inputs": inputs}))["ok"], true);
+        assert_eq!(ours.ask(&json!({"do": "read", "slot": 0, "outputs": outputs}))["ok"], true);
+        assert!(floats(&outputs[0])[0].is_nan(), "no step was taken yet");
+        assert_eq!(ours.ask(&json!({"do": "run", "first": 0, "runs": 1}))["ok"], true);
+        assert_eq!(ours.ask(&json!({"do": "read", "slot": 0, "outputs": outputs}))["ok"], true);
+        steps.push(outputs.iter().map(|path| floats(path)).collect::<Vec<_>>());
+    }
+    // Nothing is left of a step in the next one.
+    assert_eq!(steps[0], steps[1]);
+    // Weights without meaning guess among all words.
+    let loss = steps[0][0][0];
+    assert!((loss - 4096f32.ln()).abs() < 1.0, "{loss}");
+    for name in ["embedding.tokens", "blocks.0.attention.query.weight", "blocks.3.ffn.out.bias"] {
+        let (before, after) = (floats(&inputs[at(name)]), &steps[0][1 + at(name)]);
+        let largest = before.iter().zip(after).map(|(b, a)| (b - a).abs()).fold(0.0, f32::max);
+        // A first update is at most the rate, but for the decay.
+        assert!(largest > 1e-3 && largest < 1.01e-2, "{name}: {largest}");
+    }
+}
+
+/// Ten kernels that are fast because they do not do the work, three honest ones: `benches/peers/cpu/test_cheats.py`; and what the page and
+/// the references of whole models are held to.
 #[test]
 fn cheating_kernels_are_caught() {
     let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".into());
@@ -69,7 +111,7 @@ fn cheating_kernels_are_caught() {
     }
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peers/cpu");
     let output = Command::new(&python)
-        .args(["-B", "-m", "unittest", "test_cheats", "test_page"])
+        .args(["-B", "-m", "unittest", "test_cheats", "test_page", "test_models"])
         .current_dir(folder)
         .output()
         .unwrap();

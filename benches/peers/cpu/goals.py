@@ -33,4 +33,7 @@ GOALS = [
     Goal("fake quantization", "fake-quant *", "forward", ("PyTorch",), 8, 15),
     Goal("top-k", "top *", "forward", ("PyTorch",), 2, 5),
     Goal("AdamW", "adamw *", "forward", TORCH, 0.95, 1.1),
+    Goal("training step", "GPT step * f32", "forward", TORCH, 1.3, 1.9),
+    Goal("training step", "GPT step * f32", "forward", ("candle",), 1.8, 3),
+    Goal("training step, bf16 products", "GPT step * bf16", "forward", TORCH, 0.8, 1.1),
 ]

@@ -16,6 +16,7 @@ TITLES = {
     "rows": "Rows: softmax, norms, GELU, top-k",
     "losses": "Losses over a vocabulary",
     "optimizer": "Optimizer",
+    "models": "Models",
 }
 
 

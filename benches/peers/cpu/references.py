@@ -4,6 +4,7 @@ import math
 
 import numpy
 
+import models
 from case_list import parse_value
 
 # Of the relative error over a whole output (Frobenius norm): well above what sums in f32 round to, well below what a narrower
@@ -202,7 +203,17 @@ def expected(case, arrays, computes=None):
     name = (computes or case["op"]).replace(" ", "_")
     value = parse_value(case["params"].split(" ", 1)[0])
     inputs = [double(a, meta["dtype"]) for a, meta in zip(arrays, case["inputs"], strict=True)]
+    if name in models.REFERENCES:
+        return models.REFERENCES[name](value, {meta["name"]: x for meta, x in zip(case["inputs"], inputs)})
     return REFERENCES[name](value, *inputs)
+
+
+def bound_of(case, dtype, computes=None):
+    """Of the relative error of a result that is handed in as `dtype`."""
+    model = models.BOUND.get((computes or case["op"]).replace(" ", "_"))
+    if model:
+        return model[case["dtype"]]
+    return BOUND.get("bf16" if "bf16" in str(case["inputs"]) else dtype, 0.0)
 
 
 def judge(want, got, dtype, bound):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import server
+import torch_models
 from case_list import parse_value
 from server import Skipped, Work
 
@@ -26,6 +27,12 @@ HEAP = 2 << 30
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "i8": torch.int8, "u32": torch.int64}
 
 
+def tensor(array, dtype):
+    if dtype == "bf16":
+        return torch.from_numpy(array.view(numpy.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array.astype(numpy.int64) if dtype == "u32" else array)
+
+
 class Torch(Work):
     """`function(*inputs)` gives a result or several; inputs that carry gradients are named by `leaves`."""
 
@@ -34,13 +41,8 @@ class Torch(Work):
         self.outputs, self.computes, self.pick = outputs, computes, pick
 
     def prepare(self, arrays):
-        tensors = [self.tensor(a, meta["dtype"]) for a, meta in zip(arrays, self.case["inputs"], strict=True)]
+        tensors = [tensor(a, meta["dtype"]) for a, meta in zip(arrays, self.case["inputs"], strict=True)]
         return self.pick(*tensors) if self.pick else tuple(tensors)
-
-    def tensor(self, array, dtype):
-        if dtype == "bf16":
-            return torch.from_numpy(array.view(numpy.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array.astype(numpy.int64) if dtype == "u32" else array)
 
     def overwrite(self, old, new):
         with torch.no_grad():
@@ -217,6 +219,10 @@ def adamw(case, value):
     return Torch(case, function, "AdamW, fused", outputs=(0, 1, 2))
 
 
+def training_step(case, value):
+    return torch_models.TrainingStep(case, value, tensor)
+
+
 HANDLERS = {
     "matmul": matmul,
     "matmul_int8": matmul_int8,
@@ -235,6 +241,7 @@ HANDLERS = {
     "kl_bwd": kl_bwd,
     "fake_quant": fake_quant,
     "adamw": adamw,
+    "training_step": training_step,
 }
 
 

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::break_even;
 use super::measure::{self, Ceiling, Effort};
+use super::whole::{self, Whole};
 use super::{sampled, serve};
 use crate::cli::{Global, say, say_json};
 use crate::device::{Device, Kind};
@@ -94,6 +95,9 @@ struct Listed {
 
 #[derive(Serialize)]
 struct ListedTensor {
+    /// Of a model's weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
     dims: Vec<usize>,
     dtype: &'static str,
 }
@@ -134,11 +138,17 @@ pub(super) fn cases(sizes: Sizes, op: &str, all: bool) -> Result<Vec<Large>> {
             wanted.map(|case| Large { group: "table", name: case.label(), case, parts: Vec::new() }).collect()
         }
     };
-    if cases.is_empty() {
+    if cases.is_empty() && wholes(sizes, op)?.is_empty() {
         let rule = "an op of `kernels list` with a bench case".into();
         return Err(Error::Usage { argument: "--op", value: op.into(), rule });
     }
     Ok(cases)
+}
+
+/// Whole models, which are listed and served but not timed here: their references are the judge's.
+fn wholes(sizes: Sizes, op: &str) -> Result<Vec<Whole>> {
+    let all = if sizes == Sizes::Cpu { whole::cases()? } else { Vec::new() };
+    Ok(all.into_iter().filter(|whole| verify::glob_match(op, whole.op)).collect())
 }
 
 pub fn run(global: &Global, args: &Args) -> Result<()> {
@@ -151,7 +161,7 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
     let cases = cases(args.sizes, &args.op, args.all)?;
     let device = global.open()?;
     if args.serve {
-        return serve::run(&device, &cases);
+        return serve::run(&device, &cases, &wholes(args.sizes, &args.op)?);
     }
     if args.overhead {
         return overhead(global, &device);
@@ -199,9 +209,7 @@ fn mode(case: &Case) -> &'static str {
 }
 
 fn list(global: &Global, args: &Args) -> Result<()> {
-    let tensors = |metas: &[Meta]| {
-        metas.iter().map(|m| ListedTensor { dims: m.dims().to_vec(), dtype: m.dtype.name() }).collect::<Vec<_>>()
-    };
+    let tensors = |metas: &[Meta]| metas.iter().map(|m| listed(None, m)).collect::<Vec<_>>();
     for Large { group, name, case, .. } in cases(args.sizes, &args.op, args.all)? {
         let inputs = case.metas();
         let outputs = case.op.infer(&inputs)?;
@@ -219,13 +227,38 @@ fn list(global: &Global, args: &Args) -> Result<()> {
             flops: cost.flops as u64,
             bytes: cost.bytes as u64,
         };
-        if global.json() {
-            say_json(&listed);
-        } else {
-            say(format!("{:<22} {}", listed.op, listed.params));
-        }
+        show(global, &listed);
+    }
+    for whole in wholes(args.sizes, &args.op)? {
+        let named = whole.inputs.into_iter().map(|(name, input)| listed(Some(name), &input.meta));
+        let listed = Listed {
+            group: "models".into(),
+            name: whole.name,
+            op: whole.op,
+            params: whole.params,
+            mode: "forward",
+            dtype: whole.dtype.name(),
+            layout: LAYOUT,
+            inputs: named.collect(),
+            outputs: tensors(&whole.outputs),
+            flops: whole.flops,
+            bytes: whole.bytes,
+        };
+        show(global, &listed);
     }
     Ok(())
+}
+
+fn listed(name: Option<String>, meta: &Meta) -> ListedTensor {
+    ListedTensor { name, dims: meta.dims().to_vec(), dtype: meta.dtype.name() }
+}
+
+fn show(global: &Global, listed: &Listed) {
+    if global.json() {
+        say_json(listed);
+    } else {
+        say(format!("{:<22} {}", listed.op, listed.params));
+    }
 }
 
 /// What this device reaches on work that does nothing else: the table's multiply-add chain, and the better of the

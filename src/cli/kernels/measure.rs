@@ -7,7 +7,7 @@ use crate::device::{Device, Kind};
 use crate::dispatch;
 use crate::error::Result;
 use crate::kernel::Kernel;
-use crate::op::Case;
+use crate::op::{Case, Input};
 use crate::report::bench::{BenchRecord, TimingSource, quantile};
 use crate::tensor::Tensor;
 use crate::verify::draw;
@@ -143,7 +143,12 @@ pub struct Ceiling {
 
 /// Inputs of a case of the table as bytes.
 pub fn inputs(case: &Case, seed: u64) -> Vec<Vec<u8>> {
-    case.inputs.iter().enumerate().map(|(i, input)| input.meta.dtype.encode(&draw(input, seed, i))).collect()
+    case.inputs.iter().enumerate().map(|(i, input)| encoded(input, seed, i)).collect()
+}
+
+/// Input `index` of a case as bytes.
+pub fn encoded(input: &Input, seed: u64, index: usize) -> Vec<u8> {
+    input.meta.dtype.encode(&draw(input, seed, index))
 }
 
 /// Times `kernel` on `case` over the given inputs and fills the record's measured fields. The result must have been

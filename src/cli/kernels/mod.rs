@@ -10,6 +10,7 @@ mod sampled;
 mod serve;
 mod tune;
 mod verify;
+mod whole;
 
 use clap::Subcommand;
 

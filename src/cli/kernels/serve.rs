@@ -10,6 +10,7 @@ use serde::Deserialize;
 
 use super::bench::problem;
 use super::measure::{self, Slot, slot};
+use super::whole::{Side, Whole};
 use crate::cli::say;
 use crate::device::Device;
 use crate::dispatch;
@@ -17,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::op::Case;
 use crate::ops::large::Large;
+use crate::tensor::Tensor;
 
 #[derive(Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
@@ -57,30 +59,67 @@ struct Name {
     params: String,
 }
 
-struct Open<'a> {
+/// An op's kernel on a set of memory.
+struct OneOp<'a> {
     case: &'a Case,
     kernel: &'static Kernel,
-    slots: Vec<Slot>,
+    slot: Slot,
 }
 
-pub fn run(device: &Arc<dyn Device>, cases: &[Large]) -> Result<()> {
-    let mut open = None;
+impl Side for OneOp<'_> {
+    fn fill(&mut self, inputs: &[Vec<u8>]) -> Result<()> {
+        self.slot.refill(inputs)
+    }
+
+    fn run(&mut self) -> Result<()> {
+        self.slot.run(self.kernel, self.case)
+    }
+
+    fn read(&self) -> Result<Vec<Vec<u8>>> {
+        self.slot.outputs.iter().map(Tensor::to_bytes).collect()
+    }
+}
+
+/// What is open, in each set of memory.
+type Sides<'a> = Vec<Box<dyn Side + 'a>>;
+
+/// What a request may name.
+#[derive(Clone, Copy)]
+enum Found<'a> {
+    Op(&'a Case),
+    Whole(&'a Whole),
+}
+
+pub fn run(device: &Arc<dyn Device>, cases: &[Large], wholes: &[Whole]) -> Result<()> {
+    let mut open = Sides::new();
     for line in std::io::stdin().lock().lines() {
         let line = line.map_err(|e| Error::io("standard input", e))?;
         let request = serde_json::from_str(&line).map_err(|e| Error::file("standard input", e.column(), &e))?;
         // What cannot be done is said; the next request may be another matter.
-        let answer = answer(device, cases, &mut open, request);
+        let answer = answer(device, (cases, wholes), &mut open, request);
         say(answer.unwrap_or_else(|e| serde_json::json!({ "error": e.to_string() })));
     }
     Ok(())
 }
 
-fn find<'a>(cases: &'a [Large], name: &Name) -> Result<&'a Case> {
-    let wanted = cases.iter().map(|large| &large.case).find(|c| c.op.name() == name.op && c.label() == name.params);
-    wanted.ok_or_else(|| {
+fn find<'a>((cases, wholes): (&'a [Large], &'a [Whole]), name: &Name) -> Result<Found<'a>> {
+    let case = cases.iter().map(|large| &large.case).find(|c| c.op.name() == name.op && c.label() == name.params);
+    let whole = || wholes.iter().find(|w| w.op == name.op && w.params == name.params);
+    case.map(Found::Op).or_else(|| whole().map(Found::Whole)).ok_or_else(|| {
         let rule = "a case of `kernels bench --list`".into();
         Error::Usage { argument: "case", value: format!("{} {}", name.op, name.params), rule }
     })
+}
+
+/// Inputs of a case as bytes.
+fn drawn(found: Found, seed: u64) -> Vec<Vec<u8>> {
+    match found {
+        Found::Op(case) => measure::inputs(case, seed),
+        Found::Whole(whole) => {
+            let bytes = |(i, (_, input)): (usize, &(_, _))| measure::encoded(input, seed, i);
+            whole.inputs.iter().enumerate().map(bytes).collect()
+        }
+    }
 }
 
 fn read(paths: &[PathBuf]) -> Result<Vec<Vec<u8>>> {
@@ -93,8 +132,8 @@ fn write(path: &PathBuf, bytes: &[u8]) -> Result<()> {
 
 fn answer<'a>(
     device: &Arc<dyn Device>,
-    cases: &'a [Large],
-    open: &mut Option<Open<'a>>,
+    cases: (&'a [Large], &'a [Whole]),
+    open: &mut Sides<'a>,
     request: Request,
 ) -> Result<serde_json::Value> {
     let done = serde_json::json!({ "ok": true });
@@ -106,47 +145,55 @@ fn answer<'a>(
             }));
         }
         Request::Draw { case, seed, inputs } => {
-            for (path, bytes) in inputs.iter().zip(measure::inputs(find(cases, &case)?, seed)) {
+            for (path, bytes) in inputs.iter().zip(drawn(find(cases, &case)?, seed)) {
                 write(path, &bytes)?;
             }
         }
         Request::Open { case, slots } => {
             // Before anything new is taken.
-            *open = None;
-            let case = find(cases, &case)?;
-            let inputs = case.metas();
-            let outputs = case.op.infer(&inputs)?;
-            let Some(kernel) = dispatch::candidates(&problem(case, &inputs, &outputs, device)).first().copied() else {
-                return Ok(serde_json::json!({ "skip": "no kernel fits" }));
+            open.clear();
+            let (kernel, outputs) = match find(cases, &case)? {
+                Found::Op(case) => {
+                    let inputs = case.metas();
+                    let outputs = case.op.infer(&inputs)?;
+                    let found = dispatch::candidates(&problem(case, &inputs, &outputs, device)).first().copied();
+                    let Some(kernel) = found else { return Ok(serde_json::json!({ "skip": "no kernel fits" })) };
+                    let zeros: Vec<Vec<u8>> = inputs.iter().map(|meta| vec![0; meta.bytes()]).collect();
+                    for _ in 0..slots {
+                        open.push(Box::new(OneOp { case, kernel, slot: slot(case, device, &zeros)? }));
+                    }
+                    (kernel.name, outputs.len())
+                }
+                Found::Whole(whole) => {
+                    open.extend((0..slots).map(|_| whole.side(device)));
+                    (whole.op, whole.outputs.len())
+                }
             };
-            let zeros: Vec<Vec<u8>> = inputs.iter().map(|meta| vec![0; meta.bytes()]).collect();
-            let slots = (0..slots).map(|_| slot(case, device, &zeros)).collect::<Result<_>>()?;
-            *open = Some(Open { case, kernel, slots });
-            let written: Vec<usize> = (0..outputs.len()).collect();
-            return Ok(serde_json::json!({ "ok": true, "kernel": kernel.name, "outputs": written }));
+            let written: Vec<usize> = (0..outputs).collect();
+            return Ok(serde_json::json!({ "ok": true, "kernel": kernel, "outputs": written }));
         }
-        Request::Fill { slot, inputs } => at(open, slot)?.1.refill(&read(&inputs)?)?,
+        Request::Fill { slot, inputs } => at(open, slot)?.fill(&read(&inputs)?)?,
         Request::Run { first, runs } => {
-            let (Open { case, kernel, slots }, _) = at(open, first)?;
+            at(open, first)?;
+            let slots = open.len();
             for turn in first..first + runs {
-                slots[turn % slots.len()].run(kernel, case)?;
+                open[turn % slots].run()?;
             }
             device.sync()?;
         }
         Request::Read { slot, outputs } => {
-            for (path, tensor) in outputs.iter().zip(&at(open, slot)?.1.outputs) {
-                write(path, &tensor.to_bytes()?)?;
+            for (path, bytes) in outputs.iter().zip(at(open, slot)?.read()?) {
+                write(path, &bytes)?;
             }
         }
-        Request::Close => *open = None,
+        Request::Close => open.clear(),
     }
     Ok(done)
 }
 
-/// What is open, and one of its slots.
-fn at<'a, 'b>(open: &'b Option<Open<'a>>, index: usize) -> Result<(&'b Open<'a>, &'b Slot)> {
-    let found = open.as_ref().and_then(|o| Some((o, o.slots.get(index)?)));
-    found.ok_or_else(|| {
+/// One of the sets of memory of what is open.
+fn at<'a, 'b>(open: &'b mut Sides<'a>, index: usize) -> Result<&'b mut Box<dyn Side + 'a>> {
+    open.get_mut(index).ok_or_else(|| {
         let rule = "an open case and one of its slots".into();
         Error::Usage { argument: "slot", value: index.to_string(), rule }
     })

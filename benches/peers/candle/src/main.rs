@@ -1,4 +1,6 @@
-//! candle as it ships, on the cases of `benches/peers/cpu`: products in f32 and bf16.
+//! candle as it ships, on the cases of `benches/peers/cpu`: products in f32 and bf16, a training step.
+
+mod step;
 
 #[path = "../../rust/src/protocol.rs"]
 mod protocol;
@@ -21,6 +23,9 @@ struct Product {
 }
 
 fn open(_: &str, case: &Case, slots: usize) -> Option<Box<dyn Work>> {
+    if case.op == "training_step" {
+        return step::open(case, slots);
+    }
     let plain = case.params.contains("transpose_a:false,transpose_b:false,epilogue:None,accumulate:false");
     let dtype = |t: &protocol::Tensor| if t.dtype == "bf16" { DType::BF16 } else { DType::F32 };
     let metas = case.inputs.iter().map(|t| (dtype(t), t.dims.clone())).collect();

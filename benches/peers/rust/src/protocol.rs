@@ -7,8 +7,11 @@ use std::io::{BufRead, Write};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub struct Tensor {
+    /// Of a model's weights.
+    #[serde(default)]
+    pub name: String,
     pub dims: Vec<usize>,
     pub dtype: String,
 }
@@ -40,6 +43,10 @@ pub trait Work {
     fn read(&self, slot: usize) -> Vec<Vec<u8>>;
     /// What ran, for the record: a kernel's name.
     fn kernel(&self) -> String;
+    /// Which of the case's outputs, in which order, come out.
+    fn outputs(&self) -> Vec<usize> {
+        vec![0]
+    }
     /// By what the results are judged, where they are not the op's own: the product of integers without scales.
     fn computes(&self) -> Option<&'static str> {
         None
@@ -62,7 +69,9 @@ pub fn serve(peers: &[(&str, &str)], open: Open) {
                 (work, count) = (open(&peer, &case, slots), slots);
                 match &work {
                     None => json!({"skip": "the library has nothing for it"}),
-                    Some(w) => json!({"ok": true, "kernel": w.kernel(), "outputs": [0], "computes": w.computes()}),
+                    Some(w) => {
+                        json!({"ok": true, "kernel": w.kernel(), "outputs": w.outputs(), "computes": w.computes()})
+                    }
                 }
             }
             Ok(Request::Close) => {
