@@ -134,11 +134,11 @@ def matches(cases):
 
 
 def dense_of(case, cases):
-    """What a sparse int8 product is held against: our own product of the same size without zeros."""
-    if case["op"] != "matmul_bitmap_int8":
-        return None
+    """What is held against our own dense form of the same size: a sparse int8 product against the int8 one without zeros, a
+    sparse int8 encoder against the f32 one of the same weights."""
+    dense = {"matmul_bitmap_int8": "matmul_int8", "encoder_int8": "encoder"}.get(case["op"])
     size = lambda c: (c["inputs"][0]["dims"], c["outputs"][0]["dims"])
-    return next((c for c in cases if c["op"] == "matmul_int8" and size(c) == size(case)), None)
+    return next((c for c in cases if c["op"] == dense and size(c) == size(case)), None)
 
 
 class Run:

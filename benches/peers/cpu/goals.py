@@ -36,4 +36,7 @@ GOALS = [
     Goal("training step", "GPT step * f32", "forward", TORCH, 1.3, 1.9),
     Goal("training step", "GPT step * f32", "forward", ("candle",), 1.8, 3),
     Goal("training step, bf16 products", "GPT step * bf16", "forward", TORCH, 0.8, 1.1),
+    Goal("encoder, 90 % zeros, int8", "encoder * int8", "forward", ("espalier, dense",), 5, 7.9),
+    Goal("encoder, 90 % zeros, int8", "encoder * int8", "forward", ("ONNX Runtime",), 8, 11.5),
+    Goal("int8 FFN", "int8 FFN *", "forward", ("ONNX Runtime",), 1.0, 1.2),
 ]

@@ -4,12 +4,27 @@ import numpy
 
 # Of the relative error of each result, by what products are computed in. Of a training step, whose results are changes of
 # weights: f32 rounds some ten products in a row, on the way there and on the way back; bf16 rounds to eight bits each time.
-BOUND = {"training_step": {"f32": 1e-4, "bf16": 5e-2}}
+# Of int8: an activation next to a tie may go either way, and takes others behind it along. After the eight or so products in a
+# row of an encoder two sound ways to round are as far apart as rounding itself takes either from f32, 2.5e-2; a sublayer that
+# is left out takes it further.
+BOUND = {
+    "training_step": {"f32": 1e-4, "bf16": 5e-2},
+    "encoder": {"f32": 2e-5, "i8": 2e-5},
+    "encoder_int8": {"i8": 5e-2},
+    "ffn_int8": {"i8": 1e-3},
+    "ffn_one_range": {"i8": 1e-3},
+}
 ROOT = (2.0 / numpy.pi) ** 0.5
 
 
 def flat(x):
     return x.reshape(-1, x.shape[-1])
+
+
+def gelu(z):
+    """The tanh form, and its slope."""
+    t = numpy.tanh(ROOT * (z + 0.044715 * z**3))
+    return 0.5 * z * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * ROOT * (1.0 + 3.0 * 0.044715 * z * z)
 
 
 class Layers:
@@ -82,11 +97,10 @@ class Layers:
 
     def ffn(self, name, x):
         z, back_in = self.linear(f"{name}.in", x)
-        t = numpy.tanh(ROOT * (z + 0.044715 * z**3))
-        y, back_out = self.linear(f"{name}.out", 0.5 * z * (1.0 + t))
+        h, slope = gelu(z)
+        y, back_out = self.linear(f"{name}.out", h)
 
         def back(dy):
-            slope = 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * ROOT * (1.0 + 3.0 * 0.044715 * z * z)
             return back_in(back_out(dy) * slope)
 
         return y, back
@@ -142,7 +156,65 @@ def training_step(value, inputs):
     return results
 
 
-REFERENCES = {"training_step": training_step}
+class Integers(Layers):
+    """Linears of blocks on integers of -127 to 127, with a step for each output channel and for each row of the input."""
+
+    def on_grid(self, x):
+        step = numpy.abs(x).max(axis=-1, keepdims=True) / 127.0
+        return numpy.rint(x / step) * step
+
+    def linear(self, name, x):
+        if name == "head":
+            return super().linear(name, x)
+        weight = self.weights[f"{name}.weight"]
+        step = numpy.abs(weight).max(axis=-1, keepdims=True) / 127.0
+        weight = numpy.rint(weight / step) * step
+        return self.on_grid(x) @ weight.T + self.weights[f"{name}.bias"], None
+
+
+class OneRange(Integers):
+    """Inputs on integers of 0 to 255 over the range of all of them, which has 0 (ONNX's DynamicQuantizeLinear)."""
+
+    def on_grid(self, x):
+        low, high = min(x.min(), 0.0), max(x.max(), 0.0)
+        step = (high - low) / 255.0
+        zero = numpy.clip(numpy.rint(-low / step), 0, 255)
+        return (numpy.clip(numpy.rint(x / step) + zero, 0, 255) - zero) * step
+
+
+def logits(layers, tokens, heads):
+    """Of a post-norm encoder with learned positions."""
+    x = layers.lookup("embedding.tokens", tokens)[0] + layers.lookup("embedding.positions", numpy.arange(tokens.shape[1]))[0]
+    x, _ = layers.norm("blocks.0.norm_attention", x)
+    count = sum(name.endswith("ffn.in.weight") for name in layers.weights)
+    for i in range(count):
+        following = f"blocks.{i + 1}.norm_attention" if i + 1 < count else "norm_final"
+        x, _ = layers.norm(f"blocks.{i}.norm_ffn", x + layers.attention(f"blocks.{i}.attention", x, heads, False)[0])
+        x, _ = layers.norm(following, x + layers.ffn(f"blocks.{i}.ffn", x)[0])
+    return layers.linear("head", x)[0]
+
+
+def encoder_by(kind):
+    return lambda value, inputs: [logits(kind(inputs, 1e-12), inputs.pop("tokens").astype(numpy.int64), value["heads"])]
+
+
+def ffn_by(kind):
+    def reference(value, inputs):
+        layers, x = kind(inputs, None), inputs.pop("x")
+        z, _ = layers.linear("blocks.0.ffn.in", x)
+        h = numpy.maximum(z, 0.0) if value["activation"].name == "relu" else gelu(z)[0]
+        return [layers.linear("blocks.0.ffn.out", h)[0]]
+
+    return reference
+
+
+REFERENCES = {
+    "training_step": training_step,
+    "encoder": encoder_by(Layers),
+    "encoder_int8": encoder_by(Integers),
+    "ffn_int8": ffn_by(Integers),
+    "ffn_one_range": ffn_by(OneRange),
+}
 
 
 def handed_in(case, index, got, before):

@@ -10,6 +10,7 @@ import numpy
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+import onnx_models
 import server
 from case_list import parse_value
 from server import Skipped, Work
@@ -20,6 +21,7 @@ TYPES = {
     "u8": (TensorProto.UINT8, numpy.uint8),
     "i8": (TensorProto.INT8, numpy.int8),
     "i32": (TensorProto.INT32, numpy.int32),
+    "i64": (TensorProto.INT64, numpy.int64),
 }
 # What is added to an i8 to make it a u8: the library's fast products are of unsigned activations.
 ZERO = 128
@@ -28,12 +30,12 @@ ZERO = 128
 class Slot:
     """A session with its inputs and outputs bound."""
 
-    def __init__(self, node, inputs, constants, outputs):
+    def __init__(self, nodes, inputs, constants, outputs):
         """`inputs` and `constants` are arrays by name, `outputs` (name, type, dims)."""
         named = lambda name, dtype, dims: helper.make_tensor_value_info(name, TYPES[dtype][0], dims)
         code = {numpy.dtype(kind): name for name, (_, kind) in TYPES.items()}
         graph = helper.make_graph(
-            [node],
+            nodes,
             "case",
             [named(name, code[a.dtype], a.shape) for name, a in inputs.items()],
             [named(*output) for output in outputs],
@@ -88,7 +90,7 @@ def matmul(case, value):
         raise Skipped("another form of product")
     node = helper.make_node("MatMul", ["a", "b"], ["y"])
     dims = case["outputs"][0]["dims"]
-    return Onnx(lambda a, b: Slot(node, {"a": a}, {"b": b}, [("y", "f32", dims)]), "MatMul, packed weights")
+    return Onnx(lambda a, b: Slot([node], {"a": a}, {"b": b}, [("y", "f32", dims)]), "MatMul, packed weights")
 
 
 def matmul_int8(case, value):
@@ -97,7 +99,7 @@ def matmul_int8(case, value):
 
     def build(a, a_scales, b, b_scales):
         constants = {"b": b.T, "zero": numpy.array(ZERO, dtype=numpy.uint8)}
-        return Slot(node, {"a": a.view(numpy.uint8) ^ ZERO}, constants, [("y", "i32", dims)])
+        return Slot([node], {"a": a.view(numpy.uint8) ^ ZERO}, constants, [("y", "i32", dims)])
 
     return Onnx(build, "MatMulInteger, packed weights, no scales", "integer product")
 
@@ -112,9 +114,33 @@ def rows(operator, kernel, **attributes):
         names = [f"x{i}" for i in range(len(case["inputs"]))]
         node = helper.make_node(operator, names, ["y"], **given)
         dims = case["outputs"][0]["dims"]
-        return Onnx(lambda x, *w: Slot(node, {"x0": x}, dict(zip(names[1:], w)), [("y", "f32", dims)]), kernel)
+        return Onnx(lambda x, *w: Slot([node], {"x0": x}, dict(zip(names[1:], w)), [("y", "f32", dims)]), kernel)
 
     return handler
+
+
+def encoder(case, value):
+    metas, dims = case["inputs"], case["outputs"][0]["dims"]
+
+    def build(*arrays):
+        named = {meta["name"]: a for meta, a in zip(metas, arrays, strict=True)}
+        tokens = named.pop("tokens").astype(numpy.int64)
+        graph = onnx_models.encoder(named, value["heads"], tokens.shape)
+        return Slot(graph.nodes, {"tokens": tokens}, graph.constants, [("logits", "f32", dims)])
+
+    return Onnx(build, "a graph of 4-D attention, LayerNormalization and Gelu, f32", "encoder")
+
+
+def ffn_int8(case, value):
+    metas, dims = case["inputs"], case["outputs"][0]["dims"]
+
+    def build(*arrays):
+        named = {meta["name"]: a for meta, a in zip(metas, arrays, strict=True)}
+        x = named.pop("x")
+        graph = onnx_models.ffn_int8(named, value["activation"].name)
+        return Slot(graph.nodes, {"x": x}, graph.constants, [("y", "f32", dims)])
+
+    return Onnx(build, "DynamicQuantizeLinear, MatMulInteger, scales by channel", "ffn one range")
 
 
 HANDLERS = {
@@ -124,6 +150,9 @@ HANDLERS = {
     "layernorm": rows("LayerNormalization", "LayerNormalization", axis=-1),
     "gelu_tanh": rows("Gelu", "Gelu, tanh", approximate="tanh"),
     "gelu_erf": rows("Gelu", "Gelu, none"),
+    "encoder": encoder,
+    "encoder_int8": encoder,
+    "ffn_int8": ffn_int8,
 }
 
 

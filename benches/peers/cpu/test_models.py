@@ -11,6 +11,7 @@ sys.dont_write_bytecode = True
 import numpy
 
 import models
+from case_list import parse_value
 from references import bound_of, expected, judge
 
 WIDTH, HEADS, VOCABULARY, ROWS, LENGTH = 8, 2, 11, 2, 5
@@ -79,6 +80,33 @@ class Models(unittest.TestCase):
     def test_one_wrong_weight_is_found(self):
         wrong = lambda name, want: want * (0.99 if name == "blocks.1.ffn.in.bias" else 1.0)
         self.assertEqual(sum(fault is not None for fault in self.judged(wrong)), 1)
+
+    def test_integers_leave_what_rounding_leaves(self):
+        weights, tokens, _ = draw()
+        chance = numpy.random.default_rng(7)
+        weights |= {"head.weight": chance.standard_normal((3, WIDTH)), "head.bias": chance.standard_normal(3)}
+        inputs = {**weights, "tokens": tokens.astype(numpy.float64)}
+        value = parse_value(f"Encoder{{heads:{HEADS}}}")
+        by = lambda name, inputs: models.REFERENCES[name](value, dict(inputs))[0]
+        away = lambda a, b: numpy.linalg.norm(a - b) / numpy.linalg.norm(b)
+        exact, rounded = by("encoder", inputs), by("encoder_int8", inputs)
+        self.assertTrue(1e-4 < away(rounded, exact) < 5e-2, away(rounded, exact))
+        # A bound that rounding needs still tells whether all of the model ran.
+        for sublayer in ("attention.output", "ffn.out"):
+            less = {**inputs, f"blocks.1.{sublayer}.weight": 1e-9 * weights[f"blocks.1.{sublayer}.weight"]}
+            self.assertGreater(away(by("encoder_int8", less), rounded), models.BOUND["encoder_int8"]["i8"])
+
+    def test_both_ways_to_quantize_an_ffn_are_near_it(self):
+        chance = numpy.random.default_rng(9)
+        shapes = {"ffn.in.weight": (64, 16), "ffn.in.bias": 64, "ffn.out.weight": (16, 64), "ffn.out.bias": 16}
+        weights = {f"blocks.0.{name}": chance.standard_normal(shape) for name, shape in shapes.items()}
+        x, value = chance.standard_normal((8, 16)), parse_value("Ffn{activation:relu}")
+        z = x @ weights["blocks.0.ffn.in.weight"].T + weights["blocks.0.ffn.in.bias"]
+        want = numpy.maximum(z, 0.0) @ weights["blocks.0.ffn.out.weight"].T + weights["blocks.0.ffn.out.bias"]
+        for name in ("ffn_int8", "ffn_one_range"):
+            got = models.REFERENCES[name](value, {**weights, "x": x})[0]
+            away = numpy.linalg.norm(got - want) / numpy.linalg.norm(want)
+            self.assertTrue(1e-3 < away < 3e-2, f"{name}: {away}")
 
 
 if __name__ == "__main__":

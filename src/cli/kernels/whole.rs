@@ -1,15 +1,20 @@
-//! Whole models among the cases that libraries are compared on, built and run as a user's are: a training step. Inputs are weights by name, in the order of [`Config::parameters`], then what one batch holds. Only
+//! Whole models among the cases that libraries are compared on, built and run as a user's are: a training step, an encoder, an int8
+//! FFN. Inputs are weights by name, in the order of [`Config::parameters`], then what one batch holds. Only
 //! `kernels bench --serve` runs them, for a judge (`benches/peers/cpu`) who has their references.
 
 use std::sync::Arc;
 
+use crate::compress::freeze::{self, Form};
+use crate::compress::quantization::Format;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::config::Size;
-use crate::nn::{Batch, Config, Model, Positions};
+use crate::nn::{Activation, Batch, Config, Model, Pass, Positions};
 use crate::op::{Fill, Input};
-use crate::shape::Meta;
+use crate::rng::Stream;
+use crate::shape::{Meta, Shape};
+use crate::tape::Var;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::Micro;
 use crate::train::optimizer::{Optimizer, Rule, Settings};
@@ -22,6 +27,10 @@ use crate::train::trainer;
 enum Task {
     /// Loss, gradients and the first update of AdamW from fresh moments.
     Step(Precision),
+    /// Logits of a tagger.
+    Encoder { int8: bool },
+    /// The FFN of one block, int8.
+    Ffn,
 }
 
 /// A model, what is done with it, and on how much.
@@ -54,13 +63,25 @@ const RATE: f64 = 1e-2;
 const EPSILON: f32 = 1e-3;
 const DECAY: f32 = 0.1;
 
-/// Every case.
+/// Of the linears' weights that an encoder keeps, in fours along the input: what the int8 kernels skip.
+const KEPT: f64 = 0.1;
+
+/// Every case; the dense encoder behind the one that is held against it.
 pub fn cases() -> Result<Vec<Whole>> {
     let steps = [(256, 4, 4096, [4, 128]), (384, 6, 8192, [2, 256])];
     let mut cases = Vec::new();
     for precision in [Precision::F32, Precision::Bf16] {
         for (width, layers, vocabulary, rows) in steps {
             cases.push(step(width, layers, vocabulary, rows, precision)?);
+        }
+    }
+    for rows in [1, 4, 8] {
+        cases.push(encoder(rows, true)?);
+        cases.push(encoder(rows, false)?);
+    }
+    for activation in [Activation::Relu, Activation::Gelu] {
+        for rows in [128, 512] {
+            cases.push(ffn(rows, activation)?);
         }
     }
     Ok(cases)
@@ -140,6 +161,67 @@ fn step(
     })
 }
 
+/// A third of BERT-base: its widths, four of its blocks, a vocabulary that leaves the time to the blocks.
+fn encoder(rows: usize, int8: bool) -> Result<Whole> {
+    let (width, layers, tokens, vocabulary) = (768, 4, 128, 8192);
+    let labels = (0..9).map(|i| format!("L{i}")).collect::<Vec<_>>();
+    let config = Config::bert_tagger(size(width, layers, tokens), vocabulary, labels);
+    let mut inputs = weights(&config, &Fill::Custom(fours))?;
+    inputs.push(ids("tokens", &[rows, tokens], vocabulary)?);
+    let (heads, linears) = (config.blocks[0].heads, linear_weights(&config));
+    let size = format!("d{width} L{layers} S{tokens} B{rows}");
+    let share = if int8 { KEPT } else { 1.0 };
+    let multiplied = rows * tokens * (share * linears as f64) as usize;
+    // Of those kept one byte, and of all fours one bit.
+    let stored = if int8 { linears / 10 + linears / 32 } else { 4 * linears };
+    Ok(Whole {
+        name: if int8 { format!("encoder {size} 90 % zeros int8") } else { format!("encoder {size} f32") },
+        op: if int8 { "encoder_int8" } else { "encoder" },
+        params: format!("Encoder{{heads:{heads}}} {size}"),
+        dtype: if int8 { DType::I8 } else { DType::F32 },
+        inputs,
+        outputs: vec![meta(&[rows, tokens, 9], DType::F32)?],
+        flops: 2 * (multiplied + 2 * layers * rows * tokens * tokens * width) as u64,
+        bytes: stored as u64,
+        config,
+        task: Task::Encoder { int8 },
+    })
+}
+
+/// Normal values, of which whole fours are kept.
+fn fours(seed: u64, shape: &Shape) -> Vec<f64> {
+    let (mut keep, mut values) = (Stream::new(seed, 0), Stream::new(seed, 1));
+    let four = |_| {
+        let kept = keep.uniform() < KEPT;
+        [(); 4].map(|()| if kept { 0.15 * values.normal() } else { 0.0 })
+    };
+    (0..shape.count().div_ceil(4)).flat_map(four).take(shape.count()).collect()
+}
+
+fn ffn(rows: usize, activation: Activation) -> Result<Whole> {
+    let mut config = Config::bert_tagger(size(768, 1, 1), 1, Vec::new());
+    let block = &mut config.blocks[0];
+    block.activation = activation;
+    let (inner, width) = (block.ffn_width, config.width);
+    let mut inputs = weights(&config, &Fill::Normal { mean: 0.0, deviation: 0.05 })?;
+    inputs.retain(|(name, _)| name.contains(".ffn."));
+    inputs.push(("x".into(), Input { meta: meta(&[rows, width], DType::F32)?, fill: Fill::NORMAL }));
+    let kind = if activation == Activation::Relu { "relu" } else { "gelu" };
+    let size = format!("{rows} x {width} x {inner} {kind}");
+    Ok(Whole {
+        name: format!("int8 FFN {size}"),
+        op: "ffn_int8",
+        params: format!("Ffn{{activation:{kind}}} {size}"),
+        dtype: DType::I8,
+        inputs,
+        outputs: vec![meta(&[rows, width], DType::F32)?],
+        flops: 4 * (rows * width * inner) as u64,
+        bytes: (2 * width * inner + 8 * rows * width) as u64,
+        config,
+        task: Task::Ffn,
+    })
+}
+
 impl Whole {
     pub fn side<'a>(&'a self, device: &Arc<dyn Device>) -> Box<dyn Side + 'a> {
         match self.task {
@@ -149,7 +231,19 @@ impl Whole {
                 let settings = Settings { schedule, rule, weight_decay: DECAY, clip: 0.0, precision };
                 Box::new(Step { whole: self, device: device.clone(), settings, training: None })
             }
+            Task::Encoder { .. } | Task::Ffn => {
+                Box::new(Inference { whole: self, device: device.clone(), loaded: None, result: None })
+            }
         }
+    }
+
+    /// What deployment makes of the weights: integers per output channel, and without the zeros where there are many.
+    fn deployed(&self, model: Model) -> Result<Model> {
+        if self.dtype != DType::I8 {
+            return Ok(model);
+        }
+        let form = Form { sparse: false, quantized: Some(Format::default()) };
+        freeze::deployable(&model, form)
     }
 
     /// Tensors by name; the last ones are no weights.
@@ -221,5 +315,48 @@ impl Side for Step<'_> {
             results.push(model.get(&name)?.to_bytes()?);
         }
         Ok(results)
+    }
+}
+
+struct Inference<'a> {
+    whole: &'a Whole,
+    device: Arc<dyn Device>,
+    loaded: Option<(Model, Given)>,
+    result: Option<Tensor>,
+}
+
+/// What a model is given.
+enum Given {
+    Tokens(Batch),
+    Rows(Tensor),
+}
+
+impl Side for Inference<'_> {
+    fn fill(&mut self, inputs: &[Vec<u8>]) -> Result<()> {
+        (self.loaded, self.result) = (None, None);
+        let mut tensors = self.whole.tensors(&self.device, inputs)?;
+        let Some((_, last)) = tensors.pop() else { return Ok(()) };
+        let given = if self.whole.task == Task::Ffn { Given::Rows(last) } else { Given::Tokens(batch(last)?) };
+        let model = Model::new(self.whole.config.clone(), tensors.into_iter().collect(), &self.device)?;
+        self.loaded = Some((self.whole.deployed(model)?, given));
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let Some((model, given)) = &self.loaded else { return Ok(()) };
+        let mut pass = Pass::inference(model);
+        let y = match given {
+            Given::Tokens(batch) => {
+                let hidden = pass.hidden(batch)?;
+                pass.logits(&hidden)?
+            }
+            Given::Rows(x) => pass.ffn(0, &Var::constant(x.clone()))?,
+        };
+        self.result = Some(y.tensor);
+        Ok(())
+    }
+
+    fn read(&self) -> Result<Vec<Vec<u8>>> {
+        self.result.iter().map(Tensor::to_bytes).collect()
     }
 }
