@@ -308,6 +308,17 @@ pub fn widened<'a, T: Float>(row: &'a [T], buffer: &'a mut [f32]) -> &'a [f32] {
     out
 }
 
+/// `values` in storage: themselves, or their copies in `buffer`.
+#[inline]
+pub fn narrowed<'a, T: Float>(values: &'a [f32], buffer: &'a mut [T]) -> &'a [T] {
+    if T::DTYPE == DType::F32 {
+        return bytemuck::cast_slice(values);
+    }
+    let out = &mut buffer[..values.len()];
+    narrow(values, out);
+    out
+}
+
 /// Every element of `row` as f32.
 #[inline]
 pub fn widen<T: Float>(row: &[T], out: &mut [f32]) {

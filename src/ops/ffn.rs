@@ -43,7 +43,8 @@ impl FfnActivation {
 ///
 /// Inputs x `[.., d]`, w1 `[f, d]` (`[2 f, d]` for GEGLU, gate rows first), b1 `[f]` (`[2 f]`), w2 `[d2, f]`, b2 `[d2]`, one
 /// float type. Outputs y `[.., d2]` and the saved z = x w1ᵀ + b1 `[.., f]` (`[.., 2 f]`), of which only y has a gradient. The hidden layer between
-/// is kept in f32 whatever the storage, except on tensor instructions, which multiply it rounded to the storage type.
+/// is kept in f32 whatever the storage, except where products of the storage type are faster (tensor instructions, bf16 on a
+/// CPU), which multiply it rounded to that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ffn {
     pub activation: FfnActivation,

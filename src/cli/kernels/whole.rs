@@ -327,7 +327,7 @@ struct Inference<'a> {
 
 /// What a model is given.
 enum Given {
-    Tokens(Batch),
+    Tokens(Box<Batch>),
     Rows(Tensor),
 }
 
@@ -336,7 +336,8 @@ impl Side for Inference<'_> {
         (self.loaded, self.result) = (None, None);
         let mut tensors = self.whole.tensors(&self.device, inputs)?;
         let Some((_, last)) = tensors.pop() else { return Ok(()) };
-        let given = if self.whole.task == Task::Ffn { Given::Rows(last) } else { Given::Tokens(batch(last)?) };
+        let given =
+            if self.whole.task == Task::Ffn { Given::Rows(last) } else { Given::Tokens(Box::new(batch(last)?)) };
         let model = Model::new(self.whole.config.clone(), tensors.into_iter().collect(), &self.device)?;
         self.loaded = Some((self.whole.deployed(model)?, given));
         Ok(())

@@ -35,8 +35,8 @@ fn backward(activation: FfnActivation, lead: &[usize], [d, f]: [usize; 2], dtype
         .input(&[d, f], dtype, weight(f))
         .normal(&[lead, &[hidden]].concat(), dtype)
         .normal(&[lead, &[d]].concat(), dtype)
-        // dx and dw1 by way of dz, dw2 of h.
-        .rounded_between(&[0, 1, 3])
+        // dx, dw1 and db1 by way of dz, dw2 of h.
+        .rounded_between(&[0, 1, 2, 3])
 }
 
 pub(super) fn cases() -> Vec<Case> {

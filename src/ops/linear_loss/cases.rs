@@ -80,7 +80,8 @@ fn lse(v: usize) -> Fill {
 
 fn entropy_backward(smoothing: f32, [n, d, v, chunk]: [usize; 4], dtype: DType) -> Case {
     let case = scored(LinearCrossEntropyBackward { smoothing, chunk }, [n, d, v], dtype, d + n + v.min(200) + 64);
-    case.input(&[n], DType::F32, lse(v)).normal(&[n], DType::F32)
+    // Both by way of the logits' slopes.
+    case.input(&[n], DType::F32, lse(v)).normal(&[n], DType::F32).rounded_between(&[0, 1])
 }
 
 fn heads(op: impl Op, [n, d, e, v]: [usize; 4], dtype: DType, k: usize) -> Case {
@@ -101,7 +102,7 @@ fn kl_backward(direction: Direction, [n, d, e, v, chunk]: [usize; 5], dtype: DTy
     for fill in [near.clone(), near, expectation, Fill::NORMAL] {
         case = case.input(&[n], DType::F32, fill);
     }
-    case
+    case.rounded_between(&[0, 1])
 }
 
 #[cfg(test)]
