@@ -9,7 +9,7 @@ help:
 	@echo "make test    all tests; installs the software Vulkan driver and MPI where none is found, fetches the CUDA compiler"
 	@echo "make lint    formatting and clippy, warnings denied"
 	@echo "make bench   kernel benchmarks (criterion) over the table's real model sizes"
-	@echo "make peers   the same work in other libraries on this CPU, in turn: writes docs/benchmarks.md (an hour the first time)"
+	@echo "make peers   the same work in other libraries on this machine, in turn: writes docs/benchmarks.md (an hour the first time)"
 	@echo "make docs    regenerate the support table"
 	@echo "make gpu-bundle    pack what a GPU machine without toolchain and network needs (target/gpu-bundle)"
 

@@ -1,11 +1,12 @@
 #!/bin/sh
-# Times espalier and other libraries on this CPU, in turn, and writes docs/benchmarks.md. What cannot be built or installed
-# is left out, and said. A run that was cut short goes on where it was; FRESH=1 forgets what it has.
+# Times espalier and other libraries on this CPU, and on the wgpu adapter where there is one, in turn, and writes
+# docs/benchmarks.md. What cannot be built or installed is left out, and said. A run that was cut short goes on where it was; FRESH=1 forgets what it has.
 #
 #   sh scripts/peers.sh [OPTION...]    options of benches/peers/cpu/compare.py, such as --op 'matmul*' or --rounds 3
 #
 # PYTHON names an interpreter that has PyTorch already; without it one is set up below target/. THREADS=2 adds two threads'
-# wall times, which are void while others work. TARGET is where things are built (target).
+# wall times, which are void while others work. TARGET is where things are built (target). BURN=1 builds burn, which takes
+# minutes; what is built already is asked.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 cargo=${CARGO:-cargo}
@@ -26,8 +27,10 @@ fi
 "$python" -c 'import numpy' || { echo "the judge needs numpy" >&2; exit 1; }
 
 set -- --espalier "$target/release/espalier" --out "$work/results.jsonl" "$@"
-for project in rust candle; do
-  if CARGO_TARGET_DIR=$work/$project "$cargo" build --release --locked --manifest-path "benches/peers/$project/Cargo.toml"; then
+for project in rust candle burn; do
+  if [ $project = burn ] && [ -z "${BURN:-}" ] && [ ! -x "$work/burn/release/peers-burn" ]; then
+    echo "left out: benches/peers/burn, which takes minutes to build (BURN=1)" >&2
+  elif CARGO_TARGET_DIR=$work/$project "$cargo" build --release --locked --manifest-path "benches/peers/$project/Cargo.toml"; then
     set -- "$@" --rust "$work/$project/release/peers-$project"
   else
     echo "left out: benches/peers/$project does not build here" >&2
@@ -41,9 +44,6 @@ for module in torch onnxruntime; do
     echo "left out: $module is not installed" >&2
   fi
 done
-[ -z "${FRESH:-}" ] || set -- "$@" --fresh
-if [ -n "${THREADS:-}" ]; then
-  "$python" benches/peers/cpu/compare.py "$@" || exit 1
-  set -- "$@" --threads "$THREADS"
-fi
-exec "$python" benches/peers/cpu/compare.py "$@" --page docs/benchmarks.md
+"$python" benches/peers/cpu/compare.py ${FRESH:+--fresh} "$@" || exit 1
+[ -z "${THREADS:-}" ] || "$python" benches/peers/cpu/compare.py "$@" --threads "$THREADS" || exit 1
+exec "$python" benches/peers/cpu/compare.py "$@" --device wgpu --page docs/benchmarks.md

@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 struct Ours(std::process::Child, BufReader<std::process::ChildStdout>);
 
 impl Ours {
-    fn start(sizes: &str, op: &str) -> Self {
+    fn start(device: &str, sizes: &str, op: &str) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_espalier"))
-            .args(["kernels", "bench", "--serve", "--device", "cpu:1", "--sizes", sizes, "--op", op])
+            .args(["kernels", "bench", "--serve", "--device", device, "--sizes", sizes, "--op", op])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -33,7 +33,7 @@ impl Ours {
 fn our_side_takes_inputs_runs_and_hands_results_back() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
-    let mut ours = Ours::start("table", "relu");
+    let mut ours = Ours::start("cpu:1", "table", "relu");
     assert_eq!(ours.ask(&json!({"do": "hello"}))["name"], "espalier");
     let case = json!({"op": "relu", "params": "Unary(Relu) f32[1024,3072]", "flops": 0});
     let before = ours.ask(&json!({"do": "run", "first": 0, "runs": 1}));
@@ -73,7 +73,7 @@ fn our_side_takes_a_training_step_from_the_weights_it_is_given() {
     };
     let (inputs, outputs) = (paths("in", names.len()), paths("out", names.len() - 1));
     let floats = |path: &str| -> Vec<f32> { bytemuck::pod_collect_to_vec(&std::fs::read(path).unwrap()) };
-    let mut ours = Ours::start("cpu", "training_step");
+    let mut ours = Ours::start("cpu:1", "cpu", "training_step");
     assert_eq!(ours.ask(&json!({"do": "draw", "case": case, "seed": 1, "inputs": inputs}))["ok"], true);
     let open = ours.ask(&json!({"do": "open", "case": case, "peer": "", "slots": 1}));
     assert_eq!(open["outputs"].as_array().unwrap().len(), outputs.len(), "{open}");
@@ -99,6 +99,23 @@ fn our_side_takes_a_training_step_from_the_weights_it_is_given() {
     }
 }
 
+#[test]
+fn on_an_adapter_our_side_names_it_and_runs_the_naive_rung_when_asked() {
+    if crate::device::wgpu("peers").is_none() {
+        return;
+    }
+    let mut ours = Ours::start("wgpu", "table", "softmax");
+    let hello = ours.ask(&json!({"do": "hello"}));
+    assert!(["device", "driver"].iter().all(|field| !hello[*field].as_str().unwrap().is_empty()), "{hello}");
+    let case = json!({"op": "softmax", "params": "Softmax f32[4096,256]"});
+    let mut kernel = |peer: &str| {
+        let open = ours.ask(&json!({"do": "open", "case": case, "peer": peer, "slots": 1}));
+        open["kernel"].as_str().unwrap_or_else(|| panic!("{open}")).to_string()
+    };
+    assert_eq!(kernel("naive rung"), "softmax_fwd");
+    kernel("");
+}
+
 /// Ten kernels that are fast because they do not do the work, three honest ones: `benches/peers/cpu/test_cheats.py`; and what the page and
 /// the references of whole models are held to.
 #[test]
@@ -111,7 +128,7 @@ fn cheating_kernels_are_caught() {
     }
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peers/cpu");
     let output = Command::new(&python)
-        .args(["-B", "-m", "unittest", "test_cheats", "test_page", "test_models"])
+        .args(["-B", "-m", "unittest", "test_cheats", "test_page", "test_models", "test_field"])
         .current_dir(folder)
         .output()
         .unwrap();

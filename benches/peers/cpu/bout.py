@@ -156,7 +156,7 @@ class Corner:
         self.single = max(min(once), 1e-7)
         self.runs = min(self.slots, int(SAMPLE / self.single) + 1)
 
-    def sample(self, one_thread):
+    def sample(self, by_processor):
         """One timed run, checked on its last slot and on another that the contestant cannot guess."""
         self.round += 1
         self.fill()
@@ -166,12 +166,12 @@ class Corner:
             self.fill([self.slots - 1])
         cpu, wall = self.contestant.timed("run", first=0, runs=self.runs)
         said = self.contestant.cpu()
-        if one_thread:
+        if by_processor:
             time.sleep(SETTLE)
             self.late += self.contestant.cpu() - said > AFTERWARDS * cpu / self.runs + 1e-3
         last, other = self.runs - 1, self.chance.randrange(self.runs)
         fetch = [self.fetch(last) for _ in range(2)]
-        if one_thread:
+        if by_processor:
             self.lazy += fetch[0] - 1.5 * fetch[1] > AFTERWARDS * cpu / self.runs + 3e-3
         self.fault = self.fault or self.check(last, fetched=True) or (other != last and self.check(other)) or None
         self.samples.append(cpu * 1e6 / self.runs)
@@ -196,11 +196,12 @@ def busy():
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
-def bout(entries, rounds, threads, seed=None):
+def bout(entries, rounds, by_processor, seed=None):
     """Ours and each peer on one case, A B C A B C: one timed run each per round, in an order that turns.
 
-    `entries` are (contestant, peer, numbers), each contestant a process of its own. Back come the corners, with samples or
-    with the reason why there are none, and how many processors others kept busy meanwhile.
+    `entries` are (contestant, peer, numbers), each contestant a process of its own; `by_processor` where all its work is its
+    processor time. Back come the corners, with samples or with the reason why there are none, and how many processors others
+    kept busy meanwhile.
     """
     # Which result is looked at is nobody's to know.
     chance = random.Random(seed)
@@ -214,7 +215,7 @@ def bout(entries, rounds, threads, seed=None):
         order = [c for c in corners if c.stands()]
         first = turn % max(len(order), 1)
         for corner in order[first:] + order[:first]:
-            corner.attempt(lambda corner=corner: corner.sample(threads == 1))
+            corner.attempt(lambda corner=corner: corner.sample(by_processor))
     for corner in corners:
         corner.attempt(corner.close)
     others = busy() - all_busy - (spent() - own)

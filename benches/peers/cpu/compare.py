@@ -1,4 +1,5 @@
 """Times `espalier` and other libraries on the CPU cases of its table, in turn, and writes JSON lines and a page.
+With `--device wgpu` its WGSL kernels, on those cases that have a goal there, and who runs on the same adapter.
 
     python3 compare.py --espalier target/release/espalier --out target/peers/results.jsonl
 
@@ -25,6 +26,7 @@ sys.path[:0] = [HERE, os.path.join(HERE, "..", "gpu")]
 from bout import Numbers, bout
 from case_list import read_records
 from contestant import Contestant, Refused
+from goals import NAIVE, goals_on
 
 # Processors that others may keep busy before two threads' wall time says more about them than about us.
 OTHERS = 0.15
@@ -41,6 +43,7 @@ def arguments():
     parser.add_argument("--python", action="append", default=[], help="a script of a Python peer; repeatable")
     parser.add_argument("--out", required=True)
     parser.add_argument("--page")
+    parser.add_argument("--device", choices=("cpu", "wgpu"), default="cpu")
     parser.add_argument("--op", default="*", help="only ops whose name fits (* and ?, several separated by |)")
     parser.add_argument("--case", default="*", help="only cases whose name fits (* and ?)")
     parser.add_argument("--peer", default="*", help="only peers whose name fits")
@@ -49,7 +52,11 @@ def arguments():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="no new case after this long")
     parser.add_argument("--fresh", action="store_true")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.device != "cpu":
+        # Threads are a processor's.
+        options.threads = 1
+    return options
 
 
 def say(text):
@@ -97,30 +104,50 @@ class Field:
         self.cpus = {cores[-1]} if options.threads == 1 and len(cores) > 1 else None
         if self.cpus:
             os.sched_setaffinity(0, set(cores) - self.cpus)
-        self.ours = [options.espalier, "kernels", "bench", "--serve", "--sizes", "cpu", "--device", f"cpu:{options.threads}"]
+        serve = [options.espalier, "kernels", "bench", "--serve", "--sizes", "cpu", "--device"]
+        self.on_processor = [*serve, f"cpu:{options.threads}"]
+        self.ours = self.on_processor if options.device == "cpu" else [*serve, options.device]
+        self.environment = {"PEER_DEVICE": options.device}
+        self.about = self.contestant("ours", self.ours).about
+        # Another adapter is another question.
+        adapter = None if options.device == "cpu" else self.about["device"]
         commands = [[p] for p in options.rust] + [[sys.executable, p] for p in options.python]
         for command in commands:
             if not os.path.exists(command[-1]):
                 say(f"left out: {command[-1]} is not there")
                 continue
             try:
-                asked = Contestant(command, options.threads, self.cpus)
+                asked = Contestant(command, options.threads, self.cpus, self.environment)
             except (Refused, OSError) as reason:
                 say(f"left out: {' '.join(command)}: {reason}")
                 continue
             for peer in asked.about["peers"]:
-                if fits(peer["name"], options.peer):
+                if peer.get("adapter") != adapter:
+                    say(f"left out: {peer['name']} runs on {peer.get('adapter') or 'the processor'}")
+                elif fits(peer["name"], options.peer):
                     self.peers.append((peer["name"], peer["version"], command, peer.get("environment", {})))
             asked.end()
 
-    def contestant(self, key, command, environment=None):
+    def contestant(self, role, command, environment=None):
+        key = (role, *command)
         if key not in self.running or not self.running[key].alive():
+            environment = {**self.environment, **(environment or {})}
             self.running[key] = Contestant(command, self.options.threads, self.cpus, environment)
         return self.running[key]
 
     def end(self):
         for contestant in self.running.values():
             contestant.end()
+
+
+def place_of(record):
+    device = record["device"]
+    return device["backend"], device["name"], device["limits"]["threads"]
+
+
+def wanted(peer, name, mode, backend):
+    """Whether a goal there asks for that peer; for any with `None`."""
+    return any(goal.covers(name, mode) and peer in (None, *goal.peers) for goal in goals_on(backend))
 
 
 def matches(cases):
@@ -144,17 +171,25 @@ def dense_of(case, cases):
 class Run:
     def __init__(self, options):
         self.options, self.field = options, Field(options)
+        program = self.field.about
         # Files in memory, so that no disk is waited for.
         root = "/dev/shm" if os.path.isdir("/dev/shm") else os.path.dirname(os.path.abspath(options.out))
         self.folder = os.path.join(root, f"espalier-peers-{os.getpid()}")
         os.makedirs(self.folder)
-        program = self.field.contestant("ours", self.field.ours).about
         self.version = program["version"]
         self.commit = subprocess.run(
             ["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True
         ).stdout.strip()
         self.program = digest(options.espalier)
-        self.processor = processor()
+        system = " ".join((platform.system(), *platform.libc_ver()))
+        self.processor = {"backend": "cpu", "name": processor(), "driver": system, "software": False}
+        self.device = self.processor
+        if options.device != "cpu":
+            names = {key: program[ours] for key, ours in (("name", "device"), ("driver", "driver"), ("software", "software"))}
+            self.device = {"backend": options.device, **names}
+        # A software adapter's threads are those of the process, and the processor bounds what it can reach.
+        self.by_processor = options.threads == 1 and (options.device == "cpu" or program["software"])
+        self.bounded_by = self.processor if self.device["software"] else self.device
 
     def draw(self, case, seed, paths):
         self.field.contestant("ours", self.field.ours).ask("draw", case=case, seed=seed, inputs=paths)
@@ -166,14 +201,15 @@ class Run:
     def match(self, name, mode, parts, ceiling, dense=None):
         """Everybody on one match, also our own `dense` case where there is one; the records."""
         numbers = [Numbers(part, self.draw, self.folder, self.options.seed) for part in parts]
-        entries = [
-            (self.field.contestant("ours" if i == 0 else "ours too", self.field.ours), "", n) for i, n in enumerate(numbers)
-        ]
+        # Without a ceiling this measures one.
+        device = self.bounded_by if ceiling is None else self.device
+        ours = self.field.ours if device is self.device else self.field.on_processor
+        entries = [(self.field.contestant("ours" if i == 0 else "ours too", ours), "", n) for i, n in enumerate(numbers)]
         names = [("espalier", self.version)] * len(parts)
         if ceiling is not None:
             for peer, version, command, environment in self.field.peers:
                 try:
-                    entries.append((self.field.contestant((peer, *command), command, environment), peer, numbers[-1]))
+                    entries.append((self.field.contestant(peer, command, environment), peer, numbers[-1]))
                     names.append((peer, version))
                 except (Refused, OSError) as reason:
                     say(f"left out: {peer}: {reason}")
@@ -181,8 +217,11 @@ class Run:
             numbers.append(Numbers(dense, self.draw, self.folder, self.options.seed))
             entries.append((self.field.contestant("dense", self.field.ours), "", numbers[-1]))
             names.append(("espalier, dense", self.version))
+        if ceiling is not None and wanted(NAIVE, name, mode, device["backend"]) and fits(NAIVE, self.options.peer):
+            entries.append((self.field.contestant("naive", ours), "naive rung", numbers[-1]))
+            names.append((NAIVE, self.version))
         load = os.getloadavg()[0]
-        corners, others = bout(entries, self.options.rounds, self.options.threads)
+        corners, others = bout(entries, self.options.rounds, self.by_processor)
         for n in numbers:
             n.remove()
         records = []
@@ -191,13 +230,13 @@ class Run:
                 continue
             counted = parts if i >= len(parts) else [corner.case]
             theirs = mode if i >= len(parts) else corner.case["mode"]
-            records.append(self.record(name, theirs, corner, (peer, version), counted, ceiling, (load, others)))
+            records.append(self.record(theirs, corner, (peer, version), counted, ceiling, (device, load, others)))
         return records
 
-    def record(self, name, mode, corner, who, counted, ceiling, around):
+    def record(self, mode, corner, who, counted, ceiling, around):
         """As `espalier kernels bench --format json` writes it."""
-        case, (peer, version), (load, others) = corner.case, who, around
-        samples = corner.samples if self.options.threads == 1 else corner.walls
+        case, (peer, version), (device, load, others) = corner.case, who, around
+        samples = corner.samples if self.by_processor else corner.walls
         ordered = sorted(samples)
         middle = ordered[len(ordered) // 2] if ordered else 0.0
         flops, size = (sum(c[key] for c in counted) for key in ("flops", "bytes"))
@@ -206,10 +245,7 @@ class Run:
             "version": version,
             "commit": self.commit if peer == "espalier" else "",
             "device": {
-                "backend": "cpu",
-                "name": self.processor,
-                "driver": " ".join((platform.system(), *platform.libc_ver())),
-                "software": False,
+                **device,
                 "limits": {
                     "threads": self.options.threads,
                     "load_percent": round(load * 100),
@@ -230,7 +266,7 @@ class Run:
             "error_metric": "relative Frobenius error against float64, and every element",
             "error_value": corner.error,
             "seed": self.options.seed,
-            "timing_source": "cpu" if self.options.threads == 1 else "wall",
+            "timing_source": "cpu" if self.by_processor else "wall",
             "warmups": corner.slots,
             "runs": corner.runs,
             "samples_us": samples,
@@ -246,7 +282,7 @@ class Run:
         }
         if ceiling and middle:
             against(record, case, ceiling)
-        if self.options.threads > 1 and others > OTHERS:
+        if not self.by_processor and others > OTHERS:
             record["voided"], record["error"] = True, record["error"] or f"noisy: others kept {others:.2f} processors busy"
         return record
 
@@ -269,18 +305,13 @@ def against(record, case, ceiling):
 
 def ceilings(run, cases, records, write):
     """What this machine reaches on work that does nothing else, in this run."""
-    key = lambda r: (r["op"], r["device"]["limits"]["threads"])
-    found = {key(r): r for r in records}
+    place = (run.bounded_by["backend"], run.bounded_by["name"], run.options.threads)
+    found = {r["op"]: r for r in records if place_of(r) == place}
     for case in (c for c in cases if c["group"] == "ceiling"):
-        if (case["op"], run.options.threads) not in found:
-            (record,) = run.match(case["name"], "forward", [case], None)
-            write([record])
-            found[key(record)] = record
-    best = {}
-    for (op, threads), r in found.items():
-        if threads == run.options.threads and r["passed"]:
-            rate = (r["flops"], r["bytes"])
-            best[op] = [x / r["min_us"] / 1e3 for x in rate]
+        if case["op"] not in found:
+            (found[case["op"]],) = run.match(case["name"], "forward", [case], None)
+            write([found[case["op"]]])
+    best = {op: [r[key] / r["min_us"] / 1e3 for key in ("flops", "bytes")] for op, r in found.items() if r["passed"]}
     copies = [rate[1] for op, rate in best.items() if op != "multiply_add_chain"]
     return {"gflops": best["multiply_add_chain"][0], "gb": max(copies)}
 
@@ -311,8 +342,18 @@ def main():
     os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
     begin, cases = time.monotonic(), listed(options.espalier)
     records = earlier(options.out, digest(options.espalier))
-    done = {(r["op"], r["params"], r["device"]["limits"]["threads"], r["device"]["registry"][0]) for r in records}
-    run = Run(options)
+    try:
+        run = Run(options)
+    except Refused as reason:
+        # Of the processor there must be times; an adapter need not be there.
+        if options.device == "cpu":
+            raise
+        say(f"left out: {options.device}: {reason}")
+        write_page(options, cases)
+        return
+    # A match's records are written together.
+    done = {(*place_of(r), r["op"], r["params"]) for r in records if r["device"]["registry"][0] == "espalier"}
+    place = (options.device, run.device["name"], options.threads)
     try:
         with open(options.out, "a", encoding="utf-8") as out:
 
@@ -325,8 +366,9 @@ def main():
             say(f"ceilings of this run: {ceiling['gflops']:.0f} GFLOP/s in f32, {ceiling['gb']:.1f} GB/s")
             for name, mode, parts in matches([c for c in cases if c["group"] != "ceiling"]):
                 last = parts[-1]
-                wanted = fits(last["op"], options.op) and fits(name, options.case)
-                if not wanted or (last["op"], last["params"], options.threads, "espalier") in done:
+                asked = fits(last["op"], options.op) and fits(name, options.case)
+                asked = asked and (options.device == "cpu" or wanted(None, name, mode, options.device))
+                if not asked or (*place, last["op"], last["params"]) in done:
                     continue
                 if time.monotonic() - begin > options.limit_seconds:
                     say("time is up; the next call goes on from here")
@@ -336,6 +378,10 @@ def main():
                 say(f"{time.monotonic() - begin:6.1f} s  {describe(name, mode, found)}")
     finally:
         run.end()
+    write_page(options, cases)
+
+
+def write_page(options, cases):
     if options.page:
         import page
 

@@ -18,7 +18,7 @@ class Refused(Exception):
 class Contestant:
     def __init__(self, command, threads, cpus=None, environment=None):
         # One count for every library that reads one.
-        counts = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MATMUL_NUM_THREADS", "PEER_THREADS")
+        counts = ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MATMUL_NUM_THREADS", "PEER_THREADS", "LP_NUM_THREADS")
         environment = {
             **os.environ,
             **{name: str(threads) for name in counts},

@@ -1,20 +1,29 @@
-"""What is wanted of each case against which peers on a CPU: "must" and "aim" are ratios of their time to ours."""
+"""What is wanted of each case against which peers: "must" and "aim" are ratios of their time to ours."""
+
+from fnmatch import fnmatchcase
 
 
 class Goal:
-    """Against the fastest of the named peers, in every case that fits."""
+    """Against the fastest of the named peers, in every case that fits: patterns with `|` between them."""
 
     def __init__(self, title, cases, mode, peers, must, aim):
         self.title, self.cases, self.mode, self.peers, self.must, self.aim = title, cases, mode, peers, must, aim
 
+    def covers(self, name, mode):
+        return mode == self.mode and any(fnmatchcase(name, pattern) for pattern in self.cases.split("|"))
+
 
 # Where no memory is new, both forms are the same kernel.
 TORCH = ("PyTorch", "PyTorch, memory kept")
+BURN = ("burn flex", "burn ndarray")
+# Our own last kernel of an op on the same adapter: one output, one invocation.
+NAIVE = "espalier, naive rung"
 
 GOALS = [
     Goal("f32 products", "NN * f32", "forward", ("faer", "gemm x86-v4"), 0.95, 1.05),
     Goal("f32 products", "NN * f32", "forward", TORCH, 1.8, 2.2),
     Goal("f32 products", "NN * f32", "forward", ("candle",), 1.7, 2.1),
+    Goal("f32 products", "NN * f32", "forward", BURN, 1.7, 2.1),
     Goal("bf16 products", "NN * bf16", "forward", TORCH, 0.85, 1.0),
     Goal("int8 products", "int8 *", "forward", ("rten-gemm",), 1.0, 1.2),
     Goal("int8 products", "int8 *", "forward", ("ONNX Runtime",), 1.0, 1.2),
@@ -40,3 +49,18 @@ GOALS = [
     Goal("encoder, 90 % zeros, int8", "encoder * int8", "forward", ("ONNX Runtime",), 8, 11.5),
     Goal("int8 FFN", "int8 FFN *", "forward", ("ONNX Runtime",), 1.0, 1.2),
 ]
+
+CUBES = "NN 512 x * f32|NN 1024 x * f32"
+
+# What is not named here is not timed on an adapter.
+ADAPTER_GOALS = [
+    Goal("f32 products", CUBES, "forward", ("burn wgpu",), 1.5, 2),
+    Goal("f32 products", CUBES, "forward", (NAIVE,), 10, 10),
+    Goal("softmax, LayerNorm", "softmax *|layernorm *", "forward", ("burn wgpu",), 4, 7),
+    Goal("add, GELU", "add *|gelu *", "forward", ("burn wgpu",), 1.5, 2),
+    Goal("attention", "full d64 S=512 *", "forward", ("burn wgpu",), 1.5, 3),
+]
+
+
+def goals_on(backend):
+    return GOALS if backend == "cpu" else ADAPTER_GOALS

@@ -1,11 +1,12 @@
 """The page of what was measured: tables by group, goals, charts. Nothing is filled in that was not measured."""
 
 import os
+import re
 import statistics
-from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from chart import growth, ratios
-from goals import GOALS
+from goals import goals_on
 
 TITLES = {
     "matmul": "Matrix products",
@@ -13,7 +14,7 @@ TITLES = {
     "sparse": "2:4, 80 and 90 % zeros",
     "quant": "Fake quantization",
     "attention": "Attention, 12 heads of 64, f32",
-    "rows": "Rows: softmax, norms, GELU, top-k",
+    "rows": "Rows and elements: softmax, norms, add, GELU, top-k",
     "losses": "Losses over a vocabulary",
     "optimizer": "Optimizer",
     "models": "Models",
@@ -42,10 +43,10 @@ class Time:
 
 
 class Match:
-    """A case in one mode, ours and the peers'; `threads` is how it was timed."""
+    """A case in one mode, ours and the peers'; `place` is where it was timed."""
 
-    def __init__(self, name, mode, group, threads):
-        self.name, self.mode, self.group, self.threads, self.ours, self.peers = name, mode, group, threads, None, {}
+    def __init__(self, name, mode, group, place):
+        self.name, self.mode, self.group, self.place, self.ours, self.peers = name, mode, group, place, None, {}
         self.others = 0
 
     def ratio(self, peer):
@@ -55,6 +56,39 @@ class Match:
             return None
         rounds = sorted(a / b for a, b in zip(theirs.samples, self.ours.samples))
         return (statistics.median(rounds), rounds[0], rounds[-1]) if rounds else None
+
+
+class Place(NamedTuple):
+    """Of one section of the page: adapters are compared with nobody but those who run on them."""
+
+    backend: str
+    name: str
+    driver: str
+    software: bool
+    threads: int
+
+    @staticmethod
+    def of(record):
+        device = record["device"]
+        parts = [device[key] for key in ("backend", "name", "driver", "software")]
+        return Place(*parts, device["limits"]["threads"])
+
+    @property
+    def stem(self):
+        """In names of files."""
+        return str(self.threads) if self.backend == "cpu" else re.sub("[^a-z0-9]+", "-", self.name.split("(")[0].lower()).strip("-")
+
+    def head(self):
+        if self.backend == "cpu":
+            yield "## One thread\n" if self.threads == 1 else f"## {self.threads} threads\n"
+        elif self.software:
+            yield "## WGSL kernels on software Vulkan\n"
+            yield f"- Adapter: {self.name}; driver: {self.driver}."
+            yield "- It is a program for the processor, with one thread here: processor time is the clock, the ceilings are the"
+            yield "  processor's, and nothing follows for a GPU.\n"
+        else:
+            yield f"## WGSL kernels on {self.name}\n"
+            yield f"- Driver: {self.driver}. Wall time, from the request to the answer.\n"
 
 
 def collect(records, cases):
@@ -67,19 +101,19 @@ def collect(records, cases):
         case = named.get((record["op"], record["params"]))
         if case is None or case["group"] == "ceiling":
             continue
-        who, threads = record["device"]["registry"][0], record["device"]["limits"]["threads"]
+        who = record["device"]["registry"][0]
         if who != "espalier":
             found[-1].peers[who] = Time(record)
         elif record["mode"] == "forward":
-            found.append(Match(case["name"], "forward", case["group"], threads))
+            found.append(Match(case["name"], "forward", case["group"], Place.of(record)))
             found[-1].ours = Time(record)
         else:
             # Backward right behind forward: both together.
             found[-1].mode = "both"
             found[-1].ours.join(record)
         found[-1].others = max(found[-1].others, record["device"]["limits"]["others_percent"])
-    matches = {(m.name, m.mode, m.threads): m for m in found}
-    return sorted(matches.values(), key=lambda m: (m.threads, order[m.name], m.mode != "forward"))
+    matches = {(m.name, m.mode, m.place): m for m in found}
+    return sorted(matches.values(), key=lambda m: (m.place, order[m.name], m.mode != "forward"))
 
 
 def cell(match, peer):
@@ -110,23 +144,24 @@ def tables(matches):
             continue
         peers = sorted({p for m in rows for p in m.peers}, key=lambda p: (not p.startswith("PyTorch"), p))
         yield f"### {title}\n"
-        yield "| case | ours | of the ceiling | " + " | ".join(peers) + " |"
+        yield "| case | ours | of the ceiling |" + "".join(f" {p} |" for p in peers)
         yield "| --- | --- | --- |" + " --- |" * len(peers)
         for m in rows:
             name = m.name + (", forward and backward" if m.mode == "both" else "")
             time, share = ours(m)
-            yield f"| {name} | {time} | {share} | " + " | ".join(cell(m, p) for p in peers) + " |"
+            yield f"| {name} | {time} | {share} |" + "".join(f" {cell(m, p)} |" for p in peers)
         ran = dict.fromkeys(f"{p}: {m.peers[p].record['kernel']}" for p in peers for m in rows if p in m.peers)
-        yield "\nWhat ran: " + "; ".join(line for line in ran if len(set(line.split(": "))) == 2) + ".\n"
+        ran = "; ".join(line for line in ran if len(set(line.split(": "))) == 2)
+        yield f"\nWhat ran: {ran}.\n" if ran else ""
 
 
 def goals(matches):
     yield "| goal | against | must | aim | measured | |"
     yield "| --- | --- | --- | --- | --- | --- |"
-    for goal in GOALS:
+    for goal in goals_on(matches[0].place.backend):
         found = []
         for m in matches:
-            if m.mode == goal.mode and fnmatchcase(m.name, goal.cases):
+            if goal.covers(m.name, m.mode):
                 known = [r[0] for r in (m.ratio(p) for p in goal.peers) if r]
                 # The fastest of several is the peer.
                 found += [min(known)] if known else []
@@ -149,22 +184,27 @@ def faults(matches):
 def write(records, cases, path):
     matches = collect(records, cases)
     stamps = sorted(r["time"] for r in records)
-    device = records[-1]["device"]
+    by_backend = {r["device"]["backend"]: r["device"] for r in records}
+    device = by_backend.get("cpu", records[-1]["device"])
     versions = dict.fromkeys(f"{r['device']['registry'][0]} {r['version']}" for r in records if r["device"]["registry"][0] != "espalier")
     commit = next((r["commit"] for r in reversed(records) if r["commit"]), "")
     span = stamps[0][:10] if stamps[0][:10] == stamps[-1][:10] else f"{stamps[0][:10]} to {stamps[-1][:10]}"
-    best = {}
+    best, ceilings = {}, []
     for r in records:
-        if r["op"] in ("multiply_add_chain", "scale", "accumulate_scaled") and r["min_us"]:
+        ceiling = r["op"] in ("multiply_add_chain", "scale", "accumulate_scaled") and r["min_us"]
+        if ceiling and Place.of(r).backend == "cpu" and Place.of(r).threads == 1:
             best[r["op"]] = (r["flops"] / r["min_us"] / 1e3, r["bytes"] / r["min_us"] / 1e3)
-    copies = [rates[1] for op, rates in best.items() if op != "multiply_add_chain"]
+    if best:
+        copies = [rates[1] for op, rates in best.items() if op != "multiply_add_chain"]
+        compute = f"{best['multiply_add_chain'][0]:.0f} GFLOP/s in f32 (twice that in bf16, four times in int8)"
+        ceilings = [f"- Ceilings of this run, one thread: {compute}, {max(copies):.0f} GB/s."]
     lines = [
-        "# Against other libraries, on a CPU\n",
+        "# Against other libraries\n",
         "`make peers` writes this page. A ratio is a peer's time over ours, in the same run: above 1, ours is faster. Each is the",
         "median of the rounds' ratios, with the least and the largest behind it; where these lie on both sides of 1, the two are equal.\n",
         f"- Machine: {device['name']}; {device['driver']}.",
         f"- Date {span}; espalier {commit}; {'; '.join(versions)}.",
-        f"- Ceilings of this run, one thread: {best['multiply_add_chain'][0]:.0f} GFLOP/s in f32 (twice that in bf16, four times in int8), {max(copies):.0f} GB/s.",
+        *ceilings,
         "",
         "How it is measured: every side is a process that holds no clock and no reference. A judge hands all of them the same numbers",
         "in files, in turn, in an order that changes; reads the processor time of the whole process from outside; and holds every",
@@ -178,19 +218,19 @@ def write(records, cases, path):
             f"Other programs kept a processor busy during {len(noisy)} of {len(matches)} of these cases. One-thread ratios are of processor"
             " time, which that touches only through shared caches and memory; two-thread ones are void then.\n"
         )
-    for threads in sorted({m.threads for m in matches}):
-        part = [m for m in matches if m.threads == threads]
-        stem = os.path.splitext(path)[0]
-        name = "one thread" if threads == 1 else f"{threads} threads"
-        suffix = f"-{threads}.svg"
-        os.makedirs(stem, exist_ok=True)
-        files = [os.path.join(stem, kind + suffix) for kind in ("ratios", "growth")]
-        for file, text in zip(files, (ratios(part), growth(part)), strict=True):
-            with open(file, "w", encoding="utf-8") as out:
-                out.write(text)
-        lines += [f"## {name.capitalize()}\n"]
-        lines += [f"![Ratios by case and peer]({os.path.basename(stem)}/ratios{suffix})\n", *goals(part), *tables(part)]
-        lines += [f"![Rate of f32 products over their size]({os.path.basename(stem)}/growth{suffix})\n"]
+    stem = os.path.splitext(path)[0]
+    os.makedirs(stem, exist_ok=True)
+
+    def chart(kind, place, text, label):
+        with open(os.path.join(stem, f"{kind}-{place.stem}.svg"), "w", encoding="utf-8") as out:
+            out.write(text)
+        return f"![{label}]({os.path.basename(stem)}/{kind}-{place.stem}.svg)\n"
+
+    for place in sorted({m.place for m in matches}):
+        part = [m for m in matches if m.place == place]
+        lines += [*place.head(), chart("ratios", place, ratios(part), "Ratios by case and peer"), *goals(part), *tables(part)]
+        if place.backend == "cpu":
+            lines += [chart("growth", place, growth(part), "Rate of f32 products over their size")]
     lines += faults(matches)
     with open(path, "w", encoding="utf-8") as out:
         out.write("\n".join(lines).rstrip() + "\n")

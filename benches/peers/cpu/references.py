@@ -121,6 +121,10 @@ def rmsnorm(value, x, weight):
     return [x * rstd * weight, rstd[:, 0]]
 
 
+def add(value, a, b):
+    return [a + b]
+
+
 def gelu_tanh(value, x):
     return [0.5 * x * (1.0 + numpy.tanh((2.0 / numpy.pi) ** 0.5 * (x + 0.044715 * x**3)))]
 

@@ -47,7 +47,7 @@ class Cheats(unittest.TestCase):
         contestants = [Contestant(command, 1) for _ in names]
         try:
             entries = [(c, name, self.numbers) for c, name in zip(contestants, names, strict=True)]
-            return bout(entries, 5, 1, seed=7)[0]
+            return bout(entries, 5, True, seed=7)[0]
         finally:
             for contestant in contestants:
                 contestant.end()
@@ -77,7 +77,7 @@ class Cheats(unittest.TestCase):
         dead.process.kill()
         dead.process.wait()
         entries = [(dead, "Honest", self.numbers), (alive, "Honest", self.numbers)]
-        corners = bout(entries, 2, 1)[0]
+        corners = bout(entries, 2, True)[0]
         alive.end()
         self.assertIsNotNone(corners[0].fault)
         self.assertIsNone(corners[1].fault)

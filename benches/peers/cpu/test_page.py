@@ -15,19 +15,24 @@ CASES = [
     {"op": "multiply_add_chain", "params": "chain", "group": "ceiling", "name": "chain"},
     {"op": "scale", "params": "scale", "group": "ceiling", "name": "copy"},
     {"op": "softmax", "params": "s", "group": "rows", "name": "softmax 4 x 4"},
+    {"op": "matmul", "params": "m", "group": "matmul", "name": "NN 512 x 512 x 512 f32"},
     {"op": "kl", "params": "k", "group": "losses", "name": "kl 4 x 4"},
     {"op": "kl_bwd", "params": "b", "group": "losses", "name": "kl 4 x 4"},
 ]
 
 
-def record(op, params, who, samples, mode="forward", error=None):
+CPU = {"backend": "cpu", "name": "CPU", "driver": "Linux", "software": False}
+ADAPTER = {"backend": "wgpu", "name": "llvmpipe (256 bits)", "driver": "Mesa", "software": True}
+
+
+def record(op, params, who, samples, mode="forward", error=None, device=CPU):
     middle = sorted(samples)[len(samples) // 2]
     limits = {"threads": 1, "load_percent": 0, "others_percent": 0}
     return {
         "time": "2026-01-01T00:00:00Z",
         "version": "1",
         "commit": "abc",
-        "device": {"name": "CPU", "driver": "Linux", "limits": limits, "registry": [who]},
+        "device": {**device, "limits": limits, "registry": [who]},
         "op": op,
         "params": params,
         "mode": mode,
@@ -81,6 +86,34 @@ class Page(unittest.TestCase):
         self.assertIn("**2.00** (1.50–2.00)", text)
         self.assertIn("softmax 4 x 4 (forward), wrong: relative error 1", text)
         self.assertIn("| KL with its gradient | PyTorch | 8 | 20 | 10.00 | met |", text)
+
+    def test_an_adapter_has_a_section_of_its_own(self):
+        on = [
+            record("softmax", "s", "espalier", [1000.0, 1000.0], device=ADAPTER),
+            record("softmax", "s", "burn wgpu", [5000.0, 6000.0], device=ADAPTER),
+            record("matmul", "m", "espalier", [10.0], device=ADAPTER),
+            record("matmul", "m", "burn wgpu", [18.0], device=ADAPTER),
+            record("matmul", "m", "espalier, naive rung", [99.0], device=ADAPTER),
+        ]
+        found = page.collect(on + self.records, CASES)
+        self.assertEqual([m.place.backend for m in found], ["cpu"] * 3 + ["wgpu"] * 2)
+        softmax = [m for m in found if m.name == "softmax 4 x 4"]
+        self.assertEqual([sorted(m.peers) for m in softmax], [["PyTorch", "wrong"], ["burn wgpu"]])
+        self.assertEqual(softmax[1].ratio("burn wgpu"), (5.5, 5.0, 6.0))
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "benchmarks.md")
+            page.write(self.records + on, CASES, path)
+            with open(path, encoding="utf-8") as file:
+                processor, adapter = file.read().split("## WGSL kernels on software Vulkan")
+            self.assertTrue(os.path.exists(os.path.join(folder, "benchmarks", "ratios-llvmpipe.svg")))
+            # No processor's page is needed for an adapter's.
+            page.write(on, CASES, path)
+        self.assertNotIn("| burn wgpu |", processor)
+        self.assertNotIn("PyTorch", adapter)
+        self.assertIn("Adapter: llvmpipe (256 bits); driver: Mesa.", adapter)
+        self.assertIn("| softmax, LayerNorm | burn wgpu | 4 | 7 | 5.50 | met |", adapter)
+        self.assertIn("| f32 products | burn wgpu | 1.5 | 2 | 1.80 | met |", adapter)
+        self.assertIn("| f32 products | espalier, naive rung | 10 | 10 | 9.90 | missed |", adapter)
 
 
 if __name__ == "__main__":

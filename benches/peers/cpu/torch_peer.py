@@ -143,6 +143,10 @@ def rmsnorm(case, value):
     return Torch(case, lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, value["epsilon"]), "F.rms_norm")
 
 
+def add(case, value):
+    return Torch(case, kept(case, torch.add), "torch.add")
+
+
 def gelu(approximate):
     def handler(case, value):
         into = lambda x, out: torch.ops.aten.gelu.out(x, approximate=approximate, out=out)
@@ -232,6 +236,7 @@ HANDLERS = {
     "softmax": softmax,
     "layernorm": layernorm,
     "rmsnorm": rmsnorm,
+    "add": add,
     "gelu_tanh": gelu("tanh"),
     "gelu_erf": gelu("none"),
     "moe_gate": moe_gate,

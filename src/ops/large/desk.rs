@@ -6,7 +6,7 @@ use super::{BF16, F32, Large, POSITIVE, below};
 use crate::dtype::DType;
 use crate::op::{Case, Fill, Tolerance};
 use crate::ops::attention::Mask;
-use crate::ops::binary::AccumulateScaled;
+use crate::ops::binary::{ADD, AccumulateScaled};
 use crate::ops::ceiling::MultiplyAddChain;
 use crate::ops::distill::{Direction, Kl, KlBackward};
 use crate::ops::moe::MoeGate;
@@ -131,6 +131,7 @@ fn rows() -> Vec<Large> {
         whole("rows", name("softmax"), softmax),
         whole("rows", name("layernorm"), layer),
         whole("rows", name("rmsnorm"), rms),
+        whole("rows", name("add"), of(Case::new(ADD, Tolerance::Arithmetic)).normal(&dims, F32)),
         whole("rows", name("gelu (tanh)"), of(Case::new(Unary(Function::GeluTanh), class))),
         whole("rows", name("gelu (erf)"), of(Case::new(Unary(Function::GeluErf), class))),
         whole("rows", "top 2 of 64, 8192 tokens".into(), gate),

@@ -7,9 +7,9 @@ mod protocol;
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
-use protocol::{Case, Work};
+use protocol::{Case, Peer, Work};
 
-const PEERS: [(&str, &str); 1] = [("candle", "0.11.1")];
+const PEERS: [Peer; 1] = [Peer::cpu("candle", "0.11.1")];
 
 #[derive(Default)]
 struct Slot {

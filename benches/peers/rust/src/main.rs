@@ -4,10 +4,14 @@ mod int8;
 mod product;
 mod protocol;
 
-use protocol::{Case, Work};
+use protocol::{Case, Peer, Work};
 
-const PEERS: [(&str, &str); 4] =
-    [("faer", "0.24.4"), ("gemm x86-v4", "0.19.0"), ("rten-gemm", "0.27.0"), ("matrixmultiply", "0.3.11")];
+const PEERS: [Peer; 4] = [
+    Peer::cpu("faer", "0.24.4"),
+    Peer::cpu("gemm x86-v4", "0.19.0"),
+    Peer::cpu("rten-gemm", "0.27.0"),
+    Peer::cpu("matrixmultiply", "0.3.11"),
+];
 
 fn open(peer: &str, case: &Case, slots: usize) -> Option<Box<dyn Work>> {
     match case.op.as_str() {

@@ -5,7 +5,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rten_gemm::{GemmExecutor, GemmInputA, GemmInputB, GemmOptions};
 use rten_tensor::NdTensorView;
 
-use crate::protocol::{Case, Work, bytes, floats, threads};
+use crate::protocol::{Case, Work, bytes, floats};
 
 struct Slot {
     a: Vec<f32>,
@@ -124,6 +124,11 @@ fn of_bitmaps(b: &mut [f32], Size { n, k, .. }: Size, values: &[u8], lists: &[u8
             row[i / n * 64 + place] = *value;
         }
     }
+}
+
+/// As many threads as the asking program wants.
+fn threads() -> usize {
+    std::env::var("PEER_THREADS").ok().and_then(|t| t.parse().ok()).unwrap_or(1)
 }
 
 fn with_faer(Size { m, n, k, transposed }: Size, slot: &mut Slot) {

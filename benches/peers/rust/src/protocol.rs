@@ -4,8 +4,24 @@
 
 use std::io::{BufRead, Write};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+
+/// Who can be asked.
+#[derive(Serialize)]
+pub struct Peer {
+    pub name: &'static str,
+    pub version: &'static str,
+    /// Where it runs, if not on the processor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<String>,
+}
+
+impl Peer {
+    pub const fn cpu(name: &'static str, version: &'static str) -> Self {
+        Self { name, version, adapter: None }
+    }
+}
 
 #[derive(Clone, Deserialize)]
 pub struct Tensor {
@@ -17,7 +33,7 @@ pub struct Tensor {
 }
 
 /// A case as `espalier kernels bench --list --format json` prints it.
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 pub struct Case {
     pub op: String,
     pub params: String,
@@ -56,8 +72,7 @@ pub trait Work {
 /// `None` where the library has nothing for the case.
 pub type Open = fn(peer: &str, case: &Case, slots: usize) -> Option<Box<dyn Work>>;
 
-pub fn serve(peers: &[(&str, &str)], open: Open) {
-    let peers: Vec<Value> = peers.iter().map(|(name, version)| json!({"name": name, "version": version})).collect();
+pub fn serve(peers: &[Peer], open: Open) {
     let (mut work, mut count): (Option<Box<dyn Work>>, usize) = (None, 1);
     for line in std::io::stdin().lock().lines() {
         let Ok(line) = line else { break };
@@ -114,6 +129,7 @@ fn handle(work: &mut dyn Work, request: Request, count: usize) -> Value {
 }
 
 /// Little-endian elements, in memory that is kept.
+#[allow(dead_code, reason = "some libraries read bytes")]
 pub fn floats(target: &mut [f32], bytes: &[u8]) {
     for (x, b) in target.iter_mut().zip(bytes.chunks_exact(4)) {
         *x = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
@@ -122,9 +138,4 @@ pub fn floats(target: &mut [f32], bytes: &[u8]) {
 
 pub fn bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|x| x.to_le_bytes()).collect()
-}
-
-/// As many threads as the asking program wants.
-pub fn threads() -> usize {
-    std::env::var("PEER_THREADS").ok().and_then(|t| t.parse().ok()).unwrap_or(1)
 }
