@@ -46,4 +46,6 @@ for module in torch onnxruntime; do
 done
 "$python" benches/peers/cpu/compare.py ${FRESH:+--fresh} "$@" || exit 1
 [ -z "${THREADS:-}" ] || "$python" benches/peers/cpu/compare.py "$@" --threads "$THREADS" || exit 1
-exec "$python" benches/peers/cpu/compare.py "$@" --device wgpu --page docs/benchmarks.md
+# A law that does not hold is said on the page.
+"$target/release/espalier" kernels bench --growth --device cpu:1 --quiet --format json >"$work/growth.jsonl"
+exec "$python" benches/peers/cpu/compare.py "$@" --device wgpu --growth "$work/growth.jsonl" --page docs/benchmarks.md

@@ -10,11 +10,28 @@ use crate::dtype::DType;
 use crate::error::{Result, Uncapturable};
 use crate::kernel::{Kernel, Launch, check_launch};
 
-struct Nothing;
+/// Bytes that are held, and the most that were at once: exactly those asked for.
+#[derive(Default)]
+struct Bytes {
+    live: AtomicU64,
+    peak: AtomicU64,
+}
+
+/// Memory that there is none of.
+struct Nothing {
+    bytes: u64,
+    all: Arc<Bytes>,
+}
 
 impl Storage for Nothing {
     fn as_any(&self) -> &dyn Any {
         self
+    }
+}
+
+impl Drop for Nothing {
+    fn drop(&mut self) {
+        self.all.live.fetch_sub(self.bytes, Relaxed);
     }
 }
 
@@ -24,6 +41,7 @@ pub struct NullDevice {
     launches: Mutex<Vec<(&'static str, Launch)>>,
     allocations: AtomicU64,
     launched: AtomicU64,
+    bytes: Arc<Bytes>,
     recorder: Recorder<Self>,
 }
 
@@ -49,7 +67,8 @@ impl NullDevice {
             probes: Vec::new(),
         };
         let (allocations, launched) = (AtomicU64::new(0), AtomicU64::new(0));
-        Self { info, launches: Mutex::new(Vec::new()), allocations, launched, recorder: Recorder::new() }
+        let bytes = Arc::default();
+        Self { info, launches: Mutex::new(Vec::new()), allocations, launched, bytes, recorder: Recorder::new() }
     }
 
     /// Everything launched so far.
@@ -65,7 +84,9 @@ impl Device for NullDevice {
 
     fn alloc(&self, bytes: usize) -> Result<Buffer> {
         self.allocations.fetch_add(1, Relaxed);
-        Ok(Buffer::new(Arc::new(Nothing), bytes))
+        let live = self.bytes.live.fetch_add(bytes as u64, Relaxed) + bytes as u64;
+        self.bytes.peak.fetch_max(live, Relaxed);
+        Ok(Buffer::new(Arc::new(Nothing { bytes: bytes as u64, all: self.bytes.clone() }), bytes))
     }
 
     fn upload(&self, _: &Buffer, _: usize, _: &[u8]) -> Result<()> {
@@ -106,7 +127,12 @@ impl Device for NullDevice {
 
     fn stats(&self) -> Stats {
         let (allocations, launches) = (self.allocations.load(Relaxed), self.launched.load(Relaxed));
-        Stats { allocations, launches, ..Stats::default() }
+        let [bytes_live, bytes_peak] = [&self.bytes.live, &self.bytes.peak].map(|bytes| bytes.load(Relaxed));
+        Stats { allocations, launches, bytes_live, bytes_peak, ..Stats::default() }
+    }
+
+    fn reset_peak(&self) {
+        self.bytes.peak.store(self.bytes.live.load(Relaxed), Relaxed);
     }
 
     fn set_memory_cap(&self, _: Option<u64>) {}

@@ -23,6 +23,8 @@ pub struct Stats {
     pub bytes_pooled: u64,
     pub allocations: u64,
     pub launches: u64,
+    /// Command buffers handed to the driver, where launches are gathered into some.
+    pub submits: u64,
 }
 
 /// Memory of one size class, on loan from a pool that gets it back when the loan ends: what a `Buffer` of a leaf holds.
@@ -223,6 +225,7 @@ impl<T> Pool<T> {
             bytes_pooled: self.pooled.load(Relaxed),
             allocations: self.allocations.load(Relaxed),
             launches,
+            ..Stats::default()
         }
     }
 

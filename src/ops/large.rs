@@ -11,6 +11,7 @@ use crate::op::{Case, Fill, Op};
 
 mod dense;
 mod desk;
+pub mod growth;
 mod losses;
 mod reduced;
 mod rows;

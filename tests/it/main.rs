@@ -2,6 +2,7 @@
 
 mod commands;
 mod composition;
+mod counted;
 mod cuda;
 mod cuda_groups;
 mod data;

@@ -44,6 +44,7 @@ def arguments():
     parser.add_argument("--out", required=True)
     parser.add_argument("--page")
     parser.add_argument("--device", choices=("cpu", "wgpu"), default="cpu")
+    parser.add_argument("--growth", help="what `espalier kernels bench --growth --format json` wrote, for the page")
     parser.add_argument("--op", default="*", help="only ops whose name fits (* and ?, several separated by |)")
     parser.add_argument("--case", default="*", help="only cases whose name fits (* and ?)")
     parser.add_argument("--peer", default="*", help="only peers whose name fits")
@@ -385,7 +386,8 @@ def write_page(options, cases):
     if options.page:
         import page
 
-        page.write(read_records(options.out), cases, options.page)
+        grown = [json.loads(line) for line in Path(options.growth).read_text().splitlines()] if options.growth else []
+        page.write(read_records(options.out), cases, options.page, grown)
 
 
 if __name__ == "__main__":

@@ -173,6 +173,26 @@ def goals(matches):
     yield ""
 
 
+def laws(rows):
+    """How our times grow with sizes: rows of `espalier kernels bench --growth`."""
+    if not rows:
+        return
+    yield "## How cost grows\n"
+    yield "Least times of our kernels at sizes that double, all sizes in turn (`espalier kernels bench --growth`). A slope is that of"
+    yield "the logarithms of the three largest sizes; a share is of the first case's time.\n"
+    yield "| what | over | found | must be | sizes | µs | |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for row in rows:
+        found = " ".join(f"{x:.2f}" for x in row["found"])
+        if len(row["found"]) == 1:
+            must = f"{row['least'][0]:.2f} to {row['most'][0]:.2f}"
+        else:
+            must = "at most " + " ".join(f"{x:.2f}" for x in row["most"])
+        sizes, times = " ".join(f"{x:g}" for x in row["sizes"]), " ".join(f"{x:.0f}" for x in row["us"])
+        yield f"| {row['name']} | {row['variable']} | {found} | {must} | {sizes} | {times} | {'' if row['holds'] else 'broken'} |"
+    yield ""
+
+
 def faults(matches):
     lines = []
     for m in matches:
@@ -181,7 +201,7 @@ def faults(matches):
     return ["## Without a time\n", *lines, ""] if lines else []
 
 
-def write(records, cases, path):
+def write(records, cases, path, grown=()):
     matches = collect(records, cases)
     stamps = sorted(r["time"] for r in records)
     by_backend = {r["device"]["backend"]: r["device"] for r in records}
@@ -231,6 +251,6 @@ def write(records, cases, path):
         lines += [*place.head(), chart("ratios", place, ratios(part), "Ratios by case and peer"), *goals(part), *tables(part)]
         if place.backend == "cpu":
             lines += [chart("growth", place, growth(part), "Rate of f32 products over their size")]
-    lines += faults(matches)
+    lines += [*laws(grown), *faults(matches)]
     with open(path, "w", encoding="utf-8") as out:
         out.write("\n".join(lines).rstrip() + "\n")

@@ -79,11 +79,14 @@ class Page(unittest.TestCase):
     def test_the_page_says_what_has_no_time(self):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "benchmarks.md")
-            page.write(self.records, CASES, path)
+            law = {"name": "f32 product", "variable": "n", "found": [3.2], "least": [2.9], "most": [3.1]}
+            law.update(sizes=[1.0, 2.0], us=[1.0, 9.0], holds=False)
+            page.write(self.records, CASES, path, [law])
             with open(path, encoding="utf-8") as file:
                 text = file.read()
             self.assertTrue(os.path.exists(os.path.join(folder, "benchmarks", "ratios-1.svg")))
         self.assertIn("**2.00** (1.50–2.00)", text)
+        self.assertIn("| f32 product | n | 3.20 | 2.90 to 3.10 | 1 2 | 1 9 | broken |", text)
         self.assertIn("softmax 4 x 4 (forward), wrong: relative error 1", text)
         self.assertIn("| KL with its gradient | PyTorch | 8 | 20 | 10.00 | met |", text)
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::break_even;
+use super::growth;
 use super::measure::{self, Ceiling, Effort};
 use super::whole::{self, Whole};
 use super::{sampled, serve};
@@ -74,6 +75,9 @@ pub struct Args {
     /// Instead of the table: feed-forward blocks as 2:4, unstructured zeros and experts against the dense one
     #[arg(long, conflicts_with_all = ["op", "sizes", "skip", "list", "rungs", "all", "overhead", "seconds", "serve"])]
     break_even: bool,
+    /// Instead of the table: how times grow with sizes, against how they must
+    #[arg(long, conflicts_with_all = ["sizes", "skip", "list", "rungs", "all", "overhead", "seconds", "serve", "break_even"])]
+    growth: bool,
 }
 
 /// A case as `--list` prints it: what another program needs to time the same work and to file it under the same name.
@@ -157,6 +161,9 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
     }
     if args.break_even {
         return break_even::run(global, args.samples, args.seed);
+    }
+    if args.growth {
+        return growth::run(global, &args.op, args.samples, args.seed);
     }
     let cases = cases(args.sizes, &args.op, args.all)?;
     let device = global.open()?;

@@ -49,7 +49,7 @@ pub(super) fn hardware(device: &Arc<dyn Device>) -> bool {
 }
 
 /// Arguments that together do not fit the last-level cache, so that every run finds its own cold.
-struct Ring {
+pub(super) struct Ring {
     slots: Vec<Slot>,
     next: usize,
 }
@@ -100,7 +100,7 @@ impl Slot {
 }
 
 impl Ring {
-    fn new(case: &Case, device: &Arc<dyn Device>, encoded: &[Vec<u8>]) -> Result<Self> {
+    pub(super) fn new(case: &Case, device: &Arc<dyn Device>, encoded: &[Vec<u8>]) -> Result<Self> {
         let out: usize = case.op.infer(&case.metas())?.iter().map(|m| m.bytes()).sum();
         let bytes = encoded.iter().map(Vec::len).sum::<usize>() + out;
         let floor = if hardware(device) { GPU_RING_BYTES } else { 0 };
@@ -109,7 +109,7 @@ impl Ring {
         Ok(Self { slots: (0..count).map(|_| slot(case, device, encoded)).collect::<Result<_>>()?, next: 0 })
     }
 
-    fn run(&mut self, kernel: &Kernel, case: &Case, runs: usize) -> Result<()> {
+    pub(super) fn run(&mut self, kernel: &Kernel, case: &Case, runs: usize) -> Result<()> {
         for _ in 0..runs {
             self.slots[self.next].run(kernel, case)?;
             self.next = (self.next + 1) % self.slots.len();

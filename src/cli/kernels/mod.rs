@@ -4,6 +4,7 @@ mod bench;
 mod break_even;
 mod compare;
 mod cuda_check;
+mod growth;
 mod list;
 mod measure;
 mod sampled;

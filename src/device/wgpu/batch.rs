@@ -23,6 +23,7 @@ pub struct Batch {
     launches: usize,
     last: &'static str,
     in_flight: VecDeque<Submitted>,
+    submits: u64,
     deadline: Duration,
 }
 
@@ -49,6 +50,7 @@ impl Batches {
             launches: 0,
             last: "none",
             in_flight: VecDeque::new(),
+            submits: 0,
             deadline,
         };
         Self { batch: Mutex::new(batch), deadline_ms: AtomicU64::new(deadline.as_millis() as u64) }
@@ -109,6 +111,11 @@ impl Batch {
         self.number
     }
 
+    /// Command buffers handed over so far.
+    pub fn submits(&self) -> u64 {
+        self.submits
+    }
+
     pub fn full(&self) -> bool {
         self.launches >= LAUNCHES
     }
@@ -156,6 +163,7 @@ impl Batch {
                 gpu.submit(encoder.finish())
             });
             let index = submitted.map_err(|e| gpu.failure(e, "submit", 0))?;
+            self.submits += 1;
             self.in_flight.push_back(Submitted { number: self.number, index, last: self.last });
         }
         while self.in_flight.len() > IN_FLIGHT {

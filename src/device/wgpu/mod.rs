@@ -366,7 +366,7 @@ impl Device for WgpuDevice {
     }
 
     fn stats(&self) -> Stats {
-        self.pool.stats(self.launches.load(Relaxed))
+        Stats { submits: self.batches.lock().submits(), ..self.pool.stats(self.launches.load(Relaxed)) }
     }
 
     fn reset_peak(&self) {

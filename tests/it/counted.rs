@@ -1,0 +1,78 @@
+//! Work that is counted, not timed: what a training step launches, hands over and holds. Exact, whatever else a machine does.
+
+use std::sync::Arc;
+
+use espalier::device::{self, Class, Device, Kind, Limits, NullDevice, Stats};
+use espalier::nn::config::Size;
+use espalier::nn::{Config, Model};
+use espalier::train::optimizer::Optimizer;
+use espalier::train::trainer::step;
+
+use crate::model::{VOCABULARY, assemble, cpu, examples, micro, settings};
+
+/// Launches of one command buffer at most (`device/wgpu/batch.rs`).
+const LAUNCHES: u64 = 128;
+
+/// What the third training step of a GPT of that many blocks adds to a device's counts; what it held.
+fn third_step(device: &Arc<dyn Device>, size: Size) -> Stats {
+    let mut model = Model::init(Config::gpt(size, VOCABULARY), device, 1).unwrap();
+    let mut optimizer = Optimizer::new(&mut model, settings(1e-3), |_| true).unwrap();
+    let micro = micro(device, &assemble(&examples(24, 4)));
+    let mut run = || step(&model, &mut optimizer, std::slice::from_ref(&micro), &[], (0.0, 1, 80)).map(|_| ());
+    for _ in 0..2 {
+        run().unwrap();
+    }
+    device.reset_peak();
+    let before = device.stats();
+    run().unwrap();
+    let after = device.stats();
+    Stats {
+        launches: after.launches - before.launches,
+        submits: after.submits - before.submits,
+        allocations: after.allocations - before.allocations,
+        ..after
+    }
+}
+
+fn size(layers: usize) -> Size {
+    Size { layers, heads: 2, head_size: 16, ffn_width: 128, max_positions: 32 }
+}
+
+fn null() -> Arc<dyn Device> {
+    Arc::new(NullDevice::new(Kind::Cpu, Class::Cpu, Limits::unbounded()))
+}
+
+/// A block costs as many launches as the one before it; what is left is the embedding, the loss and the update.
+#[test]
+fn a_step_launches_alike_for_every_block() {
+    let launches = |layers| third_step(&cpu(), size(layers)).launches;
+    let [one, two, three, eight] = [1, 2, 3, 8].map(launches);
+    assert_eq!((two - one, three - two), (two - one, two - one), "{one} {two} {three}");
+    assert_eq!(eight, one + 7 * (two - one));
+    assert!(two - one <= 50, "{} launches of one block", two - one);
+}
+
+/// A step is one command buffer, and its loss the only thing that is read: a device is never waited for within one. Only what
+/// would keep the device idle for long is handed over in parts.
+#[test]
+fn a_step_is_handed_over_once() {
+    let Ok(device) = device::open("wgpu") else {
+        assert!(!std::env::var("ESPALIER_REQUIRE").unwrap_or_default().contains("wgpu"), "no adapter");
+        return;
+    };
+    for layers in [1, 2, 4] {
+        let Stats { launches, submits, .. } = third_step(&device, size(layers));
+        assert_eq!(submits, launches.div_ceil(LAUNCHES), "{launches} launches of {layers} blocks");
+    }
+}
+
+/// What the classes of the pool add to what a step holds at its fullest, to the byte: at most a tenth.
+#[test]
+fn a_step_holds_what_its_tensors_need() {
+    for layers in [1, 4] {
+        let wide = Size { heads: 4, head_size: 32, ffn_width: 512, ..size(layers) };
+        let need = third_step(&null(), wide).bytes_peak as f64;
+        let held = third_step(&cpu(), wide).bytes_peak as f64;
+        assert!(held >= need && held <= 1.1 * need, "{layers} blocks: {held} bytes for {need}");
+    }
+}
