@@ -172,6 +172,11 @@ impl Tensor {
         self.meta
     }
 
+    /// Whether both are the same elements of the same memory.
+    pub fn is(&self, other: &Self) -> bool {
+        self.buffer.same(&other.buffer) && self.offset == other.offset && self.meta == other.meta
+    }
+
     pub fn shape(&self) -> Shape {
         self.meta.shape
     }

@@ -240,20 +240,15 @@ pub fn ways(model: &Model, layer: &str) -> Result<Vec<Way>> {
     Ok(all)
 }
 
-/// Those of a block's experts; what a threshold leaves out, dense products would have to compute.
+/// Those of a block's experts.
 fn ways_of_experts(model: &Model, layer: &str) -> Result<Vec<Way>> {
-    let mut all = vec![Way::Stored, Way::Sorted];
-    let experts = block_of(model, layer).and_then(|i| model.config.blocks[i].experts);
-    if experts.is_some_and(|experts| experts.threshold.is_none()) {
-        let [inner, outer] = ["in", "out"].map(|part| dense_weight(model, &format!("{layer}.experts.{part}")));
-        let (inner, outer) = (inner?, outer?);
-        let &[e, d, n] = outer.dims() else {
-            return Err(Error::Shape { op: "experts", rule: "out [E, d, n]", got: outer.meta().to_string() });
-        };
-        let outer = dispatch::run_one(&Permute { order: vec![1, 0, 2] }, &[&outer])?.reshape(&[d, e * n])?;
-        all.push(Way::AllExperts { inner: inner.reshape(&[e * n, d])?, outer });
-    }
-    Ok(all)
+    let [inner, outer] = ["in", "out"].map(|part| dense_weight(model, &format!("{layer}.experts.{part}")));
+    let (inner, outer) = (inner?, outer?);
+    let &[e, d, n] = outer.dims() else {
+        return Err(Error::Shape { op: "experts", rule: "out [E, d, n]", got: outer.meta().to_string() });
+    };
+    let outer = dispatch::run_one(&Permute { order: vec![1, 0, 2] }, &[&outer])?.reshape(&[d, e * n])?;
+    Ok(vec![Way::Stored, Way::Sorted, Way::AllExperts { inner: inner.reshape(&[e * n, d])?, outer }])
 }
 
 /// Times layers of one form and shape on all their ways.

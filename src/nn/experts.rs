@@ -8,7 +8,7 @@ use super::ways::Way;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::ADD;
 use crate::ops::matmul::{Epilogue, Matmul};
 use crate::ops::moe::{GroupedMatmul, GroupedMatmulInt8, MoeCombine, MoeDispatch, MoeGate};
 use crate::ops::moe_gather::{Gathered, GatheredMatmul, GatheredMatmulInt8};
@@ -132,8 +132,8 @@ impl Pass<'_> {
         let rows = self.rows(x)?;
         let way = self.way(&format!("blocks.{i}.ffn"), rows.dims()[0]).cloned();
         let scores = self.router(i, &rows.detach())?;
-        if let (Some(Way::AllExperts { inner, outer }), None) = (way.clone(), threshold) {
-            return self.all_experts(i, (&rows, &scores), (&inner, &outer), k)?.reshape(x.dims());
+        if let Some(Way::AllExperts { inner, outer }) = &way {
+            return self.all_experts(i, (&rows, &scores), (inner, outer))?.reshape(x.dims());
         }
         let gated = self.tape.run(MoeGate { k }, &[&scores])?;
         let choice = Choice { indices: gated[0].clone(), gates: gated[1].clone(), threshold };
@@ -161,7 +161,7 @@ impl Pass<'_> {
                 self.tape.first(MoeCombine { k, weighted: true }, &[&y, &sorted.order, &counts])?
             }
         };
-        let y = self.tape.first(Binary(BinaryFunction::Add), &[&y, &bias])?;
+        let y = self.tape.first(ADD, &[&y, &bias])?;
         y.reshape(x.dims())
     }
 

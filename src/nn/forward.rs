@@ -9,7 +9,7 @@ use super::taps::Taps;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::attention::{Attention, Mask};
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::{ADD, MUL};
 use crate::ops::embed::Embed;
 use crate::ops::ffn::{Ffn, FfnActivation};
 use crate::ops::layout::Slice;
@@ -134,6 +134,8 @@ pub struct Pass<'m> {
     /// Bias by distance of a stack's table over a span.
     pub(super) biases: Vec<(usize, Span, Var)>,
     pub(super) memory: Option<Memory<'m>>,
+    /// The last rows that were rounded to integers by their own ranges, and these with their scales.
+    pub(super) rounded: Option<(Var, Vec<Var>)>,
     /// Whether the model has parameters beside its own (see `tuning`).
     pub(super) tuned: bool,
     prefix: usize,
@@ -167,6 +169,7 @@ impl<'m> Pass<'m> {
             grouped: false,
             biases: Vec::new(),
             memory: None,
+            rounded: None,
             tuned,
             prefix: if tuned { model.prefix_length() } else { 0 },
             taps: None,
@@ -323,7 +326,7 @@ impl<'m> Pass<'m> {
         if self.model.config.positions == Positions::Learned {
             let table = self.parameter("embedding.positions")?;
             let positions = self.tape.first(Embed, &[&table, &Var::constant(batch.positions.clone())])?;
-            x = self.tape.first(Binary(BinaryFunction::Add), &[&x, &positions])?;
+            x = self.tape.first(ADD, &[&x, &positions])?;
         }
         x = self.gated(Place::Hidden, x)?;
         x = self.dropped(x, sublayer)?;
@@ -505,7 +508,7 @@ impl<'m> Pass<'m> {
                 let gate = self.tape.first(Slice { axis, start: 0, length: block.ffn_width }, &[&h])?;
                 let value = self.tape.first(Slice { axis, start: block.ffn_width, length: block.ffn_width }, &[&h])?;
                 let gate = self.tape.first(Unary(Function::GeluTanh), &[&gate])?;
-                self.tape.first(Binary(BinaryFunction::Mul), &[&gate, &value])?
+                self.tape.first(MUL, &[&gate, &value])?
             }
         };
         let h = self.gated(Place::Neurons(i), h)?;

@@ -5,7 +5,7 @@ use super::forward::Pass;
 use super::model::missing;
 use super::ways::dense_weight;
 use crate::error::Result;
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::MUL;
 use crate::ops::matmul::Matmul;
 use crate::ops::quant::{Dequantize, Granularity, GridFrom, MatmulInt8, MatmulInt8Groups, Quantize, Scheme};
 use crate::ops::quant_int4::{MatmulInt4, UnpackInt4};
@@ -113,7 +113,7 @@ impl Pass<'_> {
             return Ok(x.clone());
         };
         let factors = self.constant(factors)?;
-        self.tape.first(Binary(BinaryFunction::Mul), &[x, &factors])
+        self.tape.first(MUL, &[x, &factors])
     }
 
     /// Rows as integers and a scale for each: by the linear's `.input_step`, or each by its own range.
@@ -123,7 +123,16 @@ impl Pass<'_> {
                 let step = Var::constant(step.clone());
                 self.tape.run(Quantize { from: GridFrom::Step, ..ACTIVATION }, &[rows, &step])
             }
-            None => self.tape.run(ACTIVATION, &[rows]),
+            None => {
+                // Query, key and value have one input.
+                if let Some((_, levels)) = self.rounded.as_ref().filter(|(of, _)| of.tensor.is(&rows.tensor)) {
+                    return Ok(levels.clone());
+                }
+                let levels = self.tape.run(ACTIVATION, &[rows])?;
+                // Held with what they were made from, so that its memory is not another tensor's meanwhile.
+                self.rounded = (!self.tape.recording()).then(|| (rows.clone(), levels.clone()));
+                Ok(levels)
+            }
         }
     }
 

@@ -3,14 +3,13 @@
 use super::config::{NormKind, Residual};
 use super::forward::{Pass, States};
 use crate::error::Result;
-use crate::ops::binary::{ADD, Binary, BinaryFunction};
+use crate::ops::binary::{ADD, Binary, BinaryFunction, MUL};
 use crate::ops::matmul::Matmul;
 use crate::ops::norm::{AddNorm, LayerNorm, RmsNorm};
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
 use crate::ops::unary::{Cast, Function, Unary};
 use crate::tape::Var;
 
-const MUL: Binary = Binary(BinaryFunction::Mul);
 const SUB: Binary = Binary(BinaryFunction::Sub);
 
 impl Pass<'_> {

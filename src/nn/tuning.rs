@@ -17,7 +17,7 @@ use super::ways::dense_weight;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::{ADD, MUL};
 use crate::ops::layout::{Concat, Fill, GatherRows};
 use crate::ops::matmul::Matmul;
 use crate::ops::unary::{Function, Unary};
@@ -30,9 +30,6 @@ pub const TUNING: &str = "tuning.";
 pub const DISTILLED: &str = "distil.";
 /// Lengths of prefixed sequences.
 pub const COUNTS: &str = "tuning.prefix.counts";
-
-const ADD: Binary = Binary(BinaryFunction::Add);
-const MUL: Binary = Binary(BinaryFunction::Mul);
 
 impl Model {
     /// Whether parameters were added: they learn, and the model's own stay as they are.

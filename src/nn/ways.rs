@@ -2,18 +2,20 @@
 
 use std::collections::BTreeMap;
 
+use super::config::Experts;
 use super::forward::Pass;
 use super::linear::ACTIVATION;
 use super::model::{Model, missing};
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::ops::binary::MUL;
 use crate::ops::gates::ScaleGroups;
 use crate::ops::layout::Fill;
 use crate::ops::matmul::{Epilogue, Matmul};
 use crate::ops::quant::{Dequantize, FakeQuant, Granularity, GridFrom, MatmulInt8};
 use crate::ops::quant_int4::UnpackInt4;
-use crate::ops::select::KeepLargest;
+use crate::ops::select::{Above, KeepLargest};
 use crate::ops::sparse_bitmap::DecompressBitmap;
 use crate::ops::sparse24::Decompress24;
 use crate::shape::Shape;
@@ -134,15 +136,21 @@ impl Pass<'_> {
         i: usize,
         (rows, scores): (&Var, &Var),
         (inner, outer): (&Tensor, &Tensor),
-        k: usize,
     ) -> Result<Var> {
+        let Some(Experts { selected, threshold, .. }) = self.model.config.blocks[i].experts else {
+            return Err(missing(&format!("blocks.{i}.experts")));
+        };
         let name = |part: &str| format!("blocks.{i}.ffn.experts.{part}");
         let (experts, hidden) = (scores.tensor.shape().last(), inner.dims()[0]);
         let x = self.as_multiplied(&name("in"), rows)?;
         let bias = self.parameter(&name("in.bias"))?.reshape(&[hidden])?;
         let op = Matmul { epilogue: Epilogue::BiasRelu, ..Matmul::linear() };
         let h = self.tape.first(op, &[&x, &Var::constant(inner.clone()), &bias])?;
-        let chosen = self.tape.first(KeepLargest { keep: k, magnitude: false }, &[scores])?;
+        let mut chosen = self.tape.first(KeepLargest { keep: selected, magnitude: false }, &[scores])?;
+        if let Some(threshold) = threshold {
+            let above = self.tape.first(Above { threshold }, &[scores])?;
+            chosen = self.tape.first(MUL, &[&chosen, &above])?;
+        }
         let h = self.tape.first(ScaleGroups, &[&h, &chosen])?;
         // Each expert's rows have a grid of their own.
         let (m, n) = (h.dims()[0], hidden / experts.max(1));

@@ -35,6 +35,9 @@ pub struct Binary(pub BinaryFunction);
 /// The sum of two tensors: what gradients that meet are joined with.
 pub const ADD: Binary = Binary(BinaryFunction::Add);
 
+/// The product of two tensors, element by element.
+pub const MUL: Binary = Binary(BinaryFunction::Mul);
+
 /// target += factor x, in place: output 0 is input 0. Inputs (target, x) of one shape; no gradient.
 #[derive(Clone, Copy, Debug)]
 pub struct AccumulateScaled {

@@ -5,7 +5,7 @@
 
 use std::any::Any;
 
-use super::binary::{Binary, BinaryFunction};
+use super::binary::MUL;
 use super::sparse24::{BLOCK, matrix24, random_mask, ties, wgsl};
 use crate::cpu;
 use crate::dtype::DType;
@@ -107,7 +107,7 @@ impl Op for Compress24 {
     fn gradient(&self, g: &Gradient) -> Result<Vec<Option<Tensor>>> {
         // Places that were filled up hold zeros whatever w is; the mask takes what flowed to them away again.
         let dense = g.one(&Decompress24 { k: g.input_metas[0].dims()[1] }, &[g.grad(0)?, g.output(1)?])?;
-        Ok(vec![Some(g.one(&Binary(BinaryFunction::Mul), &[&dense, g.input(1)?])?), None])
+        Ok(vec![Some(g.one(&MUL, &[&dense, g.input(1)?])?), None])
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -16,7 +16,7 @@ use super::store;
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::nn::{Head, Model, Pass};
-use crate::ops::binary::{ADD, Binary, BinaryFunction};
+use crate::ops::binary::{ADD, MUL};
 use crate::ops::random::Dropout;
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
 use crate::ops::softmax::{CrossEntropy, LinearCrossEntropy};
@@ -101,7 +101,7 @@ pub fn weighted_cross_entropy(pass: &mut Pass, hidden: &Var, targets: &Tensor, w
         let logits = pass.logits(&rows)?;
         pass.tape.first(CrossEntropy { smoothing: 0.0 }, &[&logits, &targets])?
     };
-    let weighted = pass.tape.first(Binary(BinaryFunction::Mul), &[&losses, &Var::constant(weights.clone())])?;
+    let weighted = pass.tape.first(MUL, &[&losses, &Var::constant(weights.clone())])?;
     sum(pass, &weighted)
 }
 
@@ -121,7 +121,7 @@ pub fn loss_of(pass: &mut Pass, hidden: &Var, micro: &Micro, methods: &[Box<dyn 
         if let Some(term) = method.on_loss(pass, hidden, micro)? {
             total = Some(match total {
                 None => term,
-                Some(sum) => pass.tape.first(Binary(BinaryFunction::Add), &[&sum, &term])?,
+                Some(sum) => pass.tape.first(ADD, &[&sum, &term])?,
             });
         }
     }

@@ -9,7 +9,7 @@ use crate::dispatch;
 use crate::dtype::DType;
 use crate::op::{Case, Fill, Op, Tolerance};
 use crate::ops::attention::{Attention, Mask};
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::MUL;
 use crate::ops::ffn::{Ffn, FfnActivation};
 use crate::ops::matmul::{Epilogue, Matmul};
 use crate::ops::softmax::Softmax;
@@ -81,7 +81,7 @@ fn the_attention_chain_needs_the_allowance() {
             let [q, k, v] = [0, 1, 2].map(|i| x[i].reshape(&[rows, dim]).unwrap());
             let scale = Tensor::from_f64(q.device(), &[1], dtype, &[0.125]).unwrap();
             let products = one(&Matmul::plain(false, true), &[&q, &k]);
-            let scores = one(&Binary(BinaryFunction::Mul), &[&products, &scale]);
+            let scores = one(&MUL, &[&products, &scale]);
             one(&Matmul::plain(false, false), &[&one(&Softmax, &[&scores]), &v])
         });
     }

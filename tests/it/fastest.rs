@@ -50,6 +50,16 @@ fn split() -> Model {
     convert(&pruned(), settings, &[batch(&cpu())]).unwrap().0
 }
 
+/// Of a router's scores: some of the selected are above it.
+const BOUND: f32 = 0.05;
+
+/// Experts of which a token runs those of the selected that the router scores above a bound.
+fn above(threshold: f32) -> Model {
+    let mut model = split();
+    model.config.blocks.iter_mut().filter_map(|b| b.experts.as_mut()).for_each(|e| e.threshold = Some(threshold));
+    model
+}
+
 /// Seven of eight weights are zero, in no pattern of four: whole blocks of four are.
 fn scattered() -> Model {
     let mut model = pruned();
@@ -189,12 +199,22 @@ fn only(model: &Model, layer: &str, way: Way) -> Model {
     other
 }
 
+/// Else the tests below say nothing of a bound.
+#[test]
+fn a_bound_leaves_some_of_the_selected_experts_out() {
+    let runs = |bound| output(&above(bound), "blocks.0.ffn");
+    let all = runs(f32::MIN);
+    assert_eq!(all, output(&split(), "blocks.0.ffn"));
+    let lost = nmse(&all, &runs(BOUND));
+    assert!((0.1..0.9).contains(&lost), "{lost} of the output is lost");
+}
+
 /// Layer by layer, so that no rounding behind it hides or adds anything.
 #[test]
 fn every_way_is_the_stored_forms_function_on_every_device() {
     let mut seen = std::collections::BTreeSet::new();
     let static_inputs = Some(Format { activations: Activations::Static, ..Format::default() });
-    let sources = [pruned(), split()];
+    let sources = [pruned(), split(), above(BOUND)];
     let cases = sources.iter().flat_map(|m| formats().map(|f| (m.clone(), f))).chain([(prepared(), static_inputs)]);
     let scattered = [None, Some(Format::default())].map(|f| (scattered(), f));
     for (source, format) in cases.chain(scattered) {
@@ -227,7 +247,8 @@ fn every_way_is_the_stored_forms_function_on_every_device() {
 #[test]
 fn a_way_is_what_runs_and_not_where_something_learns_or_is_hooked() {
     let zeros = |like: &Tensor| Tensor::zeros(like.device(), like.meta()).unwrap();
-    for (model, layer) in [(pruned(), "blocks.0.ffn.in"), (split(), "blocks.0.ffn")] {
+    let experts = [split(), above(BOUND)].map(|model| (model, "blocks.0.ffn"));
+    for (model, layer) in [(pruned(), "blocks.0.ffn.in")].into_iter().chain(experts) {
         let stored = freeze(&model, Form { sparse: true, quantized: Some(Format::default()) }).unwrap();
         let want = output(&stored, layer);
         for way in fastest::ways(&stored, layer).unwrap().split_off(1) {
@@ -256,11 +277,6 @@ fn a_way_is_what_runs_and_not_where_something_learns_or_is_hooked() {
     for way in fastest::ways(&tuned, "blocks.0.ffn.in").unwrap() {
         assert!(nmse(&want, &output(&only(&tuned, "blocks.0.ffn.in", way), "blocks.0.ffn.in")) < 1e-10);
     }
-    // A token's threshold leaves experts out, which dense products would compute.
-    let mut threshold = split();
-    threshold.config.blocks[0].experts.as_mut().unwrap().threshold = Some(0.1);
-    let ways: Vec<&str> = fastest::ways(&threshold, "blocks.0.ffn").unwrap().iter().map(Way::name).collect();
-    assert_eq!(ways, ["stored", "sorted"]);
 }
 
 /// One after the other, so that their weights are as cold as in the model.

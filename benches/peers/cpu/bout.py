@@ -22,7 +22,7 @@ FEWEST_SLOTS, MOST_SLOTS = 3, 128
 # A timed run takes as many slots as fill this time, each once: whoever ran twice on the same numbers could skip the second.
 SAMPLE = 0.06
 # Ops that change their inputs.
-IN_PLACE = ("adamw", "accumulate_scaled")
+IN_PLACE = ("adamw", "accumulate_scaled", "sgd")
 # Of the time of one run: what a contestant may do after it said that it was done, or when its result is fetched.
 AFTERWARDS = 0.25
 SETTLE = 0.01

@@ -211,7 +211,7 @@ def write(records, cases, path, grown=()):
     span = stamps[0][:10] if stamps[0][:10] == stamps[-1][:10] else f"{stamps[0][:10]} to {stamps[-1][:10]}"
     best, ceilings = {}, []
     for r in records:
-        ceiling = r["op"] in ("multiply_add_chain", "scale", "accumulate_scaled") and r["min_us"]
+        ceiling = r["op"] in ("multiply_add_chain", "scale", "accumulate_scaled", "sgd") and r["min_us"]
         if ceiling and Place.of(r).backend == "cpu" and Place.of(r).threads == 1:
             best[r["op"]] = (r["flops"] / r["min_us"] / 1e3, r["bytes"] / r["min_us"] / 1e3)
     if best:

@@ -182,6 +182,11 @@ def adamw(value, p, g, m, v, factor, rates):
     return [p - rates[0] * (direction + value["weight_decay"] * p), m, v]
 
 
+def sgd(value, p, g, velocity, factor, rates):
+    velocity = value["momentum"] * velocity + g * factor[0]
+    return [p - rates[0] * (velocity + value["weight_decay"] * p), velocity]
+
+
 def scale(value, x):
     return [x * value.arguments[0].arguments[0]]
 

@@ -15,7 +15,7 @@ use crate::dispatch;
 use crate::error::Result;
 use crate::nn::config::Size;
 use crate::nn::{Activation, Batch, Config, Model, Pass};
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::MUL;
 use crate::ops::select::KeepLargest;
 use crate::ops::sparse24::{Form24, Mask24};
 use crate::report::bench::quantile;
@@ -153,7 +153,7 @@ fn masked(model: &Model, mask: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Mod
     let mut masked = model.duplicate()?;
     for name in LINEARS.map(|linear| format!("{linear}.weight")) {
         let weight = model.get(&name)?;
-        let product = dispatch::run_one(&Binary(BinaryFunction::Mul), &[weight, &mask(weight)?])?;
+        let product = dispatch::run_one(&MUL, &[weight, &mask(weight)?])?;
         masked.tensors.insert(name, product);
     }
     Ok(masked)

@@ -24,7 +24,7 @@ pub use schedule::{TemperatureSchedule, WeightSchedule};
 
 use crate::error::Result;
 use crate::nn::{Model, Pass};
-use crate::ops::binary::{ADD, Binary, BinaryFunction};
+use crate::ops::binary::{ADD, Binary, BinaryFunction, MUL};
 use crate::ops::matmul::Matmul;
 use crate::ops::softmax::Softmax;
 use crate::ops::unary::{Function, Unary};
@@ -32,7 +32,6 @@ use crate::rng::Stream;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 
-const MUL: Binary = Binary(BinaryFunction::Mul);
 const SUB: Binary = Binary(BinaryFunction::Sub);
 
 fn scaled(pass: &mut Pass, x: &Var, factor: f32) -> Result<Var> {

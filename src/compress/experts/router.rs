@@ -13,7 +13,7 @@ use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{Model, Pass};
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::{Binary, BinaryFunction, MUL};
 use crate::ops::distill::{HiddenMse, Reduction};
 use crate::ops::matmul::{Epilogue, Matmul};
 use crate::ops::optim::{AdamW, StepRates};
@@ -200,7 +200,7 @@ pub fn slope(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let p = dispatch::run_one(&Unary(Function::Sigmoid), &[logits])?;
     let d = dispatch::run_one(&Binary(BinaryFunction::Sub), &[&p, targets])?;
     let share = Tensor::from_f64(logits.device(), &[1], logits.dtype(), &[1.0 / logits.count().max(1) as f64])?;
-    dispatch::run_one(&Binary(BinaryFunction::Mul), &[&d, &share])
+    dispatch::run_one(&MUL, &[&d, &share])
 }
 
 fn layers(tape: &mut Tape, leaves: &[Var], x: &Var) -> Result<Var> {

@@ -13,7 +13,7 @@ use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{Model, OutputHook, Pass, Place};
-use crate::ops::binary::{ADD, Binary, BinaryFunction};
+use crate::ops::binary::{ADD, Binary, BinaryFunction, MUL};
 use crate::ops::hard_concrete::Clamp;
 use crate::ops::layout::{Fill, Slice};
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
@@ -24,7 +24,6 @@ use crate::tensor::Tensor;
 use crate::train::lifecycle::{Invariant, Method, Micro};
 use crate::train::optimizer::Optimizer;
 
-const MUL: Binary = Binary(BinaryFunction::Mul);
 const SUB: Binary = Binary(BinaryFunction::Sub);
 
 /// Name of lambda_1 and lambda_2 among the model's tensors while they learn.

@@ -7,7 +7,7 @@ use super::layout::{Layout, Level};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::nn::Pass;
-use crate::ops::binary::{ADD, Binary, BinaryFunction};
+use crate::ops::binary::{ADD, Binary, BinaryFunction, MUL};
 use crate::ops::hard_concrete::{GateValue, HardConcrete};
 use crate::ops::matmul::Matmul;
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
@@ -15,7 +15,6 @@ use crate::ops::unary::{Function, Unary};
 use crate::tape::Var;
 use crate::tensor::Tensor;
 
-const MUL: Binary = Binary(BinaryFunction::Mul);
 const SUB: Binary = Binary(BinaryFunction::Sub);
 
 /// Cost of a sublayer by its units (heads, neurons), linear between points; a sublayer that is gone costs nothing.

@@ -4,7 +4,7 @@ use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::nn::model::GATE;
 use crate::nn::{Model, Pass};
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::MUL;
 use crate::ops::unary::Cast;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
@@ -26,7 +26,7 @@ pub fn masked(tape: &mut Tape, weight: &Var, mask: &Var) -> Result<Var> {
     if weight.tensor.dtype() != mask.tensor.dtype() {
         mask = tape.first(Cast { to: weight.tensor.dtype() }, &[&mask])?;
     }
-    tape.first(Binary(BinaryFunction::Mul), &[weight, &mask])
+    tape.first(MUL, &[weight, &mask])
 }
 
 /// Adds gates to a model that has none yet; a resumed training brings them with its checkpoint.
@@ -43,7 +43,7 @@ pub fn freeze(model: &Model, optimizer: &mut Optimizer, weight: &str, mask: &Ten
     let values = model.get(weight)?;
     let mask = mask.reshape(values.dims())?;
     optimizer.set_mask(weight, &mask)?;
-    values.assign(&dispatch::run_one(&Binary(BinaryFunction::Mul), &[values, &mask])?)
+    values.assign(&dispatch::run_one(&MUL, &[values, &mask])?)
 }
 
 /// The error of a training that ended before its window did.

@@ -7,7 +7,7 @@ use super::selection::{Scope, select};
 use crate::dispatch;
 use crate::error::Result;
 use crate::nn::Model;
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::MUL;
 use crate::ops::select::Above;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Invariant, Method};
@@ -57,7 +57,7 @@ impl Method for Held {
             for (name, mask) in self.sparse.keys().zip(std::mem::take(&mut self.masks)) {
                 optimizer.set_mask(name, &mask)?;
                 let weight = model.get(name)?;
-                weight.assign(&dispatch::run_one(&Binary(BinaryFunction::Mul), &[weight, &mask])?)?;
+                weight.assign(&dispatch::run_one(&MUL, &[weight, &mask])?)?;
             }
         }
         Ok(())

@@ -11,7 +11,7 @@ use crate::cpu::PAIRS;
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::nn::{Model, OutputHook, Pass};
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::MUL;
 use crate::ops::layout::GatherRows;
 use crate::ops::matmul::Matmul;
 use crate::ops::reduce::ArgMax;
@@ -92,7 +92,7 @@ impl OutputHook for Learned24 {
         }
         let gates = gates::variable(pass, &name)?;
         let tape = &mut pass.tape;
-        let sharp = tape.first(Binary(BinaryFunction::Mul), &[&gates, &Var::constant(self.present.clone())])?;
+        let sharp = tape.first(MUL, &[&gates, &Var::constant(self.present.clone())])?;
         let chances = tape.first(Softmax, &[&sharp])?;
         let mask = tape.first(Matmul::plain(false, false), &[&chances, &Var::constant(self.patterns.clone())])?;
         Ok((x, gates::masked(tape, &weight, &mask)?))

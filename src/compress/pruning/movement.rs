@@ -12,7 +12,7 @@ use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{Model, OutputHook, Pass};
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::{ADD, Binary, BinaryFunction, MUL};
 use crate::ops::layout::{Fill, Permute};
 use crate::ops::matmul::Matmul;
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
@@ -109,7 +109,7 @@ impl Movement {
     fn straight_through(tape: &mut Tape, scores: &Var, units: &Tensor) -> Result<Var> {
         // s - s is exactly 0 for every finite s.
         let nothing = tape.first(Binary(BinaryFunction::Sub), &[scores, &scores.detach()])?;
-        tape.first(Binary(BinaryFunction::Add), &[&nothing, &Var::constant(units.clone())])
+        tape.first(ADD, &[&nothing, &Var::constant(units.clone())])
     }
 }
 
@@ -160,7 +160,7 @@ impl Method for Movement {
             let sum = pass.tape.first(Reduce { function: ReduceFunction::Sum, axis: Axis::All }, &[&open])?;
             total = Some(match total {
                 None => sum,
-                Some(total) => pass.tape.first(Binary(BinaryFunction::Add), &[&total, &sum])?,
+                Some(total) => pass.tape.first(ADD, &[&total, &sum])?,
             });
         }
         let Some(total) = total else {
@@ -170,8 +170,8 @@ impl Method for Movement {
         // Read by captured steps: what differs from step to step comes as tensors.
         let labels = Reduce { function: ReduceFunction::Sum, axis: Axis::All };
         let labels = dispatch::run_one(&labels, &[&micro.weights])?.reshape(&[1])?;
-        let factor = dispatch::run_one(&Binary(BinaryFunction::Mul), &[&labels, &self.factor])?;
-        Ok(Some(pass.tape.first(Binary(BinaryFunction::Mul), &[&mean, &Var::constant(factor)])?))
+        let factor = dispatch::run_one(&MUL, &[&labels, &self.factor])?;
+        Ok(Some(pass.tape.first(MUL, &[&mean, &Var::constant(factor)])?))
     }
 
     fn on_update(&mut self, step: u64, model: &Model, optimizer: &mut Optimizer) -> Result<()> {

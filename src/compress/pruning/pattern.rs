@@ -6,7 +6,7 @@ use crate::compress::written;
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::ADD;
 use crate::ops::layout::{Fill, Permute};
 use crate::ops::matmul::Matmul;
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
@@ -127,5 +127,5 @@ fn ones(beside: &Tensor, dims: &[usize]) -> Result<Tensor> {
 pub fn absolute(x: &Tensor) -> Result<Tensor> {
     let relu = |x: &Tensor| dispatch::run_one(&Unary(Function::Relu), &[x]);
     let negative = dispatch::run_one(&Unary(Function::Scale(-1.0)), &[x])?;
-    dispatch::run_one(&Binary(BinaryFunction::Add), &[&relu(x)?, &relu(&negative)?])
+    dispatch::run_one(&ADD, &[&relu(x)?, &relu(&negative)?])
 }

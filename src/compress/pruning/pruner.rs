@@ -9,12 +9,10 @@ use super::selection::{self, Scope};
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::nn::Model;
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::MUL;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::{Invariant, Method};
 use crate::train::optimizer::Optimizer;
-
-const MUL: Binary = Binary(BinaryFunction::Mul);
 
 /// What is pruned to what, whatever ranks it.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -7,7 +7,7 @@ use super::pruner::{Criterion, Work};
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::nn::Model;
-use crate::ops::binary::{AccumulateScaled, Binary, BinaryFunction};
+use crate::ops::binary::{AccumulateScaled, MUL};
 use crate::ops::random::Uniform;
 use crate::ops::unary::{Function, Unary};
 use crate::rng::Site;
@@ -77,7 +77,7 @@ impl Criterion for FirstOrder {
         }
         for name in weights {
             let (gradient, factor) = optimizer.gradient(name)?;
-            let product = dispatch::run_one(&Binary(BinaryFunction::Mul), &[model.get(name)?, &gradient])?;
+            let product = dispatch::run_one(&MUL, &[model.get(name)?, &gradient])?;
             let product = dispatch::run_one(&Unary(Function::Scale(factor)), &[&product])?;
             let score = absolute(&product)?;
             if let Some(sum) = self.scores.get(name) {

@@ -9,7 +9,7 @@ use super::selection::Scope;
 use crate::compress::written;
 use crate::dispatch;
 use crate::error::{Error, Result};
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::MUL;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::Micro;
 
@@ -23,7 +23,7 @@ pub struct Wanda {
 fn weighted(weight: &Tensor, sums: &Sums) -> Result<Tensor> {
     let norms: Vec<f32> = sums.inputs.iter().map(|squares| squares.sqrt() as f32).collect();
     let norms = Tensor::from_slice(weight.device(), &[norms.len()], &norms)?;
-    dispatch::run_one(&Binary(BinaryFunction::Mul), &[&absolute(weight)?, &norms])
+    dispatch::run_one(&MUL, &[&absolute(weight)?, &norms])
 }
 
 /// Scores each weight from the sums of its linear, and prunes block by block where the scope is no wider than a layer.

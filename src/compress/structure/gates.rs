@@ -11,7 +11,7 @@ use super::sites::{Kind, Site};
 use crate::dispatch;
 use crate::error::Result;
 use crate::nn::{Model, OutputHook, Pass, Place};
-use crate::ops::binary::{Binary, BinaryFunction};
+use crate::ops::binary::MUL;
 use crate::ops::layout::Fill;
 use crate::shape::Shape;
 use crate::tape::Var;
@@ -51,7 +51,7 @@ impl OutputHook for Ones {
         let ones = dispatch::one(dispatch::run_on(pass.model.device(), &ones, &[])?, "fill")?;
         let gates = pass.tape.leaf(&ones);
         self.leaves.borrow_mut().insert(place, gates.clone());
-        pass.tape.first(Binary(BinaryFunction::Mul), &[&x, &gates])
+        pass.tape.first(MUL, &[&x, &gates])
     }
 }
 

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::nn::Model;
 use crate::nn::tuning::TUNING;
 use crate::nn::ways::{columns, dense_levels, dense_weight};
-use crate::ops::binary::{ADD, Binary, BinaryFunction};
+use crate::ops::binary::{ADD, MUL};
 use crate::ops::layout::Fill;
 use crate::ops::matmul::Matmul;
 use crate::ops::quant_int4::UnpackInt4;
@@ -20,8 +20,6 @@ use crate::ops::sparse24::{Compress24, Decompress24};
 use crate::shape::Shape;
 use crate::tensor::Tensor;
 use crate::train::lifecycle::Invariant;
-
-const MUL: Binary = Binary(BinaryFunction::Mul);
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -11,7 +11,7 @@ use crate::ops::ceiling::MultiplyAddChain;
 use crate::ops::distill::{Direction, Kl, KlBackward};
 use crate::ops::moe::MoeGate;
 use crate::ops::norm::{LayerNorm, RmsNorm};
-use crate::ops::optim::{AdamW, StepRates};
+use crate::ops::optim::{AdamW, Sgd, StepRates};
 use crate::ops::quant::{FakeQuant, Granularity, GridFrom, MatmulInt8, Scheme};
 use crate::ops::softmax::{CrossEntropy, CrossEntropyBackward, Softmax};
 use crate::ops::sparse_bitmap::{self, MatmulBitmap, MatmulBitmapInt8};
@@ -37,11 +37,18 @@ fn ceilings() -> Vec<Large> {
     let chain = Case::new(MultiplyAddChain { steps: 8192 }, Tolerance::Contraction { k: 8 });
     let scale = Case::new(Unary(Function::Scale(1.5)), Tolerance::Arithmetic);
     let add = Case::new(AccumulateScaled { factor: 0.25 }, Tolerance::Contraction { k: 2 });
+    let op = Sgd { momentum: 0.9, weight_decay: 0.0, masked: false };
+    let sgd = Case::new(op, Tolerance::Contraction { k: 8 }).normal(&[1 << 24], F32).normal(&[1 << 24], F32);
+    let sgd = sgd.normal(&[1 << 24], F32).input(&[1], F32, Fill::Values(vec![1.0]));
+    let rates = StepRates { learning_rate: 1e-3, betas: [0.9, 0.0], weight: 1.0, step: 10 }.words();
+    let sgd = sgd.input(&[5], F32, Fill::Values(rates.map(f64::from).to_vec()));
     vec![
         whole("ceiling", "f32 multiply-add chain".into(), chain.normal(&[32_768], F32)),
         whole("ceiling", "read and write, 128 MB".into(), scale.normal(&[1 << 24], F32)),
         // Writing new memory reads it first on most processors, which nobody counts: work in place shows the true rate.
         whole("ceiling", "in place, 192 MB".into(), add.normal(&[1 << 24], F32).normal(&[1 << 24], F32)),
+        // More streams at once than two keep more reads under way.
+        whole("ceiling", "two in place of three, 320 MB".into(), sgd),
     ]
 }
 

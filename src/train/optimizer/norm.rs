@@ -4,14 +4,12 @@ use super::{Group, Optimizer, Slot};
 use crate::dispatch;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::binary::{ADD, Binary, BinaryFunction};
+use crate::ops::binary::{ADD, MUL};
 use crate::ops::optim::UpdateFactor;
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
 use crate::shape::Meta;
 use crate::tensor::Tensor;
 use crate::train::precision::LossScale;
-
-const MUL: Binary = Binary(BinaryFunction::Mul);
 
 const SUM_SQUARES: Reduce = Reduce { function: ReduceFunction::SumSquares, axis: Axis::All };
 
