@@ -44,6 +44,7 @@ GOALS = [
     Goal("AdamW", "adamw *", "forward", TORCH, 0.95, 1.1),
     Goal("training step", "GPT step * f32", "forward", TORCH, 1.3, 1.9),
     Goal("training step", "GPT step * f32", "forward", ("candle",), 1.8, 3),
+    Goal("training step", "GPT step * f32", "forward", BURN, 1.8, 3),
     Goal("training step, bf16 products", "GPT step * bf16", "forward", TORCH, 0.8, 1.1),
     Goal("encoder, 90 % zeros, int8", "encoder * int8", "forward", ("espalier, dense",), 5, 7.9),
     Goal("encoder, 90 % zeros, int8", "encoder * int8", "forward", ("ONNX Runtime",), 8, 11.5),
@@ -59,6 +60,8 @@ ADAPTER_GOALS = [
     Goal("softmax, LayerNorm", "softmax *|layernorm *", "forward", ("burn wgpu",), 4, 7),
     Goal("add, GELU", "add *|gelu *", "forward", ("burn wgpu",), 1.5, 2),
     Goal("attention", "full d64 S=512 *", "forward", ("burn wgpu",), 1.5, 3),
+    # Of both sizes the one that takes a few seconds where the adapter is a program.
+    Goal("training step", "GPT step d256 * f32", "forward", ("burn wgpu",), 1.5, 3),
 ]
 
 

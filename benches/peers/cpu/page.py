@@ -129,7 +129,7 @@ def ours(match):
     if match.ours.faults:
         return "void", ""
     record, middle = match.ours.record, match.ours.median
-    time = f"{middle / 1e3:.3g} ms" if middle >= 100 else f"{middle:.3g} µs"
+    time = f"{middle / 1e6:.3g} s" if middle >= 1e6 else f"{middle / 1e3:.3g} ms" if middle >= 100 else f"{middle:.3g} µs"
     if match.mode != "forward":
         return time, ""
     share = record.get("ceiling_share")

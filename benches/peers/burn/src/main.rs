@@ -3,6 +3,7 @@
 
 #[path = "../../rust/src/protocol.rs"]
 mod protocol;
+mod step;
 
 use burn::backend::wgpu::graphics::AutoGraphicsApi;
 use burn::backend::wgpu::{RuntimeOptions, WgpuDevice, init_setup};
@@ -34,6 +35,11 @@ struct Burn<B: Backend> {
     prepare: Prepare,
     slots: Vec<Slot>,
     device: B::Device,
+}
+
+/// Backends put work off, on the way in too.
+fn wait<B: Backend>(device: &B::Device) {
+    B::sync(device).expect("a device that goes on");
 }
 
 fn input<B: Backend, const D: usize>(case: &Case, bytes: &[Vec<u8>], index: usize) -> Tensor<B, D> {
@@ -114,28 +120,24 @@ fn counterpart<B: Backend>(case: &Case) -> Option<(&'static str, Prepare)> {
 }
 
 fn on<B: Backend + 'static>(case: &Case, slots: usize) -> Option<Box<dyn Work>> {
+    if case.op == "training_step" {
+        return step::open::<B>(case, slots);
+    }
     let (kernel, prepare) = counterpart::<B>(case)?;
     let slots = (0..slots).map(|_| Slot { call: None, result: None }).collect();
     Some(Box::new(Burn::<B> { case: case.clone(), kernel, prepare, slots, device: Default::default() }))
 }
 
-impl<B: Backend> Burn<B> {
-    /// Backends put work off, on the way in too.
-    fn wait(&self) {
-        B::sync(&self.device).expect("a device that goes on");
-    }
-}
-
 impl<B: Backend> Work for Burn<B> {
     fn fill(&mut self, slot: usize, inputs: Vec<Vec<u8>>) {
         self.slots[slot] = Slot { call: Some((self.prepare)(&self.case, &inputs)), result: None };
-        self.wait();
+        wait::<B>(&self.device);
     }
 
     fn run(&mut self, slot: usize) {
         let Slot { call, result } = &mut self.slots[slot];
         *result = call.as_ref().map(|call| call());
-        self.wait();
+        wait::<B>(&self.device);
     }
 
     fn read(&self, slot: usize) -> Vec<Vec<u8>> {
