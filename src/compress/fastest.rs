@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::compress::experts::report::{ffn_inputs, repeated};
 use crate::console;
 use crate::device::turns::{median, take_turns};
 use crate::device::{Device, Kind};
@@ -14,7 +15,7 @@ use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::json;
 use crate::nn::ways::{Way, Ways, columns, dense_levels, dense_weight};
-use crate::nn::{Model, Pass};
+use crate::nn::{Batch, Model, Pass};
 use crate::ops::layout::Permute;
 use crate::ops::sparse_bitmap::BLOCK;
 use crate::rng::Stream;
@@ -56,12 +57,12 @@ pub struct Measured {
 
 /// The model with the fastest way of each layer for so many rows (tokens at once), and what was measured; of layers whose names
 /// start with `within`. Layers of one form and shape are timed together, one after the other, so that their weights are as cold
-/// as in the model. A dense weight stays in memory beside the stored one where it is taken. A way that cannot be made or
+/// as in the model. Which experts are chosen, and under a threshold how many, follows from `text`. A dense weight stays in memory beside the stored one where it is taken. A way that cannot be made or
 /// run on the device is none, which is told; devices whose time says nothing are not timed.
 ///
 /// # Errors
 /// Those of the device.
-pub fn fastest(model: &Model, rows: &[usize], within: &str) -> Result<(Model, Measured)> {
+pub fn fastest(model: &Model, rows: &[usize], within: &str, text: &Batch) -> Result<(Model, Measured)> {
     let info = model.device().info();
     let mut measured = Measured { device: info.name.clone(), choices: Vec::new() };
     let mut fast = model.as_stored();
@@ -73,7 +74,7 @@ pub fn fastest(model: &Model, rows: &[usize], within: &str) -> Result<(Model, Me
         groups.entry((form, signature(model, &layer))).or_default().push(layer);
     }
     for ((form, _), layers) in groups {
-        match measure(model, (form, &layers), rows).and_then(|own| take(&mut fast, &own).map(|()| own)) {
+        match measure(model, (form, &layers), rows, text).and_then(|own| take(&mut fast, &own).map(|()| own)) {
             Ok(own) => measured.choices.extend(own),
             Err(e) => {
                 layers.iter().for_each(|layer| fast.clear_ways(layer));
@@ -252,8 +253,12 @@ fn ways_of_experts(model: &Model, layer: &str) -> Result<Vec<Way>> {
 }
 
 /// Times layers of one form and shape on all their ways.
-fn measure(model: &Model, (form, layers): (&str, &[String]), rows: &[usize]) -> Result<Vec<Choice>> {
+fn measure(model: &Model, (form, layers): (&str, &[String]), rows: &[usize], text: &Batch) -> Result<Vec<Choice>> {
     let device: &Arc<dyn Device> = model.device();
+    let mut layers = layers.to_vec();
+    // In the order of the model, in which those that share an input round it once.
+    layers.sort_by_key(|layer| input(layer).to_string());
+    let layers = &layers[..];
     let all: Vec<Vec<Way>> = layers.iter().map(|layer| ways(model, layer)).collect::<Result<_>>()?;
     // A model for each way, which takes it in all of the layers for any number of rows.
     let ways: Vec<(&'static str, Model)> = (0..all[0].len())
@@ -267,21 +272,31 @@ fn measure(model: &Model, (form, layers): (&str, &[String]), rows: &[usize]) -> 
         .collect();
     let dense = dense(model, layers, &all)?;
     let (width, block) = (width(model, &layers[0])?, block_of(model, &layers[0]));
+    let fed = if block.is_some() { ffn_inputs(model, std::slice::from_ref(text))? } else { Vec::new() };
     let mut choices = Vec::new();
     for &rows in rows {
-        let mut stream = Stream::new(0, rows as u32);
-        let values: Vec<f32> = (0..rows * width).map(|_| stream.normal() as f32).collect();
-        let x = Var::constant(Tensor::from_slice(device, &[rows, width], &values)?);
+        let mut inputs: BTreeMap<&str, Var> = BTreeMap::new();
+        for layer in layers {
+            let x = match block_of(model, layer).and_then(|i| fed[i].first()) {
+                Some(fed) => repeated(fed, rows)?,
+                None => {
+                    let mut stream = Stream::new(0, rows as u32);
+                    let values: Vec<f32> = (0..rows * width).map(|_| stream.normal() as f32).collect();
+                    Tensor::from_slice(device, &[rows, width], &values)?
+                }
+            };
+            inputs.entry(input(layer)).or_insert(Var::constant(x));
+        }
         // Sorting is what the stored form does where nothing is gathered.
         let gathers = block.is_some_and(|i| Pass::gathers_tokens(model, i, rows));
         let timed: Vec<&(&str, Model)> =
             ways.iter().filter(|(name, _)| *name != Way::Sorted.name() || gathers).collect();
         let on_ways = timed.iter().map(|(_, model)| {
-            let x = &x;
-            Box::new(move || layers.iter().try_for_each(|layer| run(model, layer, x))) as Box<dyn Fn() -> Result<()>>
+            let inputs = &inputs;
+            Box::new(move || run(model, layers, inputs)) as Box<dyn Fn() -> Result<()>>
         });
         let on_dense: Box<dyn Fn() -> Result<()>> = match &dense {
-            Some(dense) => Box::new(|| layers.iter().try_for_each(|layer| run(dense, layer, &x))),
+            Some(dense) => Box::new(|| run(dense, layers, &inputs)),
             None => Box::new(|| Ok(())),
         };
         let works: Vec<Box<dyn Fn() -> Result<()>>> = on_ways.chain([on_dense]).collect();
@@ -307,12 +322,19 @@ fn measure(model: &Model, (form, layers): (&str, &[String]), rows: &[usize]) -> 
     Ok(choices)
 }
 
-fn run(model: &Model, layer: &str, x: &Var) -> Result<()> {
+/// What a layer's input is called: query, key and value have one.
+fn input(layer: &str) -> &str {
+    ["query", "key", "value"].iter().find_map(|part| layer.strip_suffix(part)).unwrap_or(layer)
+}
+
+fn run(model: &Model, layers: &[String], inputs: &BTreeMap<&str, Var>) -> Result<()> {
     let mut pass = Pass::inference(model);
-    match block_of(model, layer) {
-        Some(i) => pass.ffn(i, x)?,
-        None => pass.linear(layer, x)?,
-    };
+    for layer in layers {
+        match block_of(model, layer) {
+            Some(i) => pass.ffn(i, &inputs[input(layer)])?,
+            None => pass.linear(layer, &inputs[input(layer)])?,
+        };
+    }
     Ok(())
 }
 

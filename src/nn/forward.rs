@@ -134,7 +134,7 @@ pub struct Pass<'m> {
     /// Bias by distance of a stack's table over a span.
     pub(super) biases: Vec<(usize, Span, Var)>,
     pub(super) memory: Option<Memory<'m>>,
-    /// The last rows that were rounded to integers by their own ranges, and these with their scales.
+    /// Rows that the next linear may have too, and what they are rounded to by their own ranges, with the scales.
     pub(super) rounded: Option<(Var, Vec<Var>)>,
     /// Whether the model has parameters beside its own (see `tuning`).
     pub(super) tuned: bool,

@@ -124,13 +124,11 @@ impl Pass<'_> {
                 self.tape.run(Quantize { from: GridFrom::Step, ..ACTIVATION }, &[rows, &step])
             }
             None => {
-                // Query, key and value have one input.
-                if let Some((_, levels)) = self.rounded.as_ref().filter(|(of, _)| of.tensor.is(&rows.tensor)) {
-                    return Ok(levels.clone());
-                }
-                let levels = self.tape.run(ACTIVATION, &[rows])?;
-                // Held with what they were made from, so that its memory is not another tensor's meanwhile.
-                self.rounded = (!self.tape.recording()).then(|| (rows.clone(), levels.clone()));
+                let known = self.rounded.take().filter(|(of, _)| of.tensor.is(&rows.tensor));
+                let levels = known.map_or_else(|| self.tape.run(ACTIVATION, &[rows]), |(_, levels)| Ok(levels))?;
+                // Query, key and value have one input. Held with its levels, so that its memory is not another tensor's meanwhile.
+                let again = !self.tape.recording() && [".query", ".key"].iter().any(|part| name.ends_with(part));
+                self.rounded = again.then(|| (rows.clone(), levels.clone()));
                 Ok(levels)
             }
         }

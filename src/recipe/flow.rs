@@ -291,7 +291,8 @@ impl<'a> Flow<'a> {
         if !settings.fastest {
             return Ok((evaluate(deployed, self.corpus, settings, name)?, None));
         }
-        let (fast, measured) = fastest::fastest(deployed, &settings.rows(deployed.config.max_positions), "")?;
+        let (rows, text) = (settings.rows(deployed.config.max_positions), stages::probe(self.corpus, deployed)?);
+        let (fast, measured) = fastest::fastest(deployed, &rows, "", &text)?;
         Ok((evaluate(&fast, self.corpus, settings, name)?, Some(measured)))
     }
 

@@ -22,7 +22,7 @@ fn own_wgpu(test: &str) -> Option<WgpuDevice> {
     present(test, WgpuDevice::open(None).map_err(|e| e.to_string()))
 }
 
-fn present<T>(test: &str, opened: Result<T, String>) -> Option<T> {
+pub fn present<T>(test: &str, opened: Result<T, String>) -> Option<T> {
     match opened {
         Ok(device) => Some(device),
         Err(reason) => {

@@ -199,10 +199,12 @@ fn only(model: &Model, layer: &str, way: Way) -> Model {
     other
 }
 
-/// Else the tests below say nothing of a bound.
+/// Else the tests below say nothing of a bound, nor of the dense way under one.
 #[test]
 fn a_bound_leaves_some_of_the_selected_experts_out() {
     let runs = |bound| output(&above(bound), "blocks.0.ffn");
+    let names: Vec<_> = fastest::ways(&above(BOUND), "blocks.0.ffn").unwrap().iter().map(Way::name).collect();
+    assert_eq!(names, ["stored", "sorted", "dense f32 with the others set to 0"]);
     let all = runs(f32::MIN);
     assert_eq!(all, output(&split(), "blocks.0.ffn"));
     let lost = nmse(&all, &runs(BOUND));
@@ -283,7 +285,7 @@ fn a_way_is_what_runs_and_not_where_something_learns_or_is_hooked() {
 #[test]
 fn layers_of_one_shape_are_timed_together_however_many_zeros_each_has() {
     let small = deployable(&scattered(), Form::default()).unwrap();
-    let (_, measured) = fastest::fastest(&small, &[1], "").unwrap();
+    let (_, measured) = fastest::fastest(&small, &[1], "", &batch(&cpu())).unwrap();
     let times = |end: &str| -> Vec<f64> {
         measured.choices.iter().filter(|c| c.layer.ends_with(end)).map(|c| c.stored_us).collect()
     };
@@ -306,13 +308,23 @@ fn without_a_measurement_unstructured_layers_run_dense_on_gpus() {
         let on_cpu = device.info().id.starts_with("cpu");
         assert_eq!(model.ways().is_empty(), on_cpu);
         assert!(model.ways().values().all(|ways| ways.at(1).unwrap().name() == "dense f32"));
+        // Nor does a file of choices that cannot be followed.
+        let (_, mut measured) = fastest::fastest(&small, &[1], "blocks.0.attention.query", &batch(&cpu())).unwrap();
+        measured.device = device.info().name.clone();
+        measured.choices[0].way = "sorted".into();
+        let mut files = espalier::train::store::model_files(&small).unwrap();
+        files.extend(fastest::file(&measured).unwrap());
+        let other = folder.path().join(device.info().id.replace(':', "-"));
+        espalier::train::store::save(&other, &files, BTreeMap::new()).unwrap();
+        let (model, read) = fastest::load(&other, &device).unwrap();
+        assert!(read.is_empty() && model.ways().is_empty() == on_cpu);
     }
 }
 
 #[test]
 fn what_is_taken_was_faster_and_is_kept_with_the_model() {
     let stored = freeze(&pruned(), Form { sparse: true, quantized: None }).unwrap();
-    let (fast, measured) = fastest::fastest(&stored, &[1, 64], "").unwrap();
+    let (fast, measured) = fastest::fastest(&stored, &[1, 64], "", &batch(&cpu())).unwrap();
     let choices = measured.choices;
     assert_eq!(choices.len(), 2 * stored.config.all_linears().len());
     for choice in &choices {

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use espalier::compress::gates::{
-    Cofi, Costs, Decision, Gates, LatencyTable, Layout, Level, MULTIPLIERS, Phase, Settings, below, decide, removable,
+    Cofi, Costs, Decision, Gates, LatencyTable, Layout, Level, MULTIPLIERS, Phase, Settings, decide, out_of_reach,
     shrink, soft,
 };
 use espalier::data::layout::Layout as Rows;
@@ -399,7 +399,7 @@ fn what_cannot_be_gated_is_refused_with_the_reason() {
     assert!(refused(Settings { multiple: 0, ..learning(0.5) }).contains("multiple_of"));
     // An FFN is not all that there is.
     let levels = vec![Level::Ffn];
-    let most = below(removable(&layout, &levels, &Costs::parameters(&layout), 1));
+    let most = out_of_reach(f64::INFINITY, &layout, &levels, &Costs::parameters(&layout), 1).unwrap();
     let ask = |target| Settings { levels: levels.clone(), multiple: 1, initial: 0.0, ..learning(target) };
     assert!(refused(ask(most + 1e-3)).contains(&format!("can take away {most}")));
     Cofi::new(&mut model(), ask(most), Costs::parameters(&layout)).unwrap();

@@ -4,11 +4,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use espalier::compress::experts;
 use espalier::compress::freeze::{Form, freeze, skip_zeros};
 use espalier::compress::quantization::Format;
 use espalier::compress::tuning::{Adapter, Lora, Merged, Prefix, Tuning, lora, parameter_count};
 use espalier::device::{self, Device};
 use espalier::dispatch;
+use espalier::nn::config::Activation;
 use espalier::nn::generate::{Decoding, generate};
 use espalier::nn::tuning::TUNING;
 use espalier::nn::{Config, Model, Pass};
@@ -300,6 +302,54 @@ fn updates_beside_integer_and_compressed_weights_learn_and_merge_onto_their_grid
         let merged = weighted(&model, &micro);
         assert!(merged < losses[0], "{form:?}: {merged} where the untuned model has {}", losses[0]);
     }
+}
+
+/// What is tuned before integer experts gets its gradient through them: nearly that of the same experts in f32.
+#[test]
+fn updates_before_integer_experts_learn_through_them() {
+    let device = cpu();
+    let micro = micro(&device, &assemble(&examples(16, 4)));
+    for threshold in [None, Some(0.02)] {
+        let mut config = Config::glm(SIZE, VOCABULARY);
+        config.blocks.iter_mut().for_each(|block| block.activation = Activation::Relu);
+        let conversion = experts::Settings { expert_size: 16, share: 0.5, ..experts::Settings::default() };
+        let dense = enlivened(config, &device, 4);
+        let (mut split, _) = experts::convert(&dense, conversion, std::slice::from_ref(&micro.batch)).unwrap();
+        split.config.blocks.iter_mut().filter_map(|b| b.experts.as_mut()).for_each(|e| e.threshold = threshold);
+        let mut model = freeze(&split, Form { sparse: false, quantized: Some(Format::default()) }).unwrap();
+        for model in [&mut split, &mut model] {
+            lora(&["attention"]).add(model, 7).unwrap();
+        }
+        let mut pass = Pass::training(&model);
+        let hidden = pass.hidden(&micro.batch).unwrap();
+        let twin = pass.logits(&hidden).unwrap().tensor.to_f64().unwrap();
+        let difference = apart(&twin, &logits(&model, &micro));
+        assert!(difference < 5e-3, "{threshold:?}: {difference}");
+        let [float, integer] = [&split, &model].map(|model| slope(model, &micro, "blocks.0.attention.output.lora.up"));
+        assert!(apart(&float, &integer) < 0.1, "{threshold:?}: {}", apart(&float, &integer));
+        // With experts that give nothing it is another one.
+        let mut silent = split.clone();
+        for (name, tensor) in split.tensors.iter().filter(|(name, _)| name.ends_with("ffn.experts.out.weight")) {
+            silent.tensors.insert(name.clone(), Tensor::zeros(&device, tensor.meta()).unwrap());
+        }
+        assert!(apart(&float, &slope(&silent, &micro, "blocks.0.attention.output.lora.up")) > 0.2, "{threshold:?}");
+        let before = bits(&model, true);
+        let losses = learn(&mut model, &micro, 60, settings(1e-2));
+        assert!(losses[59] < 0.9 * losses[0], "{threshold:?}: {} to {}", losses[0], losses[59]);
+        assert!(before == bits(&model, true), "{threshold:?}");
+    }
+}
+
+/// The loss's gradient of the parameter whose name ends so.
+fn slope(model: &Model, micro: &Micro, name: &str) -> Vec<f64> {
+    let mut pass = Pass::training(model);
+    let hidden = pass.hidden(&micro.batch).unwrap();
+    let loss = weighted_cross_entropy(&mut pass, &hidden, &micro.targets, &micro.weights).unwrap();
+    let seed = Tensor::from_f64(model.device(), loss.dims(), DType::F32, &[1.0]).unwrap();
+    let (tape, leaves) = pass.into_leaves();
+    let gradients = tape.backward(&[(&loss, &seed)]).unwrap();
+    let (_, leaf) = leaves.iter().find(|(own, _)| own.ends_with(name)).unwrap();
+    gradients.of(leaf).unwrap().unwrap().to_f64().unwrap()
 }
 
 fn weighted(model: &Model, micro: &Micro) -> f64 {

@@ -6,8 +6,8 @@ use crate::device::turns::{median, take_turns};
 use crate::dispatch;
 use crate::error::{Error, Result};
 use crate::nn::{Batch, Experts, Model, Pass};
+use crate::ops::layout::GatherRows;
 use crate::ops::matmul::{Epilogue, Matmul};
-use crate::rng::Stream;
 use crate::tape::Var;
 use crate::tensor::Tensor;
 use crate::train::trainer::go_on;
@@ -53,6 +53,12 @@ pub fn ffn_inputs(model: &Model, calibration: &[Batch]) -> Result<Vec<Vec<Tensor
         }
     }
     Ok(inputs)
+}
+
+/// So many rows of x `[m, d]`, which begins again where it has fewer.
+pub fn repeated(x: &Tensor, rows: usize) -> Result<Tensor> {
+    let indices: Vec<u32> = (0..rows).map(|row| (row % x.dims()[0].max(1)) as u32).collect();
+    dispatch::run_one(&GatherRows, &[x, &Tensor::from_slice(x.device(), &[rows], &indices)?])
 }
 
 /// relu(x W_in + b) of block `i` for x `[rows, d]`, split into experts or not: `[rows, f]`.
@@ -166,16 +172,15 @@ pub struct Speed {
 const ROUNDS: usize = 9;
 
 /// The FFN of the first block that was split, as it is deployed, against the dense one, for so many tokens.
-pub fn speed(dense: &Model, split: &Model, rows: &[usize]) -> Result<Vec<Speed>> {
+pub fn speed(dense: &Model, split: &Model, rows: &[usize], text: &Batch) -> Result<Vec<Speed>> {
     let Some(i) = split.config.blocks.iter().position(|b| b.experts.is_some()) else {
         return Ok(Vec::new());
     };
-    let (device, width) = (split.device().clone(), split.config.width);
+    let device = split.device().clone();
+    let fed = ffn_inputs(split, std::slice::from_ref(text))?;
     let mut all = Vec::new();
     for &rows in rows {
-        let mut stream = Stream::new(0, rows as u32);
-        let values: Vec<f32> = (0..rows * width).map(|_| stream.normal() as f32).collect();
-        let x = Tensor::from_slice(&device, &[rows, width], &values)?;
+        let x = repeated(&fed[i][0], rows)?;
         let run = |model: &Model| Pass::inference(model).ffn(i, &Var::constant(x.clone())).map(drop);
         let times = take_turns(&device, &[&|| run(dense), &|| run(split)], ROUNDS)?;
         let [dense, experts] = [0, 1].map(|i| 1e6 * median(&times[i]));

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
 use super::cost::{Costs, Expectation};
-use super::decision::{Decision, below, decide, removable, shrink};
+use super::decision::{Decision, decide, out_of_reach, shrink};
 use super::hook::{Gates, Phase};
 use super::layout::{Layout, Level};
 use crate::compress::structure::{Keep, KeepBlock};
@@ -185,9 +185,8 @@ impl Settings {
         if self.multiple == 0 {
             return refuse("multiple_of", "0".into(), "1 or more");
         }
-        let most = removable(layout, &self.levels, costs, self.multiple);
-        if self.target > most + 1e-9 {
-            let value = format!("{}, where gates of these levels can take away {}", self.target, below(most));
+        if let Some(most) = out_of_reach(self.target, layout, &self.levels, costs, self.multiple) {
+            let value = format!("{}, where gates of these levels can take away {most}", self.target);
             return refuse("target", value, "at most what can be taken away");
         }
         Ok(())

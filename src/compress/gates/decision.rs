@@ -116,14 +116,21 @@ pub fn decide(
     decision
 }
 
+/// The largest share of the cost that gates of these levels can take away, where that is less than the target.
+pub fn out_of_reach(target: f64, layout: &Layout, levels: &[Level], costs: &Costs, multiple: usize) -> Option<f64> {
+    let most = removable(layout, levels, costs, multiple);
+    // A share that was written down in four digits is reached.
+    (target > most + 1e-9).then(|| below(most))
+}
+
 /// Largest share of the cost that gates of these levels can take away.
-pub fn removable(layout: &Layout, levels: &[Level], costs: &Costs, multiple: usize) -> f64 {
+fn removable(layout: &Layout, levels: &[Level], costs: &Costs, multiple: usize) -> f64 {
     let closed = levels.iter().map(|&level| (level, vec![-20.0; layout.count(level)])).collect();
     1.0 - decide(layout, &closed, costs, 1.0, multiple).share(layout, costs)
 }
 
 /// A share in four digits, never more than it is: who asks for that much gets it.
-pub fn below(share: f64) -> f64 {
+fn below(share: f64) -> f64 {
     (share * 1e4).floor() / 1e4
 }
 

@@ -11,7 +11,7 @@ mod layout;
 
 pub use cofi::{Cofi, MULTIPLIERS, Settings, Small};
 pub use cost::{Costs, Curve};
-pub use decision::{Decision, below, decide, removable, shrink, soft};
+pub use decision::{Decision, decide, out_of_reach, shrink, soft};
 pub use hook::{Gates, Phase};
 pub use latency::LatencyTable;
 pub use layout::{Attention, Ffn, Layout, Level};

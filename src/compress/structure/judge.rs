@@ -21,10 +21,10 @@ pub enum Objective {
     Labels,
     /// Entropy of the model's own answers.
     Entropy,
-    /// KL(p, q) from the answers p of the model before pruning (TextPruner's `use_logits`). Its gradient is 0 there, so the
-    /// first round goes by `entropy`.
+    /// KL(p, q) from the answers p of the model before pruning (TextPruner's `use_logits`). Its gradient is 0 there, so
+    /// rounds go by `entropy` until something has gone.
     DenseKl,
-    /// Mean over the vocabulary of (z - z_dense)^2; the first round as above.
+    /// Mean over the vocabulary of (z - z_dense)^2; whole models as above.
     DenseMse,
 }
 

@@ -203,7 +203,7 @@ pub fn shrink(model: &Model, micros: &[Micro], plan: &Plan) -> Result<Keep> {
             continue;
         }
         // A model compares with itself as long as nothing has gone.
-        let whole = counts.iter().zip(&stay).all(|(count, stay)| *stay == count.total);
+        let whole = left.config == model.config;
         stay = after;
         let objective = if whole && plan.objective.compares() { Objective::Entropy } else { plan.objective };
         let judge = Judge { objective, dense: Some(model) };

@@ -168,7 +168,7 @@ fn structure(path: &Path, config: &Transformer, draft: &mut Draft) -> Result<()>
     section.insert("order".into(), value(&order)?);
     if config.use_logits {
         section.insert("loss".into(), value(&Objective::DenseKl)?);
-        let reason = "the first round, where its gradient is 0, goes by the entropy of the model's own answers";
+        let reason = "until something has gone its gradient is 0, and the entropy of the model's own answers decides";
         draft.ignore("use_logits", true, reason);
     }
     if matches!(config.pruning_method, Method::Masks) {

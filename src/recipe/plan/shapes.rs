@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::Step;
-use crate::compress::gates::{Costs, LatencyTable, Layout, below, removable};
+use crate::compress::gates::{Costs, LatencyTable, Layout, out_of_reach};
 use crate::compress::written;
 use crate::error::{Error, Result};
 use crate::nn::Config;
@@ -59,9 +59,8 @@ fn check_gates(l0: &L0, config: &Config) -> Result<()> {
         // Measured by the stage, which asks then.
         (GateCost::Latency, None) => return Ok(()),
     };
-    let most = removable(&layout, &l0.gated(), &costs, l0.multiple_of);
-    if l0.target > most + 1e-9 {
-        let allowed = format!("at most {}, which is all that gates of these levels can take away", below(most));
+    if let Some(most) = out_of_reach(l0.target, &layout, &l0.gated(), &costs, l0.multiple_of) {
+        let allowed = format!("at most {most}, which is all that gates of these levels can take away");
         return refuse("structure.l0.target", l0.target, allowed);
     }
     Ok(())

@@ -104,9 +104,10 @@ fn split(context: &Context, dense: Outcome, settings: &Experts, batches: &[nn::B
         .map_or(String::new(), |i| format!("blocks.{i}.ffn"));
     let deployed = |model: &Model, form| -> Result<Model> {
         let stored = deployable(model, form)?;
-        if evaluate.fastest { Ok(fastest(&stored, &rows, &ffn)?.0) } else { Ok(stored) }
+        if evaluate.fastest { Ok(fastest(&stored, &rows, &ffn, &batches[0])?.0) } else { Ok(stored) }
     };
-    let speeds = report::speed(&deployed(&dense.model, dense.state.form())?, &deployed(&model, form)?, &rows)?;
+    let speeds =
+        report::speed(&deployed(&dense.model, dense.state.form())?, &deployed(&model, form)?, &rows, &batches[0])?;
     notes.push(report::speed_note(&speeds));
     if settings.slower == Slower::Dense && speeds.iter().all(|s| s.experts > s.dense) {
         notes.push("experts were slower for every measured number of tokens: the FFNs stay dense".into());
