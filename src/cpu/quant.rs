@@ -1,5 +1,10 @@
 //! CPU kernels of `ops/quant.rs` and `ops/quantize.rs`.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(test)]
+mod tests;
+
 use super::simd::{self, multiversion, widened, write_row};
 use super::{Args, float_kernel, grain};
 use crate::dtype::{DType, Float};
@@ -186,8 +191,7 @@ multiversion! {
         extent_here(x)
     }
 
-    /// Rows that are each their own group, and their scales: short rows (an expert's activations) must not pay for calls.
-    fn store_rows(x: &[f32], q: &mut [i8], scales: &mut [f32], scheme: &Scheme, shift: f32) {
+    fn store_rows_by_element(x: &[f32], q: &mut [i8], scales: &mut [f32], scheme: &Scheme, shift: f32) {
         let length = q.len() / scales.len().max(1);
         for ((x, q), scale) in x.chunks_exact(length).zip(q.chunks_exact_mut(length)).zip(scales) {
             let grid = scheme.grid(if scheme.asymmetric() { extent_here(x) } else { [largest(x); 2] });
@@ -215,7 +219,7 @@ multiversion! {
         }
     }
 
-    fn store_row(x: &[f32], q: &mut [i8], grid: &Grid, shift: f32) {
+    fn store_row_by_element(x: &[f32], q: &mut [i8], grid: &Grid, shift: f32) {
         q.iter_mut().zip(x).for_each(|(q, x)| *q = store_level(*x, grid, shift));
     }
 
@@ -224,6 +228,26 @@ multiversion! {
             *y = (f32::from(*q) - zero) * scale;
         }
     }
+}
+
+/// Rows that are each their own group, and their scales: short rows (an expert's activations) must not pay for calls.
+fn store_rows(x: &[f32], q: &mut [i8], scales: &mut [f32], scheme: &Scheme, shift: f32) {
+    #[cfg(target_arch = "x86_64")]
+    if simd::level() == simd::Level::Avx512 {
+        // SAFETY: `level` found every feature that the function is compiled for.
+        return unsafe { avx512::store_rows(x, q, scales, scheme, shift) };
+    }
+    store_rows_by_element(x, q, scales, scheme, shift);
+}
+
+/// The levels of a part of a group.
+fn store_row(x: &[f32], q: &mut [i8], grid: &Grid, shift: f32) {
+    #[cfg(target_arch = "x86_64")]
+    if simd::level() == simd::Level::Avx512 {
+        // SAFETY: as above.
+        return unsafe { avx512::store_row(x, q, grid, shift) };
+    }
+    store_row_by_element(x, q, grid, shift);
 }
 
 /// Minimum and maximum of a row of any float storage.

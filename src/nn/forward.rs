@@ -294,11 +294,6 @@ impl<'m> Pass<'m> {
         self.tape.first(dropout, &[&x, step])
     }
 
-    /// Final hidden states `[B, T, d]`.
-    pub fn hidden(&mut self, batch: &Batch) -> Result<Var> {
-        self.run(batch, Cache::None)
-    }
-
     pub(super) fn run(&mut self, batch: &Batch, mut cache: Cache) -> Result<Var> {
         let config = &self.model.config;
         if config.encoder > 0 && self.memory.is_none() {

@@ -8,6 +8,7 @@ pub mod generate;
 mod linear;
 pub mod model;
 mod norm;
+mod parts;
 pub mod pieces;
 mod shapes;
 mod taps;

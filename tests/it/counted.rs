@@ -101,3 +101,26 @@ fn rows_are_rounded_to_integers_once() {
     assert_eq!((second, third), (first - 1, first));
     assert_ne!(query, doubled);
 }
+
+/// A model of small weights and wide activations takes a batch in parts, and gives the same.
+#[test]
+fn a_large_batch_goes_through_small_weights_in_parts() {
+    let device = cpu();
+    let wide = Size { ffn_width: 16_384, ..size(1) };
+    let float = Model::init(Config::glm(wide, VOCABULARY), &device, 1).unwrap();
+    let small = freeze(&float, Form { sparse: false, quantized: Some(Format::default()) }).unwrap();
+    let batch = micro(&device, &assemble(&examples(16, 20))).batch;
+    let run = |model: &Model, whole: bool| {
+        let mut pass = Pass::inference(model);
+        // Who asks for the FFNs' inputs gets those of the whole batch.
+        pass.ffn_inputs = whole.then(Vec::new);
+        let before = device.stats().launches;
+        let hidden = pass.hidden(&batch).unwrap();
+        (device.stats().launches - before, hidden.tensor.to_bytes().unwrap())
+    };
+    let ((parts, taken), (once, whole)) = (run(&small, false), run(&small, true));
+    assert!(parts > 3 * once, "{parts} launches in parts, {once} at once");
+    assert!(taken == whole);
+    // Weights that every part would read anew.
+    assert_eq!(run(&float, false).0, run(&float, true).0);
+}
