@@ -14,9 +14,11 @@ use super::optimizer::{Optimizer, Outcome, Settings};
 use super::stepper::{OneDevice, StepSettings, Stepper};
 use super::store;
 use crate::dispatch;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::nn::{Head, Model, Pass};
 use crate::ops::binary::{ADD, MUL};
+use crate::ops::matmul::Matmul;
 use crate::ops::random::Dropout;
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
 use crate::ops::softmax::{CrossEntropy, LinearCrossEntropy};
@@ -36,6 +38,10 @@ pub fn go_on() -> Result<()> {
 
 /// Rows of hidden states per tile of the fused linear losses.
 pub const LOSS_CHUNK: usize = 256;
+
+/// Largest logits `[N, V]` that a loss by plain products holds, and once more as their gradient; above it the loss is fused
+/// where [`Pass::by_products`] would not have it so. What WebGPU binds without being asked for more.
+const LOGITS_BYTES: usize = 128 << 20;
 
 /// Where the micro-batches of each step come from: a pure function of the step, so that resuming needs only its number.
 pub trait Source {
@@ -87,16 +93,22 @@ pub fn sum(pass: &mut Pass, rows: &Var) -> Result<Var> {
     pass.tape.first(Reduce { function: ReduceFunction::Sum, axis: Axis::All }, &[rows])
 }
 
-/// sum over rows of weight * cross-entropy. A language head is fused with the loss, so that no `[N, V]` buffer is held;
-/// a tagging head has few labels and a bias, so its logits are computed.
+/// sum over rows of weight * cross-entropy. A language head is fused with the loss, so that no `[N, V]` buffer is held,
+/// except where products are faster by themselves; a tagging head has few labels and a bias, so its logits are computed.
 pub fn weighted_cross_entropy(pass: &mut Pass, hidden: &Var, targets: &Tensor, weights: &Tensor) -> Result<Var> {
     let shape = hidden.tensor.shape();
     let rows = hidden.reshape(&[shape.rows(), shape.last()])?;
     let targets = Var::constant(targets.clone());
     let losses = if matches!(pass.model.config.head, Head::Language { .. }) {
         let head = pass.head_weight()?;
-        let op = LinearCrossEntropy { smoothing: 0.0, chunk: LOSS_CHUNK };
-        pass.tape.first(op, &[&rows, &head, &targets])?
+        let logits = rows.tensor.shape().with_last(head.dims()[0])?;
+        if pass.by_products(&rows) && logits.count() * DType::F32.size() <= LOGITS_BYTES {
+            let logits = pass.tape.first(Matmul::linear(), &[&rows, &head])?;
+            pass.tape.first(CrossEntropy { smoothing: 0.0 }, &[&logits, &targets])?
+        } else {
+            let op = LinearCrossEntropy { smoothing: 0.0, chunk: LOSS_CHUNK };
+            pass.tape.first(op, &[&rows, &head, &targets])?
+        }
     } else {
         let logits = pass.logits(&rows)?;
         pass.tape.first(CrossEntropy { smoothing: 0.0 }, &[&logits, &targets])?

@@ -3,21 +3,25 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use espalier::DType;
 use espalier::data::batch::{Batch, Example, GmaskPosition, IGNORE};
 use espalier::data::layout::Layout;
 use espalier::data::tokenizer::SpecialIds;
-use espalier::device::{self, Device};
+use espalier::device::{self, Class, Device, Kind, Limits, NullDevice};
 use espalier::nn::config::Size;
 use espalier::nn::generate::{Decoding, generate};
-use espalier::nn::{self, Config, Model, Pass};
+use espalier::nn::{self, Activation, Config, Model, Pass};
 use espalier::recipe::corpus::upload;
 use espalier::rng::Stream;
+use espalier::shape::Meta;
 use espalier::tensor::Tensor;
 use espalier::train::lifecycle::Micro;
 use espalier::train::optimizer::{Optimizer, Rule, Settings};
 use espalier::train::precision::Precision;
 use espalier::train::schedule::{Schedule, Shape};
 use espalier::train::trainer::{step, weighted_cross_entropy};
+
+use crate::device::wgpu;
 
 pub const SPECIAL: SpecialIds = SpecialIds { pad: 0, unk: 1, bos: 2, eos: 3, gmask: 4 };
 pub const SIZE: Size = Size { layers: 2, heads: 2, head_size: 8, ffn_width: 32, max_positions: 32 };
@@ -66,7 +70,7 @@ fn gradients(model: &Model, batch: &Batch) -> (f64, BTreeMap<String, Vec<f64>>) 
     let mut pass = Pass::training(model);
     let hidden = pass.hidden(&micro.batch).unwrap();
     let loss = weighted_cross_entropy(&mut pass, &hidden, &micro.targets, &micro.weights).unwrap();
-    let seed = Tensor::from_f64(model.device(), loss.dims(), espalier::DType::F32, &[1.0]).unwrap();
+    let seed = Tensor::from_f64(model.device(), loss.dims(), DType::F32, &[1.0]).unwrap();
     let (tape, leaves) = pass.into_leaves();
     let grads = tape.backward(&[(&loss, &seed)]).unwrap();
     let values = leaves.iter().filter_map(|(n, v)| Some((n.clone(), grads.of(v)?.unwrap().to_f64().unwrap())));
@@ -79,9 +83,12 @@ pub fn nmse(want: &[f64], have: &[f64]) -> f64 {
 }
 
 pub fn check_against_oracle(config: Config, layout: Layout) {
-    let device = cpu();
+    check_on(&cpu(), config, layout);
+}
+
+fn check_on(device: &Arc<dyn Device>, config: Config, layout: Layout) {
     let oracle = device::open("reference").unwrap();
-    let model = Model::init(config, &device, 3).unwrap();
+    let model = Model::init(config, device, 3).unwrap();
     let truth = model.to_device(&oracle).unwrap();
     let batch = laid_out(&examples(3, 1), layout);
     let (loss, grads) = gradients(&model, &batch);
@@ -103,6 +110,57 @@ fn glm_gradients_equal_the_f64_oracle() {
 #[test]
 fn gpt_gradients_equal_the_f64_oracle() {
     check_against_oracle(Config::gpt(SIZE, VOCABULARY), Layout::Prefix(GmaskPosition::MaskIndex));
+}
+
+/// Ops that a pass records for the FFN of a block, and for the loss of a language head over that many rows and words.
+fn recorded(device: &Arc<dyn Device>, compute: Option<DType>, rows: usize, words: usize) -> [usize; 2] {
+    let model = Model::init(Config::gpt(SIZE, words), device, 3).unwrap();
+    let mut pass = Pass::training(&model).computing(compute);
+    let zeros = |dims: &[usize], dtype| Tensor::zeros(device, Meta::new(dims, dtype).unwrap()).unwrap();
+    let x = pass.constant(&zeros(&[rows, model.config.width], DType::F32)).unwrap();
+    // A weight enters a product in 16 bits by a cast that is recorded too.
+    let casts = |pass: &mut Pass, names: &[&str]| names.iter().for_each(|n| drop(pass.parameter(n).unwrap()));
+    casts(
+        &mut pass,
+        &["in.weight", "in.bias", "out.weight", "out.bias"]
+            .map(|n| format!("blocks.0.ffn.{n}"))
+            .each_ref()
+            .map(String::as_str),
+    );
+    casts(&mut pass, &["embedding.tokens"]);
+    let before = pass.tape.len();
+    pass.ffn(0, &x).unwrap();
+    let between = pass.tape.len();
+    let (targets, weights) = (zeros(&[rows], DType::U32), zeros(&[rows], DType::F32));
+    weighted_cross_entropy(&mut pass, &x, &targets, &weights).unwrap();
+    [between - before, pass.tape.len() - between]
+}
+
+#[test]
+fn only_a_software_adapter_takes_fused_ops_apart_and_only_in_f32() {
+    let null = |kind, class| -> Arc<dyn Device> { Arc::new(NullDevice::new(kind, class, Limits::webgpu())) };
+    // One FFN, or two products around an activation; a loss of logits that are never held, or a product and a loss; with the
+    // rows' weights and their sum.
+    let (fused, apart) = ([1, 3], [3, 4]);
+    let software = null(Kind::Wgpu, Class::Cpu);
+    assert_eq!(recorded(&software, None, 24, VOCABULARY), apart);
+    for other in [null(Kind::Wgpu, Class::Simt), null(Kind::Wgpu, Class::Coop), null(Kind::Cuda, Class::Simt), cpu()] {
+        assert_eq!(recorded(&other, None, 24, VOCABULARY), fused, "{}", other.info().id);
+    }
+    assert_eq!(recorded(&software, Some(DType::Bf16), 24, VOCABULARY), fused);
+    // Logits beyond what a binding holds.
+    assert_eq!(recorded(&software, None, 8192, 4096), apart);
+    assert_eq!(recorded(&software, None, 8193, 4096), [3, 3]);
+}
+
+#[test]
+fn products_on_an_adapter_give_the_gradients_that_fused_ops_have_in_f64() {
+    let Some(device) = wgpu("products on an adapter") else { return };
+    for (activation, vocabulary) in [(Activation::Gelu, 40), (Activation::Geglu, VOCABULARY), (Activation::Relu, 40)] {
+        let mut config = Config::gpt(SIZE, vocabulary);
+        config.blocks.iter_mut().for_each(|block| block.activation = activation);
+        check_on(&device, config, Layout::Prefix(GmaskPosition::MaskIndex));
+    }
 }
 
 /// Log-probability of `tokens` and the end mark after `context`, from one full pass.
@@ -182,7 +240,7 @@ fn mixed_precision_learns_as_f32_does() {
         for _ in 0..80 {
             loss = step(&model, &mut optimizer, std::slice::from_ref(&micro), &[], (0.1, 1, 80)).unwrap().0;
         }
-        assert!(model.tensors.values().all(|t| t.dtype() == espalier::DType::F32));
+        assert!(model.tensors.values().all(|t| t.dtype() == DType::F32));
         loss
     };
     let exact = last(Precision::F32);
@@ -287,7 +345,7 @@ fn recomputed_segments_give_the_same_gradients() {
     let mut stream = Stream::new(3, 0);
     let mut draw = |dims: &[usize]| {
         let values: Vec<f64> = (0..dims.iter().product()).map(|_| stream.normal()).collect();
-        Tensor::from_f64(&device, dims, espalier::DType::F32, &values).unwrap()
+        Tensor::from_f64(&device, dims, DType::F32, &values).unwrap()
     };
     let (x, w, dy) = (draw(&[5, 8]), draw(&[8, 8]), draw(&[5, 8]));
     let block = |tape: &mut Tape, v: &[Var]| -> espalier::Result<Vec<Var>> {
