@@ -1,16 +1,21 @@
-// op:       attention
+// op:       attention, attention_bwd
 // math:     y = softmax(scale q k^T + bias) v over the visible keys; lse = log sum exp of the scores
-// grad:     as attention.wgsl
+//           P = exp(scores - lse), delta = rowsum(dy y), dS = scale P (dy v^T - delta); dq = dS k, dv = P^T dy, dk = dS^T q
+// grad:     attention_scores of q and k and of dy and v, attention_slopes, attention_values for dq, attention_keys for dk and dv
 // shapes:   slots of scores: q4[B,T,H,D], k4[B,S,H,D], scores4[B,H,T,S], context[B], lengths[B]; rows: scores4, lse[B,H,T],
-//           bias[H,T,S], context, lengths; values: weights4[B,H,T,S], v4[B,S,H,D], y4[B,T,H,D], context, lengths (4: in fours); what matmul_lanes.wgsl, joined in front, has of its own: a, a4, b, b4, bias, y, sums
+//           bias[H,T,S], context, lengths; values: weights4[B,H,T,S], v4[B,S,H,D], y4[B,T,H,D], context, lengths;
+//           slopes: out4[B,T,H,D], dout4[B,T,H,D], lse, context, lengths, weights, slopes4[B,H,T,S];
+//           keys: weights4, x4[B,T,H,D], y4[B,S,H,D], context, lengths (4: in fours); what matmul_lanes.wgsl, joined in front, has of its own: a, a4, b, b4, bias, y, sums
 // layout:   contiguous; D and S are multiples of four; an absent optional input is any read argument and never read
-// launch:   scores and values: groups of one subgroup of eight lanes, 32x32 outputs each, z over batch and heads;
-//           rows: linear over B H T, 8 a group
-// cost:     4 B H T S D flops, of masked tiles none; the scores, in f32, are written twice and read three times
-// numerics: f32 sums in key order, maxima taken off; keys that no row of a tile sees are never loaded, those that another row of it
-//           sees weigh 0; a row without keys gives y = 0 and lse = MASKED
+// launch:   scores, values and keys: groups of one subgroup of eight lanes, 32x32 outputs each, z over batch and heads;
+//           rows and slopes: linear over B H T, 8 a group
+// cost:     4 B H T S D flops forward, 10 backward, of masked tiles none; the scores, in f32, are written twice and read three
+//           times, backward two such matrices
+// numerics: f32 sums in key (or query) order, maxima taken off; keys that no row of a tile sees are never loaded, those that another
+//           row of it sees weigh 0; a row without keys gives y = 0 and lse = MASKED
 // source:   -
-// rungs:    two products of matmul_lanes around a softmax in place, for drivers on which a load costs more than a product
+// rungs:    two products of matmul_lanes around a softmax in place, five backward, for drivers on which a load costs more than a
+//           product
 
 struct AttentionParams {
     batch: u32, queries: u32, keys: u32, heads: u32, dim: u32,
@@ -147,10 +152,11 @@ fn at_weights_quad(i: vec4<u32>) -> mat4x4<f32> {
     return mat4x4<f32>(at_weights4[i.x], at_weights4[i.y], at_weights4[i.z], at_weights4[i.w]);
 }
 
-fn put_values(z: u32, row: u32, column: u32, c: mat4x4<f32>) {
-    let start = head_start(z, at.queries) + column;
+// Four rows of one head of y4, which has `rows` of them.
+fn put_values(z: u32, rows: u32, row: u32, column: u32, c: mat4x4<f32>) {
+    let start = head_start(z, rows) + column;
     for (var r = 0u; r < 4u; r++) {
-        if row + r < at.queries && column < at.dim {
+        if row + r < rows && column < at.dim {
             let y = c[r];
             at_y4[(start + (row + r) * at.heads * at.dim) / 4u] = vec4<E>(st(y.x), st(y.y), st(y.z), st(y.w));
         }
@@ -171,12 +177,89 @@ fn attention_values(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_i
         let seen = vec4<u32>(4u * s, 4u * s + 1u, 4u * s + 2u, 4u * s + 3u) < vec4<u32>(limit);
         t = lane_tile_add(t, at_weights_quad(w + s), at_v_quad(v + s * stride, seen));
     }
-    put_values(group.z, row, column, t.c0);
-    put_values(group.z, row + 4u, column, t.c1);
-    put_values(group.z, row + 8u, column, t.c2);
-    put_values(group.z, row + 12u, column, t.c3);
-    put_values(group.z, row + 16u, column, t.c4);
-    put_values(group.z, row + 20u, column, t.c5);
-    put_values(group.z, row + 24u, column, t.c6);
-    put_values(group.z, row + 28u, column, t.c7);
+    put_values(group.z, at.queries, row, column, t.c0);
+    put_values(group.z, at.queries, row + 4u, column, t.c1);
+    put_values(group.z, at.queries, row + 8u, column, t.c2);
+    put_values(group.z, at.queries, row + 12u, column, t.c3);
+    put_values(group.z, at.queries, row + 16u, column, t.c4);
+    put_values(group.z, at.queries, row + 20u, column, t.c5);
+    put_values(group.z, at.queries, row + 24u, column, t.c6);
+    put_values(group.z, at.queries, row + 28u, column, t.c7);
+}
+
+@group(0) @binding(0) var<storage, read> at_out4: array<vec4<E>>;
+@group(0) @binding(1) var<storage, read> at_dout4: array<vec4<E>>;
+@group(0) @binding(2) var<storage, read> at_lse_in: array<f32>;
+@group(0) @binding(5) var<storage, read_write> at_weights_out4: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read_write> at_slopes4: array<vec4<f32>>;
+
+// A row's scores become its weights, and dy v^T the scores' gradient, with the scale that q and k came under.
+@compute @workgroup_size(8)
+fn attention_slopes(@builtin(global_invocation_id) gid: vec3<u32>) {
+    let item = linear_id(gid, 8u);
+    if item >= at.batch * at.heads * at.queries { return; }
+    let head = item / at.queries;
+    let row = item - head * at.queries;
+    let b = head / at.heads;
+    let n = at_visible(b, row);
+    let start = (head_start(head, at.queries) + row * at.heads * at.dim) / 4u;
+    var products = vec4<f32>(0.0);
+    for (var d = 0u; d < at.dim / 4u; d++) { products += matmul_ld4(at_out4[start + d]) * matmul_ld4(at_dout4[start + d]); }
+    let delta = (products.x + products.y) + (products.z + products.w);
+    let lse = at_lse_in[item];
+    let first = item * (at.keys / 4u);
+    let none = vec4<f32>(0.0);
+    var s = 0u;
+    for (; 4u * s < n; s++) {
+        let seen = vec4<u32>(4u * s, 4u * s + 1u, 4u * s + 2u, 4u * s + 3u) < vec4<u32>(n);
+        let p = select(none, exp(at_weights_out4[first + s] - lse), seen);
+        at_slopes4[first + s] = select(none, p * (at_slopes4[first + s] - delta) * at.scale, seen);
+        at_weights_out4[first + s] = p;
+    }
+    // What others of its tile see, to the end of the last tile that was computed.
+    let end = min(at.keys / 4u, (at_limit(b, row) + 31u) / 32u * 8u);
+    for (; s < end; s++) {
+        at_weights_out4[first + s] = none;
+        at_slopes4[first + s] = none;
+    }
+}
+
+@group(0) @binding(1) var<storage, read> at_x4: array<vec4<E>>;
+
+// Past the last query both factors count as 0, whatever they are.
+fn at_x_quad(i: vec4<u32>, there: vec4<bool>) -> mat4x4<f32> {
+    let none = vec4<f32>(0.0);
+    return mat4x4<f32>(select(none, matmul_ld4(at_x4[i.x]), there.x), select(none, matmul_ld4(at_x4[i.y]), there.y),
+        select(none, matmul_ld4(at_x4[i.z]), there.z), select(none, matmul_ld4(at_x4[i.w]), there.w));
+}
+fn at_columns_quad(i: vec4<u32>, there: vec4<bool>) -> mat4x4<f32> {
+    let none = vec4<f32>(0.0);
+    return transpose(mat4x4<f32>(select(none, at_weights4[i.x], there.x), select(none, at_weights4[i.y], there.y),
+        select(none, at_weights4[i.z], there.z), select(none, at_weights4[i.w], there.w)));
+}
+
+// Rows of keys: the transposed weights of all queries that see some of them times what those queries have.
+@compute @workgroup_size(8)
+fn attention_keys(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id) lane: u32) {
+    let row = group.y * 32u;
+    let column = group.x * 32u + lane * 4u;
+    let stride = at.heads * at.dim;
+    let w = matmul_starts(false, row + lane * 4u, at.keys, group.z * at.queries * at.keys, 1u, at.keys);
+    let x = matmul_starts(false, column, at.dim, head_start(group.z, at.queries), 1u, stride);
+    // Tiles of queries above see none of these keys, and have no weights for them.
+    var first = 0u;
+    while first < at.queries && at_limit(group.z / at.heads, first) <= row { first += 32u; }
+    var t: LaneTile;
+    for (var s = first / 4u; 4u * s < at.queries; s++) {
+        let there = vec4<u32>(4u * s, 4u * s + 1u, 4u * s + 2u, 4u * s + 3u) < vec4<u32>(at.queries);
+        t = lane_tile_add(t, at_columns_quad(w + s * at.keys, there), at_x_quad(x + s * stride, there));
+    }
+    put_values(group.z, at.keys, row, column, t.c0);
+    put_values(group.z, at.keys, row + 4u, column, t.c1);
+    put_values(group.z, at.keys, row + 8u, column, t.c2);
+    put_values(group.z, at.keys, row + 12u, column, t.c3);
+    put_values(group.z, at.keys, row + 16u, column, t.c4);
+    put_values(group.z, at.keys, row + 20u, column, t.c5);
+    put_values(group.z, at.keys, row + 24u, column, t.c6);
+    put_values(group.z, at.keys, row + 28u, column, t.c7);
 }

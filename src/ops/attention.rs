@@ -1,5 +1,5 @@
 //! Scaled dot-product attention with online softmax (Milakov and Gimelshein 2018; Dao et al. 2022): no score matrix is
-//! ever held in memory, forward or backward.
+//! ever held in memory, forward or backward, but by the rungs for software adapters.
 
 mod cases;
 mod groups;
@@ -274,6 +274,7 @@ impl Op for AttentionBackward {
             tensor::backward::<64>(),
             tensor::backward::<96>(),
             tensor::backward::<128>(),
+            plan::BACKWARD_LANES,
             plan::BACKWARD,
         ];
         KERNELS

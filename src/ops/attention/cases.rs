@@ -90,6 +90,8 @@ pub fn cases() -> Vec<Case> {
             both(op(kind, 20, 0), [2, 35, 36, 3, 20], *dtype, false);
         }
         both(op((Mask::Prefix, true, true), 64, 25), [2, 70, 100, 2, 64], *dtype, false);
+        both(op((Mask::Prefix, true, false), 64, 25), [2, 70, 100, 2, 64], *dtype, false);
+        both(op((Mask::Causal, true, false), 12, 0), [3, 101, 36, 2, 12], *dtype, false);
     }
     // Blocks of tensor instructions: their edges, several of them in both directions, every layout of registers.
     for dtype in [DType::F16, DType::Bf16] {

@@ -10,15 +10,24 @@ pub(super) const SOURCE: Source = source!("attention");
 pub(super) const FORWARD: Kernel = Kernel { fits: fits_forward, plan: forward, ..wgsl("attention_fwd") };
 pub(super) const BACKWARD: Kernel = Kernel { fits: fits_backward, plan: backward, ..wgsl("attention_bwd_rows") };
 
-/// Two products of matrices around a softmax, in a file of their own: they need subgroups.
-pub(super) const LANES: Kernel = {
+/// Products of matrices around a softmax, two forward and five backward, in a file of their own: they need subgroups.
+pub(super) const LANES: Kernel =
+    Kernel { name: "attention_fwd_lanes", fits: fits_lanes, plan: lanes, ..on_lanes("attention_rows") };
+pub(super) const BACKWARD_LANES: Kernel = Kernel {
+    name: "attention_bwd_lanes",
+    fits: fits_backward_lanes,
+    plan: backward_lanes,
+    ..on_lanes("attention_slopes")
+};
+
+const fn on_lanes(entry: &'static str) -> Kernel {
     let source = Source::wgsl(
         "attention_lanes.wgsl",
         include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/attention_lanes.wgsl")),
     );
-    let code = Code::Wgsl { source, entry: "attention_scores", constants: &[] };
-    Kernel { name: "attention_fwd_lanes", code, dtypes: DType::FLOATS, fits: fits_lanes, plan: lanes }
-};
+    let code = Code::Wgsl { source, entry, constants: &[] };
+    Kernel { name: entry, code, dtypes: DType::FLOATS, fits: crate::kernel::always, plan: Plan::once }
+}
 
 const BLOCK: u32 = 64;
 /// Lanes of the subgroups that the products are written for, and rows and columns of a tile of theirs.
@@ -125,25 +134,57 @@ fn scores_bytes(e: &Extents) -> usize {
     e.batch * e.heads * e.queries * e.keys * 4
 }
 
-/// Two passes over a row of scores; products take four steps at once.
+/// Passes over a row of scores and over one of values; products take four steps at once.
 fn lanes_trips(e: &Extents) -> usize {
-    e.keys + e.dim + 40
+    e.keys.max(e.queries) + e.dim + 40
+}
+
+/// One launch over tiles of `rows` by `columns` of every head.
+fn tiles(e: &Extents, rows: usize, columns: usize, params: Params) -> Launch {
+    let groups = [columns.div_ceil(TILE), rows.div_ceil(TILE), e.batch * e.heads].map(|n| n as u32);
+    Launch::new(groups, params).trips(lanes_trips(e))
 }
 
 fn lanes(p: &Problem) -> Plan {
     let (Some(e), Some(op)) = (extents(p), p.op::<Attention>()) else { return Plan::default() };
     let (y, lse, scores) = (op.inputs(), op.inputs() + 1, op.inputs() + 2);
     let [context, lengths, bias] = optional(op);
-    let tiles = |columns: usize| {
-        let groups = [columns.div_ceil(TILE), e.queries.div_ceil(TILE), e.batch * e.heads].map(|n| n as u32);
-        Launch::new(groups, p.params()).trips(lanes_trips(&e))
+    let rows = Launch::linear(e.batch * e.heads * e.queries, SUBGROUP, p.params()).trips(lanes_trips(&e));
+    let product = |columns: usize| tiles(&e, e.queries, columns, p.params());
+    Plan::sequence(vec![
+        product(e.keys).entry("attention_scores").slots(&[0, 1, scores, context, lengths]),
+        rows.slots(&[scores, lse, bias, context, lengths]),
+        product(e.dim).entry("attention_values").slots(&[scores, 2, y, context, lengths]),
+    ])
+    .scratch(scores_bytes(&e))
+}
+
+/// Where the forward has such a rung, and no bias wants a gradient.
+fn fits_backward_lanes(p: &Problem) -> bool {
+    fits_lanes(p) && p.op::<AttentionBackward>().is_some_and(|op| !op.0.bias)
+}
+
+fn backward_lanes(p: &Problem) -> Plan {
+    let (Some(e), Some(op)) = (extents(p), p.op::<AttentionBackward>()) else { return Plan::default() };
+    let n = op.0.inputs();
+    let [context, lengths, _] = optional(&op.0);
+    let (y, lse, dy, dq, dk, dv, weights, slopes) = (n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7);
+    let product = |entry, rows: usize, columns: usize, slots: [usize; 3]| {
+        let [a, b, c] = slots;
+        tiles(&e, rows, columns, p.params()).entry(entry).slots(&[a, b, c, context, lengths])
     };
+    // dy vᵀ is as it is; the scale comes with the slopes.
+    let plain = Attention { scale: 1.0, ..op.0 }.params(&p.inputs[0], &p.inputs[1]);
     let rows = Launch::linear(e.batch * e.heads * e.queries, SUBGROUP, p.params()).trips(lanes_trips(&e));
     Plan::sequence(vec![
-        tiles(e.keys).slots(&[0, 1, scores, context, lengths]),
-        rows.entry("attention_rows").slots(&[scores, lse, bias, context, lengths]),
-        tiles(e.dim).entry("attention_values").slots(&[scores, 2, y, context, lengths]),
+        product("attention_scores", e.queries, e.keys, [0, 1, weights]),
+        tiles(&e, e.queries, e.keys, plain).entry("attention_scores").slots(&[dy, 2, slopes, context, lengths]),
+        rows.slots(&[y, dy, lse, context, lengths, weights, slopes]),
+        product("attention_values", e.queries, e.dim, [slopes, 1, dq]),
+        product("attention_keys", e.keys, e.dim, [slopes, 0, dk]),
+        product("attention_keys", e.keys, e.dim, [weights, dy, dv]),
     ])
+    .scratch(scores_bytes(&e))
     .scratch(scores_bytes(&e))
 }
 
