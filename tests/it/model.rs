@@ -119,15 +119,10 @@ fn recorded(device: &Arc<dyn Device>, compute: Option<DType>, rows: usize, words
     let zeros = |dims: &[usize], dtype| Tensor::zeros(device, Meta::new(dims, dtype).unwrap()).unwrap();
     let x = pass.constant(&zeros(&[rows, model.config.width], DType::F32)).unwrap();
     // A weight enters a product in 16 bits by a cast that is recorded too.
-    let casts = |pass: &mut Pass, names: &[&str]| names.iter().for_each(|n| drop(pass.parameter(n).unwrap()));
-    casts(
-        &mut pass,
-        &["in.weight", "in.bias", "out.weight", "out.bias"]
-            .map(|n| format!("blocks.0.ffn.{n}"))
-            .each_ref()
-            .map(String::as_str),
-    );
-    casts(&mut pass, &["embedding.tokens"]);
+    for part in ["in.weight", "in.bias", "out.weight", "out.bias"] {
+        pass.parameter(&format!("blocks.0.ffn.{part}")).unwrap();
+    }
+    pass.parameter("embedding.tokens").unwrap();
     let before = pass.tape.len();
     pass.ffn(0, &x).unwrap();
     let between = pass.tape.len();

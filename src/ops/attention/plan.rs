@@ -136,7 +136,12 @@ fn scores_bytes(e: &Extents) -> usize {
 
 /// Passes over a row of scores and over one of values; products take four steps at once.
 fn lanes_trips(e: &Extents) -> usize {
-    e.keys.max(e.queries) + e.dim + 40
+    e.keys + e.dim + 40
+}
+
+/// A product over queries, and the search for the first tile of them that sees a key.
+fn key_trips(e: &Extents) -> usize {
+    e.queries + 40
 }
 
 /// One launch over tiles of `rows` by `columns` of every head.
@@ -161,7 +166,8 @@ fn lanes(p: &Problem) -> Plan {
 
 /// Where the forward has such a rung, and no bias wants a gradient.
 fn fits_backward_lanes(p: &Problem) -> bool {
-    fits_lanes(p) && p.op::<AttentionBackward>().is_some_and(|op| !op.0.bias)
+    let within = |e: Extents| p.info.limits.loop_budget.is_none_or(|budget| key_trips(&e) as u64 <= budget);
+    fits_lanes(p) && extents(p).is_some_and(within) && p.op::<AttentionBackward>().is_some_and(|op| !op.0.bias)
 }
 
 fn backward_lanes(p: &Problem) -> Plan {
@@ -181,8 +187,8 @@ fn backward_lanes(p: &Problem) -> Plan {
         tiles(&e, e.queries, e.keys, plain).entry("attention_scores").slots(&[dy, 2, slopes, context, lengths]),
         rows.slots(&[y, dy, lse, context, lengths, weights, slopes]),
         product("attention_values", e.queries, e.dim, [slopes, 1, dq]),
-        product("attention_keys", e.keys, e.dim, [slopes, 0, dk]),
-        product("attention_keys", e.keys, e.dim, [weights, dy, dv]),
+        product("attention_keys", e.keys, e.dim, [slopes, 0, dk]).trips(key_trips(&e)),
+        product("attention_keys", e.keys, e.dim, [weights, dy, dv]).trips(key_trips(&e)),
     ])
     .scratch(scores_bytes(&e))
     .scratch(scores_bytes(&e))
