@@ -11,23 +11,6 @@ fn is_finite(x: f32) -> bool { return (bitcast<u32>(x) & 0x7f800000u) != 0x7f800
 // Large and finite: masked scores never hold an infinity.
 const MASKED: f32 = -1e30;
 
-// Error function, Abramowitz and Stegun 7.1.26 is too coarse (1.5e-7): near 0 the Maclaurin series, elsewhere
-// the continued fraction-free rational of W. J. Cody in f32 (error below 2 ulp on the tested domain).
-fn erf(x: f32) -> f32 {
-    let a = abs(x);
-    if a < 0.5 {
-        let z = x * x;
-        return x * (1.1283791671 + z * (-0.3761263890 + z * (0.1128379167 + z * (-0.0268661706
-            + z * (0.0052239776 + z * (-0.0008548327 + z * 0.0001205533))))));
-    }
-    // erfc by the Chebyshev fit of Numerical Recipes (erfcc), relative error below 1.2e-7.
-    let t = 1.0 / (1.0 + 0.5 * a);
-    let y = t * exp(-a * a - 1.26551223 + t * (1.00002368 + t * (0.37409196 + t * (0.09678418
-        + t * (-0.18628806 + t * (0.27886807 + t * (-1.13520398 + t * (1.48851587
-        + t * (-0.82215223 + t * 0.17087277)))))))));
-    return select(1.0 - y, y - 1.0, x < 0.0);
-}
-
 // exp overflows in some drivers' tanh for large arguments; past 10 the result is 1 in f32.
 fn tanh_safe(x: f32) -> f32 { return tanh(clamp(x, -10.0, 10.0)); }
 

@@ -32,11 +32,27 @@ fn sigmoid(x: f32) -> f32 { return 1.0 / (1.0 + exp(min(-x, 80.0))); }
 // (1 + tanh u) / 2 written as sigmoid(2 u): no cancellation in the negative tail.
 fn gelu_gate(x: f32) -> f32 { return sigmoid(2.0 * GELU_SCALE * (x + 0.044715 * x * x * x)); }
 
+// The normal distribution's probability of a value below x, and its density times sqrt(2 pi): src/cpu/unary.rs has the fit. One
+// exponential, one quotient and no branch, of which software drivers would compute both sides.
+fn normal(x: f32) -> vec2<f32> {
+    // Past it the density is 0 in f32. e^(-a^2 / 2) as a power of two, which drivers have.
+    let a = min(abs(x), 15.0);
+    let density = exp2(-0.7213475204 * a * a);
+    let t = 1.0 / (1.0 + 0.3 * a);
+    // In two halves: what waits for what is longer than what there is to do.
+    let t2 = t * t;
+    let low = 0.119626395 + t2 * 0.09963759 + t * (0.12079835 + t2 * 0.1294689);
+    let high = -0.0553933 - t2 * 0.1582757 + t * (0.20820601 + t2 * 0.03593167);
+    let p = low + t2 * t2 * high;
+    let tail = p * t * density;
+    return vec2<f32>(select(tail, 1.0 - tail, x > 0.0), density);
+}
+
 fn apply(x: f32) -> f32 {
     switch unary_kind() {
         case 0u: { return max(x, 0.0); }
         case 1u: { return x * gelu_gate(x); }
-        case 2u: { return 0.5 * x * (1.0 + erf(x * 0.7071067812)); }
+        case 2u: { return x * normal(x).x; }
         case 3u: { return x * sigmoid(x); }
         case 4u: { return tanh_safe(x); }
         case 5u: { return sigmoid(x); }
@@ -53,7 +69,10 @@ fn derivative(x: f32) -> f32 {
             let s = gelu_gate(x);
             return s + x * s * (1.0 - s) * 2.0 * GELU_SCALE * (1.0 + 0.134145 * x * x);
         }
-        case 2u: { return 0.5 * (1.0 + erf(x * 0.7071067812)) + x * 0.3989422804 * exp(-0.5 * x * x); }
+        case 2u: {
+            let n = normal(x);
+            return n.x + x * 0.3989422804 * n.y;
+        }
         case 3u: { let s = sigmoid(x); return s * (1.0 + x * (1.0 - s)); }
         case 4u: { let t = tanh_safe(x); return 1.0 - t * t; }
         case 5u: { let s = sigmoid(x); return s * (1.0 - s); }
