@@ -163,6 +163,17 @@ fn put_values(z: u32, rows: u32, row: u32, column: u32, c: mat4x4<f32>) {
     }
 }
 
+fn put_tile(z: u32, rows: u32, row: u32, column: u32, t: LaneTile) {
+    put_values(z, rows, row, column, t.c0);
+    put_values(z, rows, row + 4u, column, t.c1);
+    put_values(z, rows, row + 8u, column, t.c2);
+    put_values(z, rows, row + 12u, column, t.c3);
+    put_values(z, rows, row + 16u, column, t.c4);
+    put_values(z, rows, row + 20u, column, t.c5);
+    put_values(z, rows, row + 24u, column, t.c6);
+    put_values(z, rows, row + 28u, column, t.c7);
+}
+
 @compute @workgroup_size(8)
 fn attention_values(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_invocation_id) lane: u32) {
     let row = group.y * 32u;
@@ -177,14 +188,7 @@ fn attention_values(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_i
         let seen = vec4<u32>(4u * s, 4u * s + 1u, 4u * s + 2u, 4u * s + 3u) < vec4<u32>(limit);
         t = lane_tile_add(t, at_weights_quad(w + s), at_v_quad(v + s * stride, seen));
     }
-    put_values(group.z, at.queries, row, column, t.c0);
-    put_values(group.z, at.queries, row + 4u, column, t.c1);
-    put_values(group.z, at.queries, row + 8u, column, t.c2);
-    put_values(group.z, at.queries, row + 12u, column, t.c3);
-    put_values(group.z, at.queries, row + 16u, column, t.c4);
-    put_values(group.z, at.queries, row + 20u, column, t.c5);
-    put_values(group.z, at.queries, row + 24u, column, t.c6);
-    put_values(group.z, at.queries, row + 28u, column, t.c7);
+    put_tile(group.z, at.queries, row, column, t);
 }
 
 @group(0) @binding(0) var<storage, read> at_out4: array<vec4<E>>;
@@ -254,12 +258,5 @@ fn attention_keys(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_inv
         let there = vec4<u32>(4u * s, 4u * s + 1u, 4u * s + 2u, 4u * s + 3u) < vec4<u32>(at.queries);
         t = lane_tile_add(t, at_columns_quad(w + s * at.keys, there), at_x_quad(x + s * stride, there));
     }
-    put_values(group.z, at.keys, row, column, t.c0);
-    put_values(group.z, at.keys, row + 4u, column, t.c1);
-    put_values(group.z, at.keys, row + 8u, column, t.c2);
-    put_values(group.z, at.keys, row + 12u, column, t.c3);
-    put_values(group.z, at.keys, row + 16u, column, t.c4);
-    put_values(group.z, at.keys, row + 20u, column, t.c5);
-    put_values(group.z, at.keys, row + 24u, column, t.c6);
-    put_values(group.z, at.keys, row + 28u, column, t.c7);
+    put_tile(group.z, at.keys, row, column, t);
 }

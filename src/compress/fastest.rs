@@ -57,8 +57,9 @@ pub struct Measured {
 
 /// The model with the fastest way of each layer for so many rows (tokens at once), and what was measured; of layers whose names
 /// start with `within`. Layers of one form and shape are timed together, one after the other, so that their weights are as cold
-/// as in the model. Which experts are chosen, and under a threshold how many, follows from `text`. A dense weight stays in memory beside the stored one where it is taken. A way that cannot be made or
-/// run on the device is none, which is told; devices whose time says nothing are not timed.
+/// as in the model. Which experts are chosen, and under a threshold how many, follows from `text`. A dense weight stays in
+/// memory beside the stored one where it is taken. A way that cannot be made or run on the device is none, which is told;
+/// devices whose time says nothing are not timed.
 ///
 /// # Errors
 /// Those of the device.
@@ -277,6 +278,9 @@ fn measure(model: &Model, (form, layers): (&str, &[String]), rows: &[usize], tex
     for &rows in rows {
         let mut inputs: BTreeMap<&str, Var> = BTreeMap::new();
         for layer in layers {
+            if inputs.contains_key(input(layer)) {
+                continue;
+            }
             let x = match block_of(model, layer).and_then(|i| fed[i].first()) {
                 Some(fed) => repeated(fed, rows)?,
                 None => {
@@ -285,7 +289,7 @@ fn measure(model: &Model, (form, layers): (&str, &[String]), rows: &[usize], tex
                     Tensor::from_slice(device, &[rows, width], &values)?
                 }
             };
-            inputs.entry(input(layer)).or_insert(Var::constant(x));
+            inputs.insert(input(layer), Var::constant(x));
         }
         // Sorting is what the stored form does where nothing is gathered.
         let gathers = block.is_some_and(|i| Pass::gathers_tokens(model, i, rows));
