@@ -7,7 +7,7 @@
 // cost:     N flops; 2 N + M (2 N flops and 3 N for accumulate_scaled) elements moved
 // numerics: f32 arithmetic whatever the storage, one rounding (accumulate_scaled: two, or one where the device fuses)
 // source:   -
-// rungs:    v1 one invocation, four neighbours; fours: loads and stores of four
+// rungs:    v1 one invocation, four neighbours; fours: loads and stores of four; wide: binary_wide.wgsl
 
 struct BinaryParams { count: u32, kind: u32, base: u32, period: u32, factor: f32 }
 var<immediate> binary: BinaryParams;
@@ -47,17 +47,19 @@ fn accumulate_scaled(@builtin(global_invocation_id) gid: vec3<u32>) {
 @group(0) @binding(1) var<storage, read> binary_b4: array<vec4<E>>;
 @group(0) @binding(2) var<storage, read_write> binary_y4: array<vec4<E>>;
 
-fn binary_of(a: E, b: E) -> E {
-    let x = ld(a);
-    let y = ld(b);
-    return st(select(select(x * y, x - y, binary.kind == 1u), x + y, binary.kind == 0u));
+fn binary_of(x: f32, y: f32) -> f32 {
+    return select(select(x * y, x - y, binary.kind == 1u), x + y, binary.kind == 0u);
 }
+
+fn binary_element(a: E, b: E) -> E { return st(binary_of(ld(a), ld(b))); }
 
 // Stores one four; the next one of b.
 fn binary_four(i: u32, j: u32) -> u32 {
     let a = binary_a4[i];
     let b = binary_b4[j];
-    binary_y4[i] = vec4<E>(binary_of(a.x, b.x), binary_of(a.y, b.y), binary_of(a.z, b.z), binary_of(a.w, b.w));
+    binary_y4[i] = vec4<E>(
+        binary_element(a.x, b.x), binary_element(a.y, b.y), binary_element(a.z, b.z), binary_element(a.w, b.w),
+    );
     return select(j + 1u, 0u, j + 1u == binary.period / 4u);
 }
 

@@ -7,7 +7,7 @@
 // cost:     N functions; 2 N (fwd) or 3 N (bwd) elements moved
 // numerics: f32 arithmetic whatever the storage; NaN passes through all but relu (0)
 // source:   GELU: Hendrycks and Gimpel 2016; SiLU: Elfwing et al. 2017
-// rungs:    v1 one invocation, four neighbours; fours: loads and stores of four, the function a constant
+// rungs:    v1 one invocation, four neighbours; fours: loads and stores of four, the function a constant; wide: unary_wide.wgsl
 
 struct UnaryParams { count: u32, kind: u32, factor: f32 }
 var<immediate> unary: UnaryParams;

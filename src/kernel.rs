@@ -392,14 +392,20 @@ fn prelude(element: DType) -> File {
 
 const LIBRARY: File = File { name: "lib.wgsl", text: include_str!("../shaders/lib.wgsl") };
 
-/// The file whose declarations another one goes on from: rungs that need a feature stand apart from those that run everywhere.
-fn base(file: File) -> Option<File> {
+/// The files that stand in front of one that goes on from their declarations: rungs that need a feature of the device stand apart
+/// from those that run everywhere.
+fn bases(file: File) -> &'static [File] {
+    const BINARY: File = File { name: "binary.wgsl", text: include_str!("../shaders/binary.wgsl") };
+    const UNARY: File = File { name: "unary.wgsl", text: include_str!("../shaders/unary.wgsl") };
+    const WIDE: File = File { name: "wide.wgsl", text: include_str!("../shaders/wide.wgsl") };
+    const MATMUL: File = File { name: "matmul.wgsl", text: include_str!("../shaders/matmul.wgsl") };
+    const MATMUL_LANES: File = File { name: "matmul_lanes.wgsl", text: include_str!("../shaders/matmul_lanes.wgsl") };
     match file.name {
-        "matmul_lanes.wgsl" => Some(File { name: "matmul.wgsl", text: include_str!("../shaders/matmul.wgsl") }),
-        "attention_lanes.wgsl" => {
-            Some(File { name: "matmul_lanes.wgsl", text: include_str!("../shaders/matmul_lanes.wgsl") })
-        }
-        _ => None,
+        "binary_wide.wgsl" => &[BINARY, WIDE],
+        "unary_wide.wgsl" => &[UNARY, WIDE],
+        "matmul_lanes.wgsl" => &[MATMUL],
+        "attention_lanes.wgsl" => &[MATMUL, MATMUL_LANES],
+        _ => &[],
     }
 }
 
@@ -407,10 +413,8 @@ fn base(file: File) -> Option<File> {
 /// With `ESPALIER_SHADERS` set to a folder the files are read from there, so that a kernel can be tuned without a rebuild.
 pub fn assemble(file: File, element: DType) -> Result<(String, u32)> {
     let read = |file: &File| read_override("ESPALIER_SHADERS", file);
-    let mut bases: Vec<File> = std::iter::successors(base(file), |&file| base(file)).collect();
-    bases.reverse();
     let mut front = String::new();
-    for part in [prelude(element), LIBRARY].iter().chain(&bases) {
+    for part in [prelude(element), LIBRARY].iter().chain(bases(file)) {
         front = format!("{front}{}\n", read(part)?);
     }
     let before = front.lines().count() as u32;

@@ -89,6 +89,7 @@ fn describe(info: &Info) -> DeviceReport {
     let features = [
         ("f16", f.f16),
         ("i16", f.i16),
+        ("i64", f.i64),
         ("subgroups", f.subgroups),
         ("timestamps", f.timestamps),
         ("cooperative_matrix", f.cooperative_matrix),

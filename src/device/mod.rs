@@ -127,6 +127,8 @@ pub struct Features {
     pub f16: bool,
     /// 16-bit integers in storage: how WGSL stores bf16.
     pub i16: bool,
+    /// 64-bit integers in WGSL: how software drivers load and store two f32 at once.
+    pub i64: bool,
     pub subgroups: bool,
     /// Invocations of a subgroup, where all have as many; else 0.
     pub subgroup_size: u32,

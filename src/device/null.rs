@@ -59,6 +59,7 @@ impl NullDevice {
             features: Features {
                 f16: true,
                 i16: true,
+                i64: true,
                 subgroups: true,
                 subgroup_size: 8,
                 arch: 80,

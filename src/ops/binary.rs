@@ -16,6 +16,8 @@ use crate::tensor::Tensor;
 pub static FAMILY: Family = Family { name: "binary", cases, source: Some(SOURCE) };
 
 const SOURCE: Source = source!("binary");
+const WIDE_SOURCE: Source =
+    Source::wgsl("binary_wide.wgsl", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/binary_wide.wgsl")));
 const BLOCK: u32 = 64;
 const PER_INVOCATION: usize = 4;
 
@@ -86,6 +88,7 @@ impl Op for Binary {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("binary_fwd", DType::FLOATS, cpu::binary),
             vector::cuda(SOURCE, ["binary_fwd_v2"; 2], DType::FLOATS, never_wraps, |p| plan(p, vectors)),
+            WIDE,
             BY_FOURS,
             wgsl("binary_fwd", "binary_fwd", |p| plan(p, fours)),
         ];
@@ -189,15 +192,21 @@ const fn wgsl(name: &'static str, entry: &'static str, plan: fn(&Problem) -> Pla
 
 /// For software rasterizers, where one binding holds all.
 const BY_FOURS: Kernel = {
-    let plan: fn(&Problem) -> Plan =
-        |p| Plan::of(Launch::linear(p.outputs[0].count().div_ceil(vector::FOURS), BLOCK, p.params()));
     let code = Code::Wgsl { source: SOURCE, entry: "binary_fwd_fours", constants: &[] };
-    Kernel { name: "binary_fwd_fours", code, dtypes: DType::FLOATS, fits: fits_by_fours, plan }
+    let fits: fn(&Problem) -> bool = |p| vector::whole_fours(p) && is_bound_whole(p, 4);
+    Kernel { name: "binary_fwd_fours", code, dtypes: DType::FLOATS, fits, plan: vector::plan_blocks }
 };
 
-fn fits_by_fours(p: &Problem) -> bool {
-    let bytes = p.outputs[0].bytes() as u64;
-    vector::whole_fours(p) && p.inputs[1].count().is_multiple_of(4) && bytes <= p.info.limits.binding_bytes
+/// The same by words of 64 bits.
+const WIDE: Kernel = {
+    let code = Code::Wgsl { source: WIDE_SOURCE, entry: "binary_fwd_wide", constants: &[] };
+    let fits: fn(&Problem) -> bool = |p| vector::whole_eights(p) && is_bound_whole(p, 8);
+    Kernel { name: "binary_fwd_wide", code, dtypes: &[DType::F32], fits, plan: vector::plan_blocks }
+};
+
+/// Whether b is whole vectors of so many elements, and one binding holds the output.
+fn is_bound_whole(p: &Problem, vector: usize) -> bool {
+    p.inputs[1].count().is_multiple_of(vector) && p.outputs[0].bytes() as u64 <= p.info.limits.binding_bytes
 }
 
 /// How a number of elements becomes a launch.

@@ -14,6 +14,8 @@ use crate::tensor::Tensor;
 pub static FAMILY: Family = Family { name: "unary", cases, source: Some(SOURCE) };
 
 const SOURCE: Source = source!("unary");
+const WIDE_SOURCE: Source =
+    Source::wgsl("unary_wide.wgsl", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/unary_wide.wgsl")));
 /// Invocations per workgroup, and elements each of them handles.
 const BLOCK: u32 = 64;
 const PER_INVOCATION: usize = 4;
@@ -165,13 +167,13 @@ impl Op for Unary {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[[Kernel; 4]; KINDS.len()] = &each(
+        const KERNELS: &[[Kernel; 5]; KINDS.len()] = &each(
             [
                 Kernel::cpu("unary_fwd", DType::FLOATS, cpu::unary),
                 vector::cuda(SOURCE, ["unary_fwd_v2"; 2], DType::FLOATS, always, vectors),
                 wgsl("unary_fwd", "unary_fwd", DType::FLOATS),
             ],
-            "unary_fwd_fours",
+            ["unary_fwd_wide", "unary_fwd_fours"],
         );
         &KERNELS[self.0.code()]
     }
@@ -211,13 +213,13 @@ impl Op for UnaryBackward {
     }
 
     fn kernels(&self) -> &'static [Kernel] {
-        const KERNELS: &[[Kernel; 4]; KINDS.len()] = &each(
+        const KERNELS: &[[Kernel; 5]; KINDS.len()] = &each(
             [
                 Kernel::cpu("unary_bwd", DType::FLOATS, cpu::unary_backward),
                 vector::cuda(SOURCE, ["unary_bwd_v2"; 2], DType::FLOATS, always, vectors),
                 wgsl("unary_bwd", "unary_bwd", DType::FLOATS),
             ],
-            "unary_bwd_fours",
+            ["unary_bwd_wide", "unary_bwd_fours"],
         );
         &KERNELS[self.0.code()]
     }
@@ -324,21 +326,20 @@ const KINDS: [Constants; 9] = [
     &[("KIND", 8.0)],
 ];
 
-/// The records of each function, by its code: before the `plain` ones a rung for software rasterizers, in which the function is
+/// The records of each function, by its code: before the `plain` ones two rungs for software rasterizers, in which the function is
 /// a constant.
-const fn each(plain: [Kernel; 3], entry: &'static str) -> [[Kernel; 4]; KINDS.len()] {
-    let mut all = [[plain[0], plain[0], plain[1], plain[2]]; KINDS.len()];
+const fn each(plain: [Kernel; 3], [wide, fours]: [&'static str; 2]) -> [[Kernel; 5]; KINDS.len()] {
+    let mut all = [[plain[0], plain[0], plain[0], plain[1], plain[2]]; KINDS.len()];
     let mut kind = 0;
     while kind < KINDS.len() {
-        let code = Code::Wgsl { source: SOURCE, entry, constants: KINDS[kind] };
-        all[kind][0] = Kernel { name: entry, code, dtypes: DType::FLOATS, fits: vector::whole_fours, plan: plan_fours };
+        let plan = vector::plan_blocks;
+        let code = Code::Wgsl { source: WIDE_SOURCE, entry: wide, constants: KINDS[kind] };
+        all[kind][0] = Kernel { name: wide, code, dtypes: &[DType::F32], fits: vector::whole_eights, plan };
+        let code = Code::Wgsl { source: SOURCE, entry: fours, constants: KINDS[kind] };
+        all[kind][1] = Kernel { name: fours, code, dtypes: DType::FLOATS, fits: vector::whole_fours, plan };
         kind += 1;
     }
     all
-}
-
-fn plan_fours(p: &Problem) -> Plan {
-    Plan::of(Launch::linear(p.outputs[0].count().div_ceil(vector::FOURS), BLOCK, p.params()))
 }
 
 /// Each invocation handles `PER_INVOCATION` neighbouring elements: fewer, fatter invocations suit every adapter class.
@@ -384,7 +385,7 @@ fn cases() -> Vec<Case> {
             _ => Tolerance::Transcendental,
         };
         for &dtype in DType::FLOATS {
-            for dims in [&[1][..], &[7], &[3, 5, 17], &[64, 64], &[255, 257]] {
+            for dims in [&[1][..], &[7], &[3, 5, 17], &[5, 24], &[64, 64], &[255, 257]] {
                 let case = Case::new(Unary(f), tolerance).input(dims, dtype, fill(f));
                 let small = case.inputs[0].meta.count() < 300 && dtype == DType::F32;
                 cases.push(if small { case.grad() } else { case });

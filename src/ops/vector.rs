@@ -4,7 +4,7 @@
 use crate::device::Class;
 use crate::dtype::DType;
 use crate::kernel::cuda::LOWEST_ARCH;
-use crate::kernel::{Code, Kernel, Launch, Problem, Source};
+use crate::kernel::{Code, Kernel, Launch, Plan, Problem, Source};
 
 /// Threads of a block of the elementwise rungs.
 pub(super) const BLOCK: u32 = 256;
@@ -23,7 +23,7 @@ pub(super) const fn cuda(
     [name, entry]: [&'static str; 2],
     dtypes: &'static [DType],
     fits: fn(&Problem) -> bool,
-    plan: fn(&Problem) -> crate::kernel::Plan,
+    plan: fn(&Problem) -> Plan,
 ) -> Kernel {
     Kernel {
         name,
@@ -39,13 +39,25 @@ pub(super) const fn above(first: Kernel, rest: [Kernel; 4]) -> [Kernel; 5] {
     [first, rest[0], rest[1], rest[2], rest[3]]
 }
 
-/// Elements of an invocation of the elementwise rungs for software rasterizers, which load and store four of them at once.
-pub(super) const FOURS: usize = 16;
+/// Elements of an invocation of the elementwise rungs for software rasterizers, which load and store four of them at once, or
+/// eight; invocations of a group.
+const EACH: usize = 16;
+const INVOCATIONS: u32 = 64;
 
 /// Whether a software rasterizer can take the output by fours, a block of them at least.
 pub(super) fn whole_fours(p: &Problem) -> bool {
     let count = p.outputs[0].count();
-    p.info.class == Class::Cpu && count >= FOURS && count.is_multiple_of(4)
+    p.info.class == Class::Cpu && count >= EACH && count.is_multiple_of(4)
+}
+
+/// Whether it can take it by eights, as words of 64 bits.
+pub(super) fn whole_eights(p: &Problem) -> bool {
+    whole_fours(p) && p.outputs[0].count().is_multiple_of(8) && p.info.features.i64
+}
+
+/// The launch of either.
+pub(super) fn plan_blocks(p: &Problem) -> Plan {
+    Plan::of(Launch::linear(p.outputs[0].count().div_ceil(EACH), INVOCATIONS, p.params()))
 }
 
 /// Elements of 16 bytes.

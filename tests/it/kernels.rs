@@ -132,7 +132,7 @@ fn dispatch_takes_what_was_tuned_and_names_a_table_that_it_cannot_use() {
         let (records, errors) = call(&["bench", "--samples", "5", "--seconds", "0.05"]);
         (records[0]["kernel"].as_str().unwrap().to_string(), errors)
     };
-    let fitting = ["unary_fwd_fours KIND=5", "unary_fwd"];
+    let fitting = ["unary_fwd_wide KIND=5", "unary_fwd_fours KIND=5", "unary_fwd"];
     let (planned, _) = call(&["tune", "--dry-run"]);
     assert!(!planned.is_empty() && std::fs::read_dir(cache.path()).unwrap().next().is_none());
     let (compared, _) = call(&["tune"]);
@@ -152,7 +152,7 @@ fn dispatch_takes_what_was_tuned_and_names_a_table_that_it_cannot_use() {
     }
     std::fs::write(&file, "{").unwrap();
     let (first, errors) = dispatched();
-    assert_eq!(first, "unary_fwd_fours");
+    assert_eq!(first, "unary_fwd_wide");
     assert!(errors.contains("ignored") && errors.contains(file.to_str().unwrap()), "{errors}");
     refused(&["kernels", "tune", "--device", "reference"], 2, "E-USAGE");
 }

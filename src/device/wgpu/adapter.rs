@@ -137,6 +137,7 @@ pub fn open(index: usize, adapter: &wgpu::Adapter) -> Result<Opened> {
     let wanted = wgpu::Features::IMMEDIATES
         | wgpu::Features::SHADER_F16
         | wgpu::Features::SHADER_I16
+        | wgpu::Features::SHADER_INT64
         | wgpu::Features::SUBGROUP
         | wgpu::Features::TIMESTAMP_QUERY
         | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS
@@ -191,6 +192,7 @@ pub fn open(index: usize, adapter: &wgpu::Adapter) -> Result<Opened> {
         features: Features {
             f16: required.contains(wgpu::Features::SHADER_F16),
             i16: required.contains(wgpu::Features::SHADER_I16),
+            i64: required.contains(wgpu::Features::SHADER_INT64),
             subgroups: required.contains(wgpu::Features::SUBGROUP),
             subgroup_size,
             timestamps: required.contains(timestamps),
