@@ -1,7 +1,7 @@
 // op:       add, sub, mul: the rung of binary.wgsl for software drivers that have words of 64 bits, f32 alone
 // math:     that of binary.wgsl
 // grad:     that of binary.wgsl
-// shapes:   a8[N / 8], b8[M / 8], y8[N / 8]; N and M multiples of 8, N at least 16
+// shapes:   a8, b8, y8: a, b, y of binary.wgsl (there a4, b4, y4 too, and target, x) in eights; N and M multiples of 8, N at least 16
 // layout:   contiguous; a word of 64 bits holds two neighbours, the even one low
 // launch:   linear, 64 invocations a group, 16 elements each
 // cost:     that of binary.wgsl

@@ -1,7 +1,7 @@
 // op:       relu to reciprocal and their backward: the rung of unary.wgsl for software drivers that have words of 64 bits, f32 alone
 // math:     that of unary.wgsl
 // grad:     that of unary.wgsl
-// shapes:   x8[N / 8], y8[N / 8]; bwd: x8, dy8, dx8; N a multiple of 8, at least 16
+// shapes:   x8, y8, dy8, dx8: x, y, dy, dx of unary.wgsl (there x4, y4, dy4, dx4 too) in eights; N a multiple of 8, at least 16
 // layout:   contiguous; a word of 64 bits holds two neighbours, the even one low
 // launch:   linear, 64 invocations a group, 16 elements each
 // cost:     that of unary.wgsl
