@@ -5,14 +5,15 @@
 // shapes:   slots of scores: q4[B,T,H,D], k4[B,S,H,D], scores4[B,H,T,S], context[B], lengths[B]; rows: scores4, lse[B,H,T],
 //           bias[H,T,S], context, lengths; values: weights4[B,H,T,S], v4[B,S,H,D], y4[B,T,H,D], context, lengths;
 //           slopes: out4[B,T,H,D], dout4[B,T,H,D], lse, context, lengths, weights, slopes4[B,H,T,S];
-//           keys: weights4, x4[B,T,H,D], y4[B,S,H,D], context, lengths (4: in fours); what matmul_lanes.wgsl, joined in front, has of its own: a, a4, b, b4, bias, y, sums
+//           keys: weights4, x4[B,T,H,D], y4[B,S,H,D], context, lengths (4: in fours); what matmul_lanes.wgsl, joined in front, has of
+//           its own: a, a4, b, b4, bias, y, sums
 // layout:   contiguous; D and S are multiples of four; an absent optional input is any read argument and never read
 // launch:   scores, values and keys: groups of one subgroup of eight lanes, 32x32 outputs each, z over batch and heads;
 //           rows and slopes: linear over B H T, 8 a group
 // cost:     4 B H T S D flops forward, 10 backward, of masked tiles none; the scores, in f32, are written twice and read three
 //           times, backward two such matrices
-// numerics: f32 sums in key (or query) order, maxima taken off; keys that no row of a tile sees are never loaded, those that another
-//           row of it sees weigh 0; a row without keys gives y = 0 and lse = MASKED
+// numerics: f32 sums in key (or query) order, maxima taken off; tiles of keys that no row of a tile sees are never loaded, what else
+//           a row does not see weighs 0; a row without keys gives y = 0 and lse = MASKED
 // source:   -
 // rungs:    two products of matmul_lanes around a softmax in place, five backward, for drivers on which a load costs more than a
 //           product
@@ -254,9 +255,12 @@ fn attention_keys(@builtin(workgroup_id) group: vec3<u32>, @builtin(subgroup_inv
     var first = 0u;
     while first < at.queries && at_limit(group.z / at.heads, first) <= row { first += 32u; }
     var t: LaneTile;
-    for (var s = first / 4u; 4u * s < at.queries; s++) {
-        let there = vec4<u32>(4u * s, 4u * s + 1u, 4u * s + 2u, 4u * s + 3u) < vec4<u32>(at.queries);
-        t = lane_tile_add(t, at_columns_quad(w + s * at.keys, there), at_x_quad(x + s * stride, there));
+    for (var s = first; s < at.queries; s += 4u) {
+        let query = vec4<u32>(s, s + 1u, s + 2u, s + 3u);
+        // Past the last query its own row is loaded, and counts as 0. A launch has more than four queries.
+        let steps = min(query, vec4<u32>(at.queries - 1u)) - vec4<u32>(0u, 1u, 2u, 3u);
+        let there = query < vec4<u32>(at.queries);
+        t = lane_tile_add(t, at_columns_quad(w + steps * (at.keys / 4u), there), at_x_quad(x + steps * (stride / 4u), there));
     }
     put_tile(group.z, at.keys, row, column, t);
 }

@@ -129,7 +129,7 @@ pub struct Pass<'m> {
     pub(super) hooks: Vec<&'m dyn OutputHook>,
     /// What hooks made once for the whole pass.
     shared: BTreeMap<&'static str, Var>,
-    dropout: Option<(Dropout, Var)>,
+    pub(super) dropout: Option<(Dropout, Var)>,
     split_ffn: bool,
     pub(super) grouped: bool,
     /// Bias by distance of a stack's table over a span.

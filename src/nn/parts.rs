@@ -1,6 +1,7 @@
 //! Batches taken in parts: where a block's activations are more than a core's cache holds and its weights are not, the time of
 //! a pass is that of carrying activations to memory and back.
 
+use super::config::Config;
 use super::forward::{Batch, Cache, Pass};
 use crate::device::Kind;
 use crate::dispatch;
@@ -9,7 +10,8 @@ use crate::ops::layout::{Concat, Slice};
 use crate::tape::Var;
 use crate::tensor::Tensor;
 
-/// Bytes of a part's widest activations at most, and of a block's weights, which every part reads anew: what lies near a core.
+/// Bytes of a part's widest activations at most, and of a block's weights on the average, which every part reads anew: what lies near
+/// a core.
 const NEAR: usize = 2 << 20;
 /// Inputs that [`Concat`] takes.
 const JOINED: usize = 7;
@@ -42,12 +44,17 @@ impl Pass<'_> {
         let (config, all) = (&self.model.config, batch.tokens.dims()[0]);
         let watched =
             self.tape.recording() || !self.hooks.is_empty() || self.taps.is_some() || self.ffn_inputs.is_some();
-        if watched || self.memory.is_some() || config.encoder > 0 || self.model.device().info().kind != Kind::Cpu {
+        // What a pass does with weights and not with tokens every part would do again: low-rank updates, experts' weights unpacked
+        // from groups. A part's dropout would be that of the first one.
+        let grouped = |(name, tensor): (&String, &Tensor)| name.ends_with(".scale") && tensor.dims().len() == 3;
+        let once = self.tuned || self.dropout.is_some() || self.model.tensors.iter().any(grouped);
+        let elsewhere = config.encoder > 0 || self.model.device().info().kind != Kind::Cpu;
+        if watched || once || elsewhere || self.memory.is_some() {
             return all;
         }
         let own = self.model.tensors.iter().filter(|(name, _)| name.starts_with("blocks."));
         let weights = own.map(|(_, tensor)| tensor.meta().bytes()).sum::<usize>() + self.model.ways_bytes();
-        let widest = config.blocks.iter().map(|block| block.ffn_width).max().unwrap_or(0).max(config.width);
+        let widest = config.blocks.iter().map(Config::ffn_rows).max().unwrap_or(0).max(config.width);
         let sequence = widest * size_of::<f32>() * batch.tokens.dims()[1];
         if weights / config.blocks.len().max(1) > NEAR { all } else { (NEAR / sequence.max(1)).clamp(1, all.max(1)) }
     }

@@ -1,5 +1,6 @@
 //! One integration binary.
 
+mod attention;
 mod commands;
 mod composition;
 mod counted;
