@@ -13,7 +13,7 @@ use super::{Args, dot_tile, float_kernel, simd};
 use crate::dtype::{DType, Float};
 use crate::error::Result;
 
-/// Rows of one expert in one task.
+/// Rows of one expert in one task, about: an expert's rows are cut evenly, so that no few of them need its weights packed anew.
 const ROWS: usize = 128;
 /// Tokens whose sums are made together.
 const TOKENS: usize = 256;
@@ -143,19 +143,31 @@ impl<T> Target<T> {
     }
 }
 
-/// The first product: `work(expert, slots, y)` makes the rows of these slots, which are its alone.
-fn each<T: Float>(args: &Args, g: &Gathered, y: &mut [T], work: impl Fn(usize, &[Slot], &Target<T>) + Sync + Send) {
+/// Some rows of one expert.
+struct Part<'a> {
+    expert: usize,
+    slots: &'a [Slot],
+    /// Whose rows are made next.
+    next: usize,
+}
+
+/// The first product: `work(part, y)` makes the rows of the part's slots, which are its alone.
+fn each<T: Float>(args: &Args, g: &Gathered, y: &mut [T], work: impl Fn(Part, &Target<T>) + Sync + Send) {
     let sorted = g.sorted(0, g.tokens);
     assert!(y.len() >= g.tokens * g.k * g.n, "a row for each slot");
     if sorted.slots.len() < g.tokens * g.k {
         y.fill(T::store(0.0));
     }
+    let cut = |count: usize| count.div_ceil(((count + ROWS / 2) / ROWS).max(1));
     let parts: Vec<(usize, &[Slot])> =
-        sorted.experts().flat_map(|(e, slots)| slots.chunks(ROWS).map(move |part| (e, part))).collect();
+        sorted.experts().flat_map(|(e, slots)| slots.chunks(cut(slots.len())).map(move |part| (e, part))).collect();
     let work_of_part = sorted.slots.len() / parts.len().max(1) * g.n * g.d;
     let target = &Target(y.as_mut_ptr());
     args.ranges(parts.len(), GRAIN / work_of_part.max(1), |range| {
-        parts[range].iter().for_each(|(e, slots)| work(*e, slots, target));
+        for at in range {
+            let (expert, slots) = parts[at];
+            work(Part { expert, slots, next: parts.get(at + 1).map_or(expert, |(next, _)| *next) }, target);
+        }
     });
 }
 
@@ -225,15 +237,17 @@ fn floating<T: Float>(args: &Args) -> Result<()> {
     let row = |at: usize| &x[at * d..][..d];
     let as_it_lies = T::DTYPE == DType::F32;
     if !g.sum {
-        each(args, &g, y, |e, slots, y| {
-            let (w, mut made) = (&weight[e * n * d..][..n * d], MADE.take());
+        let weights = |e: usize| &weight[e * n * d..][..n * d];
+        each(args, &g, y, |Part { expert: e, slots, next }, y| {
+            let (w, mut made) = (weights(e), MADE.take());
             let row = |i: usize| row(slots[i].token());
             made.clear();
             made.resize(slots.len() * n, 0.0);
             if as_it_lies && (d > LONG || slots.len() <= d / SHORT) {
                 dot_tile::product(row, slots.len(), bytemuck::cast_slice(w), n, &mut made);
             } else {
-                panel::add(row, slots.len(), w, d, &mut made, |i| i * n);
+                let ahead = if next == e { &[] } else { weights(next) };
+                panel::add(row, slots.len(), w, d, &mut made, |i| i * n, ahead);
             }
             finish(&mut made, slots.len(), &bias[e * n..][..n], g.relu);
             for (slot, row) in slots.iter().zip(made.chunks(n.max(1))) {
@@ -261,7 +275,7 @@ fn floating<T: Float>(args: &Args) -> Result<()> {
             for (e, slots) in sorted[block].experts() {
                 let w = &weight[(e * n + columns.start) * d..(e * n + columns.end) * d];
                 let at = |i: usize| (slots[i].token() - tokens.start) * columns.len();
-                panel::add(|i| row(slots[i].at()), slots.len(), w, d, sums, at);
+                panel::add(|i| row(slots[i].at()), slots.len(), w, d, sums, at, &[]);
             }
         });
     }
@@ -288,7 +302,7 @@ pub fn gathered_matmul_int8(args: &Args) -> Result<()> {
         k: d,
     };
     if !g.sum {
-        each(args, &g, y, |e, slots, y| {
+        each(args, &g, y, |Part { expert: e, slots, .. }, y| {
             let own = e * n..(e + 1) * n;
             let product = Product { bias: Some(&bias[own.clone()]), ..product(own, slots.len()) };
             let place = |i: usize| [slots[i].token(), slots[i].at()];

@@ -8,6 +8,8 @@ use crate::simd;
 
 /// Columns of a panel.
 pub(super) const COLUMNS: usize = 32;
+/// Most rows of a tile: 16 sums, two registers of the panel and one of x.
+const TILE: usize = 8;
 /// Longest panel: with 32 columns 32 KB, in the first-level cache.
 const LONGEST: usize = 256;
 
@@ -17,7 +19,7 @@ thread_local! {
 }
 
 /// y[at(i) + j] += x(i) . w[j] for `rows` rows x and the rows of `w`, `k` elements each. Rows of y may be the same: they are added to
-/// in turn.
+/// in turn. Meanwhile `ahead`, the weights of a call to come, is brought near, so that its packing waits for no memory.
 pub(super) fn add<'x, T: Float>(
     x: impl Fn(usize) -> &'x [f32],
     rows: usize,
@@ -25,9 +27,13 @@ pub(super) fn add<'x, T: Float>(
     k: usize,
     y: &mut [f32],
     at: impl Fn(usize) -> usize,
+    ahead: &[T],
 ) {
     let columns = w.len() / k.max(1);
     let mut panel = PANEL.take();
+    let tiles = rows.div_ceil(TILE) * columns.div_ceil(COLUMNS) * k.div_ceil(LONGEST);
+    let mut lines = ahead.chunks(64 / size_of::<T>());
+    let each = lines.len().div_ceil(tiles.max(1));
     for first in (0..columns).step_by(COLUMNS) {
         let width = (columns - first).min(COLUMNS);
         for k0 in (0..k).step_by(LONGEST) {
@@ -35,7 +41,13 @@ pub(super) fn add<'x, T: Float>(
             panel.resize(panel.len().max(depth * COLUMNS), 0.0);
             pack_b(View::transposed(w, k), (first, width), (k0, depth), COLUMNS, &mut panel[..depth * COLUMNS]);
             let part = |i: usize| &x(i)[k0..k0 + depth];
-            multiply(part, rows, &panel[..depth * COLUMNS], width, y, |i| at(i) + first);
+            // Rows that lie anywhere are of the tile after the next one; the next panel has them near.
+            let near = |i: usize| {
+                lines.by_ref().take(each).for_each(|line| simd::prefetch(line.as_ptr()));
+                let to_come = if first == 0 { (i + TILE).min(rows)..(i + 2 * TILE).min(rows) } else { 0..0 };
+                to_come.for_each(|i| part(i).chunks(16).for_each(|line| simd::prefetch(line.as_ptr())));
+            };
+            multiply(part, rows, &panel[..depth * COLUMNS], width, y, |i| at(i) + first, near);
         }
     }
     PANEL.set(panel);
@@ -48,26 +60,30 @@ fn multiply<'x>(
     width: usize,
     y: &mut [f32],
     at: impl Fn(usize) -> usize,
+    mut before: impl FnMut(usize),
 ) {
     #[cfg(target_arch = "x86_64")]
     if simd::level() == simd::Level::Avx512 {
+        // Evenly: a tile of one or two rows takes as long as one of four.
+        let mut tiles = rows.div_ceil(TILE);
         let mut i = 0;
         while i < rows {
-            // SAFETY: the features were found, and `tile` checks every extent.
-            i += unsafe {
-                match rows - i {
-                    1 => avx512::tile::<1>([x(i)], panel, width, y, [at(i)]),
-                    2 | 3 => avx512::tile::<2>([x(i), x(i + 1)], panel, width, y, [at(i), at(i + 1)]),
-                    4..=7 => {
-                        let of = std::array::from_fn(|r| x(i + r));
-                        avx512::tile::<4>(of, panel, width, y, std::array::from_fn(|r| at(i + r)))
+            let count = (rows - i).div_ceil(tiles);
+            macro_rules! tile {
+                ($($rows:literal)*) => {
+                    match count {
+                        $($rows => {
+                            let of: [&[f32]; $rows] = std::array::from_fn(|r| x(i + r));
+                            // SAFETY: the features were found, and `tile` checks every extent.
+                            unsafe { avx512::tile(of, panel, width, y, std::array::from_fn(|r| at(i + r))) }
+                        })*
+                        _ => unreachable!("tiles of at most eight rows"),
                     }
-                    _ => {
-                        let of = std::array::from_fn(|r| x(i + r));
-                        avx512::tile::<8>(of, panel, width, y, std::array::from_fn(|r| at(i + r)))
-                    }
-                }
-            };
+                };
+            }
+            tile!(1 2 3 4 5 6 7 8);
+            (i, tiles) = (i + count, tiles - 1);
+            before(i);
         }
         return;
     }
@@ -92,7 +108,7 @@ mod avx512 {
 
     use super::COLUMNS;
 
-    /// R rows, which is also what it returns. 16 sums, two registers of the panel and one of x for eight rows.
+    /// R rows.
     ///
     /// # Safety
     /// AVX-512 F is present.
@@ -103,7 +119,7 @@ mod avx512 {
         width: usize,
         y: &mut [f32],
         at: [usize; R],
-    ) -> usize {
+    ) {
         let k = panel.len() / COLUMNS;
         assert!(width <= COLUMNS && x.iter().all(|x| x.len() == k), "rows of the panel's depth");
         assert!(at.iter().all(|at| at + width <= y.len()), "room for every row");
@@ -131,6 +147,5 @@ mod avx512 {
                 }
             }
         }
-        R
     }
 }
