@@ -1,5 +1,6 @@
 """Kernels that are fast because they do not do the work, and honest ones: what `test_cheats.py` shows to the judge."""
 
+import queue
 import threading
 import time
 
@@ -74,6 +75,31 @@ class CachesByPointer(Honest):
         return out
 
 
+class ByGlance(Honest):
+    """The same two elements must mean the same numbers."""
+
+    def __init__(self):
+        self.known = {}
+
+    def key(self, a, b):
+        return float(a[0, 0]), float(b[-1, -1])
+
+    def call(self, a, b, out):
+        key = self.key(a, b)
+        if key not in self.known:
+            self.known[key] = a @ b
+        out[...] = self.known[key]
+        return out
+
+
+class ByContent(ByGlance):
+    """Keeps every result by all bytes that it was made of. Right, so nobody can object; but no numbers come twice, so it
+    computes like the honest and gains nothing."""
+
+    def key(self, a, b):
+        return hash(a.tobytes()), hash(b.tobytes())
+
+
 class SkipsTheLastTile(Honest):
     def call(self, a, b, out):
         numpy.matmul(a[:-16], b, out=out[:-16])
@@ -122,15 +148,26 @@ class OnlyTheFirstNumbers(Honest):
 
 
 class WorksAfterwards(Honest):
-    """Says that it is done while a thread works."""
+    """Says that it is done before a thread begins to work."""
+
+    def __init__(self):
+        self.left = queue.Queue()
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def work(self):
+        while True:
+            a, b, out = self.left.get()
+            # The rest of the batch is asked for, and answered, meanwhile.
+            time.sleep(2e-4)
+            numpy.matmul(a, b, out=out)
+            self.left.task_done()
 
     def call(self, a, b, out):
-        self.thread = threading.Thread(target=lambda: numpy.matmul(a, b, out=out))
-        self.thread.start()
+        self.left.put((a, b, out))
         return out
 
     def arrays(self, results):
-        self.thread.join()
+        self.left.join()
         return [results]
 
 
@@ -160,6 +197,27 @@ class EverySecondRun(Honest):
         return numpy.matmul(a, b, out=out) if self.turn % 2 else out
 
 
+class HonestAtFirst(Honest):
+    """Works on everything while all is looked at, and until it knows how long a batch is; then on the first and the last run of
+    each. Only who looks in between sees it."""
+
+    def __init__(self):
+        self.places, self.batches, self.before, self.end, self.last = {}, 0, -1, -1, None
+
+    def call(self, a, b, out):
+        # Slots in the order in which they were seen first, which is theirs.
+        place = self.places.setdefault(a.ctypes.data, len(self.places))
+        if place == 0:
+            self.batches, self.last = self.batches + 1, self.end
+        if place in (0, self.before + 1):
+            self.end = place
+        self.before = place
+        # All slots, single ones, a whole batch.
+        if self.batches <= 3 or not 0 < place < self.last:
+            numpy.matmul(a, b, out=out)
+        return out
+
+
 class PatchesTheClock(Honest):
     """The clock that it can reach stands still."""
 
@@ -173,6 +231,7 @@ CHEATS = (
     ReturnsThePoison,
     ZerosTheInputs,
     CachesByPointer,
+    ByGlance,
     SkipsTheLastTile,
     CopiesTheLastTile,
     LowerPrecision,
@@ -181,8 +240,9 @@ CHEATS = (
     WorksAfterwards,
     WorksWhenFetched,
     EverySecondRun,
+    HonestAtFirst,
 )
-ALL = {kind.__name__: kind for kind in (*HONEST, *CHEATS, PatchesTheClock)}
+ALL = {kind.__name__: kind for kind in (*HONEST, *CHEATS, ByContent, PatchesTheClock)}
 
 if __name__ == "__main__":
     server.serve([{"name": name, "version": "0"} for name in ALL], lambda peer, case: ALL[peer]())

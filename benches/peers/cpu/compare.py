@@ -281,7 +281,10 @@ class Run:
             "bandwidth_gb": size / middle / 1e3 if middle else 0.0,
             "voided": False,
         }
-        if ceiling and middle:
+        if samples and middle <= 0:
+            # Nothing takes no time, and nothing could be held against a ceiling.
+            record["voided"], record["error"] = True, record["error"] or "suspect: no time was seen"
+        elif ceiling and middle:
             against(record, case, ceiling)
         if not self.by_processor and others > OTHERS:
             record["voided"], record["error"] = True, record["error"] or f"noisy: others kept {others:.2f} processors busy"
@@ -301,7 +304,7 @@ def against(record, case, ceiling):
         record["ceiling"], record["ceiling_unit"] = ceiling["gflops"] * width, "GFLOP/s"
         record["ceiling_share"] = record["gflops"] / record["ceiling"]
     if record["ceiling_share"] > SUSPECT:
-        record["voided"], record["error"] = True, record["error"] or "suspect: above this run's ceiling"
+        record["voided"], record["error"] = True, record["error"] or "suspect: more than 5 % above this run's ceiling"
 
 
 def ceilings(run, cases, records, write):

@@ -225,15 +225,16 @@ def bound_of(case, dtype, computes=None):
     return BOUND.get("bf16" if "bf16" in str(case["inputs"]) else dtype, 0.0)
 
 
-def judge(want, got, dtype, bound):
-    """The relative error of an output, and why it is wrong; None where it is right."""
-    if want is None:
-        return 0.0, None
-    if got.size != want.size:
-        return numpy.inf, f"{got.size} elements where {want.size} were expected"
-    got = double(got.reshape(want.shape), dtype)
+def judge(want, got, dtype, bound, dims):
+    """The relative error of an output of these dimensions, and why it is wrong; None where it is right."""
+    count = math.prod(dims)
+    if got.size != count:
+        return numpy.inf, f"{got.size} elements where {count} were expected"
+    got = double(got.reshape(dims), dtype)
     if not numpy.isfinite(got).all():
         return numpy.inf, f"{int((~numpy.isfinite(got)).sum())} elements were not written, or are no numbers"
+    if want is None:
+        return 0.0, None
     difference = numpy.abs(got - want)
     judged = numpy.isfinite(want)
     if not judged.all():
