@@ -53,7 +53,8 @@ enum Request {
 
 /// A library at work on one case, with inputs and outputs of its own for each slot.
 pub trait Work {
-    /// Takes other inputs, in the memory of the old ones, and poisons the outputs.
+    /// Takes other inputs, and poisons the outputs or has none left. In the memory of the old ones where the library can write
+    /// into a tensor that is there; elsewhere, and for a model that is trained, tensors are new.
     fn fill(&mut self, slot: usize, inputs: Vec<Vec<u8>>);
     fn run(&mut self, slot: usize);
     fn read(&self, slot: usize) -> Vec<Vec<u8>>;
