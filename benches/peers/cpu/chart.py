@@ -4,8 +4,19 @@ import math
 import re
 from html import escape
 
-COLOURS = ("#d1495b", "#2a9d8f", "#e9a23b", "#4f7cac", "#8e6bbf", "#7a9e3a", "#b5651d", "#888888")
+# Of a palette that the colour blind can tell apart; grey and black are the page's own.
+COLOURS = ("#d55e00", "#3a86c8", "#009e73", "#e69f00", "#cc79a7", "#6fbde8", "#8c6d31")
+# Outlines in units of a mark's size. As many as have no divisor in common with the colours: 35 peers before a look comes again.
+SHAPES = (
+    None,
+    ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)),
+    ((0.0, -1.15), (1.1, 0.85), (-1.1, 0.85)),
+    ((0.0, -1.3), (1.3, 0.0), (0.0, 1.3), (-1.3, 0.0)),
+    ((0.0, 1.15), (1.1, -0.85), (-1.1, -0.85)),
+)
 GREY = "#808080"
+OURS = (GREY, None)
+MARK, LEGEND_LINE = 4.5, 18
 
 
 def text(x, y, content, anchor="start", size=12):
@@ -16,8 +27,13 @@ def line(x1, y1, x2, y2, width=1, colour=GREY, opacity=1.0):
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width}" opacity="{opacity}"/>'
 
 
-def dot(x, y, colour, title):
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}"><title>{escape(title)}</title></circle>'
+def mark(x, y, look, title):
+    """A dot, or what tells a peer apart where colours do not."""
+    (colour, shape), name = look, f"<title>{escape(title)}</title>"
+    if shape is None:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{MARK}" fill="{colour}">{name}</circle>'
+    points = " ".join(f"{x + MARK * dx:.1f},{y + MARK * dy:.1f}" for dx, dy in shape)
+    return f'<polygon points="{points}" fill="{colour}">{name}</polygon>'
 
 
 def frame(width, height, label, parts):
@@ -25,29 +41,35 @@ def frame(width, height, label, parts):
     return f'{head} font-family="sans-serif" role="img" aria-label="{escape(label)}">\n' + "\n".join(parts) + "\n</svg>\n"
 
 
-def colours(matches):
+def looks(matches):
+    """A colour and a shape for each peer."""
     peers = sorted({p for m in matches for p in m.peers}, key=lambda p: (not p.startswith("PyTorch"), p))
-    return {p: COLOURS[i % len(COLOURS)] for i, p in enumerate(peers)}
+    return {p: (COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)]) for i, p in enumerate(peers)}
 
 
-def legend(names, y):
-    parts, x = [], 10.0
-    for name, colour in names.items():
-        parts += [dot(x + 5, y - 4, colour, name), text(x + 14, y, name)]
-        x += 30 + 7.2 * len(name)
-    return parts
+def legend(names, width):
+    """Names behind their marks, in as many lines as they need; and where these end."""
+    parts, x, y = [], 10.0, 20.0
+    for name, look in names.items():
+        taken = 30 + 7.2 * len(name)
+        if x > 10.0 and x + taken > width:
+            x, y = 10.0, y + LEGEND_LINE
+        parts += [mark(x + 5, y - 4, look, name), text(x + 14, y, name)]
+        x += taken
+    return parts, y
 
 
 def ratios(matches):
-    """One row per case, one dot per peer: its time over ours."""
-    colour = colours(matches)
+    """One row per case, one mark per peer: its time over ours."""
+    look = looks(matches)
     rows = [m for m in matches if any(m.ratio(p) for p in m.peers)]
-    left, right, top, step = 270, 850, 50, 18
+    left, right, step = 270, 850, 18
     found = [m.ratio(p)[0] for m in rows for p in m.peers if m.ratio(p)] or [1.0]
     low, high = min(0.5, *found) * 0.95, max(4.0, *found) * 1.1
     at = lambda ratio: left + (right - left) * math.log(ratio / low) / math.log(high / low)
+    parts, top = legend(look, right + 20)
+    top += 30
     bottom = top + step * len(rows)
-    parts = legend(colour, 20)
     for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64):
         if low <= tick <= high:
             parts += [line(at(tick), top - 8, at(tick), bottom, 2 if tick == 1 else 1, opacity=1.0 if tick == 1 else 0.3)]
@@ -60,8 +82,8 @@ def ratios(matches):
             ratio = m.ratio(peer)
             if ratio:
                 middle, least, most = ratio
-                parts += [line(at(least), y, at(most), y, 2, colour[peer], 0.6)]
-                parts += [dot(at(middle), y, colour[peer], f"{name}: {peer} {middle:.2f} ({least:.2f} to {most:.2f})")]
+                parts += [line(at(least), y, at(most), y, 2, look[peer][0], 0.6)]
+                parts += [mark(at(middle), y, look[peer], f"{name}: {peer} {middle:.2f} ({least:.2f} to {most:.2f})")]
     parts += [text((left + right) / 2, bottom + 34, "time of the peer / our time", "middle")]
     return frame(right + 20, bottom + 44, "Ratios by case and peer", parts)
 
@@ -76,13 +98,14 @@ def growth(matches):
                 if not time.faults and time.samples:
                     n = int(size[1])
                     cubes.setdefault(who, {})[n] = 2 * n**3 / time.median / 1e3
-    colour = {"espalier": GREY, **colours(matches)}
-    left, right, top, bottom = 60, 620, 40, 300
+    look = {"espalier": OURS, **looks(matches)}
+    left, right = 60, 620
+    parts, top = legend({who: look[who] for who in cubes}, right + 20)
+    top, bottom = top + 20, top + 280
     sizes = sorted({n for curve in cubes.values() for n in curve}) or [1]
     most = max((rate for curve in cubes.values() for rate in curve.values()), default=1.0) * 1.1
     x = lambda n: left + (right - left) * (math.log2(n / sizes[0]) / max(math.log2(sizes[-1] / sizes[0]), 1))
     y = lambda rate: bottom - (bottom - top) * rate / most
-    parts = legend({who: colour[who] for who in cubes}, 20)
     for n in sizes:
         parts += [text(x(n), bottom + 18, str(n), "middle")]
     for tick in range(0, int(most) + 1, 50):
@@ -90,7 +113,7 @@ def growth(matches):
     for who, curve in cubes.items():
         points = sorted(curve.items())
         for (n, rate), (m, after) in zip(points, points[1:]):
-            parts += [line(x(n), y(rate), x(m), y(after), 3 if who == "espalier" else 1.5, colour[who])]
-        parts += [dot(x(n), y(rate), colour[who], f"{who}, {n}: {rate:.0f} GFLOP/s") for n, rate in points]
+            parts += [line(x(n), y(rate), x(m), y(after), 3 if who == "espalier" else 1.5, look[who][0])]
+        parts += [mark(x(n), y(rate), look[who], f"{who}, {n}: {rate:.0f} GFLOP/s") for n, rate in points]
     parts += [text((left + right) / 2, bottom + 36, "n of an n x n x n product in f32; GFLOP/s", "middle")]
     return frame(right + 20, bottom + 46, "Rate of f32 products over their size", parts)

@@ -14,7 +14,8 @@ class Goal:
 
 
 # Where no memory is new, both forms are the same kernel.
-TORCH = ("PyTorch", "PyTorch, memory kept")
+KEPT = "PyTorch, memory kept"
+TORCH = ("PyTorch", KEPT)
 BURN = ("burn flex", "burn ndarray")
 # Our own last kernel of an op on the same adapter: one output, one invocation.
 NAIVE = "espalier, naive rung"

@@ -6,7 +6,7 @@ import statistics
 from typing import NamedTuple
 
 from chart import growth, ratios
-from goals import goals_on
+from goals import KEPT, goals_on
 
 TITLES = {
     "matmul": "Matrix products",
@@ -155,21 +155,58 @@ def tables(matches):
         yield f"\nWhat ran: {ran}.\n" if ran else ""
 
 
+class Standing:
+    """Of one goal in the matches of a place: the ratio that decides each, its spread, and what is void."""
+
+    def __init__(self, covered, peers, must):
+        self.must, self.found, self.void, self.cases = must, [], 0, 0
+        for m in covered:
+            theirs = [p for p in peers if p in m.peers]
+            if not theirs:
+                continue
+            self.cases += 1
+            # The fastest of several is the peer.
+            known = min((r for r in (m.ratio(p) for p in theirs) if r), default=None)
+            # Who is void may have been it: then no more is known than that the ratio is no larger.
+            void = any(m.ratio(p) is None for p in theirs)
+            self.void += void
+            if known and not (void and known[0] >= must):
+                self.found.append(known)
+
+    def measured(self):
+        middles = [middle for middle, _, _ in self.found]
+        return f"{min(middles):.2f} to {max(middles):.2f}" if len(middles) > 1 else "".join(f"{x:.2f}" for x in middles)
+
+    def voids(self):
+        return f"void in {self.void} of {self.cases}" if self.void else ""
+
+    def verdict(self, aim):
+        if not self.found:
+            return self.voids()
+        missed = [r for r in self.found if r[0] < self.must]
+        either_way = [r for r in self.found if r[1] < self.must <= r[2]]
+        if missed:
+            verdict = "missed" if len(missed) == self.cases else f"missed in {len(missed)} of {self.cases}"
+            undecided = all(r in either_way for r in missed)
+        else:
+            verdict = "aim met" if min(self.found)[0] >= aim else "met"
+            undecided = bool(either_way)
+        return ", ".join([verdict] + ["undecided"] * undecided + [self.voids()] * bool(self.void))
+
+
 def goals(matches):
-    yield "| goal | against | must | aim | measured | |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    for goal in goals_on(matches[0].place.backend):
-        found = []
-        for m in matches:
-            if goal.covers(m.name, m.mode):
-                known = [r[0] for r in (m.ratio(p) for p in goal.peers) if r]
-                # The fastest of several is the peer.
-                found += [min(known)] if known else []
-        measured = f"{min(found):.2f} to {max(found):.2f}" if len(found) > 1 else "".join(f"{x:.2f}" for x in found)
-        verdict = "" if not found else "aim met" if min(found) >= goal.aim else "met" if min(found) >= goal.must else "missed"
-        if found and verdict == "missed" and max(found) >= goal.must:
-            verdict = f"missed in {sum(x < goal.must for x in found)} of {len(found)}"
-        yield f"| {goal.title} | {' or '.join(goal.peers)} | {goal.must:g} | {goal.aim:g} | {measured} | {verdict} |"
+    """Where PyTorch alone is the peer, what it does with memory that is kept stands next to it."""
+    wanted = goals_on(matches[0].place.backend)
+    beside = any(goal.peers == ("PyTorch",) for goal in wanted)
+    yield "| goal | against | must | aim | measured |" + (f" {KEPT} |" if beside else "") + " |"
+    yield "| --- | --- | --- | --- | --- |" + (" --- |" if beside else "") + " --- |"
+    for goal in wanted:
+        covered = [m for m in matches if goal.covers(m.name, m.mode)]
+        standing = Standing(covered, goal.peers, goal.must)
+        kept = Standing(covered, (KEPT,), 0.0) if goal.peers == ("PyTorch",) else Standing([], (), 0.0)
+        beside_it = ", ".join(filter(None, (kept.measured(), kept.voids())))
+        columns = f"{standing.measured()} |" + (f" {beside_it} |" if beside else "")
+        yield f"| {goal.title} | {' or '.join(goal.peers)} | {goal.must:g} | {goal.aim:g} | {columns} {standing.verdict(goal.aim)} |"
     yield ""
 
 
@@ -201,13 +238,36 @@ def faults(matches):
     return ["## Without a time\n", *lines, ""] if lines else []
 
 
+def programs(matches):
+    """Which of our programs the times are of; where there are several, which timed what."""
+    timed = {}
+    for m in matches:
+        record = m.ours.record
+        name = m.name + (", forward and backward" if m.mode == "both" else "")
+        name += f" on {m.place.stem}" if m.place.backend != "cpu" else f" with {m.place.threads} threads" if m.place.threads > 1 else ""
+        timed.setdefault((record["commit"], record.get("kernel_hash", "")[:8]), []).append(name)
+    said = {key: " ".join(filter(None, (key[0], key[1] and f"(program {key[1]})"))) for key in timed}
+    if len(timed) < 2:
+        return "".join(said.values()), []
+    most = max(timed, key=lambda key: len(timed[key]))
+    lines = [f"- These times are of {len(timed)} programs of ours: {said[most]}, but for what stands below."]
+    lines += [f"  - {said[key]}: {'; '.join(names)}." for key, names in timed.items() if key != most]
+    return " and ".join(said.values()), lines
+
+
+def rounds_of(matches):
+    counts = {len(m.ours.samples) for m in matches if m.ours.samples}
+    least, most = min(counts, default=0), max(counts, default=0)
+    return f"{most}" if least == most else f"{least} to {most}"
+
+
 def write(records, cases, path, grown=()):
     matches = collect(records, cases)
     stamps = sorted(r["time"] for r in records)
     by_backend = {r["device"]["backend"]: r["device"] for r in records}
     device = by_backend.get("cpu", records[-1]["device"])
     versions = dict.fromkeys(f"{r['device']['registry'][0]} {r['version']}" for r in records if r["device"]["registry"][0] != "espalier")
-    commit = next((r["commit"] for r in reversed(records) if r["commit"]), "")
+    ours_are, several = programs(matches)
     span = stamps[0][:10] if stamps[0][:10] == stamps[-1][:10] else f"{stamps[0][:10]} to {stamps[-1][:10]}"
     best, ceilings = {}, []
     for r in records:
@@ -223,14 +283,23 @@ def write(records, cases, path, grown=()):
         "`make peers` writes this page. A ratio is a peer's time over ours, in the same run: above 1, ours is faster. Each is the",
         "median of the rounds' ratios, with the least and the largest behind it; where these lie on both sides of 1, the two are equal.\n",
         f"- Machine: {device['name']}; {device['driver']}.",
-        f"- Date {span}; espalier {commit}; {'; '.join(versions)}.",
+        f"- Date {span}; espalier {ours_are}; {'; '.join(versions)}.",
+        *several,
+        f"- Rounds: {rounds_of(matches)}.",
         *ceilings,
         "",
         "How it is measured: every side is a process that holds no clock and no reference. A judge hands all of them the same numbers",
         "in files, in turn, in an order that changes; reads the processor time of the whole process from outside; and holds every",
-        "result against float64 before timing, after every timed run, and always on memory that was poisoned and given other",
-        "numbers since. Inputs come from a ring twice the size of the last-level cache. Results above the measured ceiling are void.",
+        "result against float64 before timing, after every timed run, and always on memory that was poisoned and given numbers since",
+        "that nobody had seen. Inputs come from a ring twice the size of the last-level cache. A result more than 5 % above the measured",
+        "ceiling is void.",
         "[`cheats.py`](../benches/peers/cpu/cheats.py) has kernels that look fast without doing the work; a test shows that all are caught.\n",
+        f"*{KEPT}* is the same library where memory is no question: it writes into tensors that are there where an op can",
+        "do so, and its allocator gives nothing back. As PyTorch comes, each large result is new memory that the system has to find and",
+        "clear, which is most of the time of what only reads and writes. Goals against PyTorch alone are of PyTorch as it comes; what it",
+        "does with memory kept stands beside.\n",
+        "A goal is *met* or *missed* by the median of its worst case and fastest peer; it is *undecided* where that case's rounds lie on",
+        "both sides of the must, and *void* in the cases where ours or a peer's has no time to be believed.\n",
     ]
     noisy = [m for m in matches if m.others > 15]
     if noisy:

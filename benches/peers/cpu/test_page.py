@@ -1,6 +1,7 @@
 """What the page makes of records. `python3 -m unittest test_page`"""
 
 import os
+import re
 import sys
 import tempfile
 import unittest
@@ -9,6 +10,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(HERE, "..", "gpu")]
 sys.dont_write_bytecode = True
 
+import chart
 import page
 
 CASES = [
@@ -88,7 +90,79 @@ class Page(unittest.TestCase):
         self.assertIn("**2.00** (1.50–2.00)", text)
         self.assertIn("| f32 product | n | 3.20 | 2.90 to 3.10 | 1 2 | 1 9 | broken |", text)
         self.assertIn("softmax 4 x 4 (forward), wrong: relative error 1", text)
-        self.assertIn("| KL with its gradient | PyTorch | 8 | 20 | 10.00 | met |", text)
+        self.assertIn("| KL with its gradient | PyTorch | 8 | 20 | 10.00 |  | met |", text)
+
+    def written(self, records):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "benchmarks.md")
+            page.write(records, CASES, path)
+            with open(path, encoding="utf-8") as file:
+                return file.read()
+
+    def goal(self, title, against, *records):
+        """What stands behind must and aim."""
+        (row,) = [line for line in self.written(records).splitlines() if line.startswith(f"| {title} | {against} |")]
+        return [column.strip() for column in row.split("|")[5:-1]]
+
+    def test_a_spread_around_the_must_decides_nothing(self):
+        softmax = lambda *theirs: self.goal(
+            "softmax", "PyTorch", record("softmax", "s", "espalier", [100.0] * 3), record("softmax", "s", "PyTorch", list(theirs))
+        )
+        self.assertEqual(softmax(155.0, 160.0, 165.0), ["1.60", "", "met"])
+        self.assertEqual(softmax(140.0, 160.0, 165.0), ["1.60", "", "met, undecided"])
+        self.assertEqual(softmax(130.0, 140.0, 165.0), ["1.40", "", "missed, undecided"])
+        self.assertEqual(softmax(130.0, 140.0, 145.0), ["1.40", "", "missed"])
+        self.assertEqual(softmax(230.0, 230.0, 245.0), ["2.30", "", "aim met"])
+
+    def test_what_is_void_stays_in_the_goal(self):
+        gelus = [{**CASES[2], "op": f"gelu{i}", "name": f"gelu {i}"} for i in range(3)]
+        CASES.extend(gelus)
+        self.addCleanup(lambda: [CASES.remove(case) for case in gelus])
+        times = lambda i, ours, theirs: [
+            record(f"gelu{i}", "s", "espalier", [10.0], error=ours), record(f"gelu{i}", "s", "PyTorch", [20.0], error=theirs)
+        ]  # fmt: skip
+        said = self.goal("GELU", "PyTorch", *times(0, None, None), *times(1, "wrong", None), *times(2, None, "wrong"))
+        self.assertEqual(said, ["2.00", "", "met, void in 2 of 3"])
+        self.assertEqual(self.goal("GELU", "PyTorch", *times(0, "wrong", None))[-1], "void in 1 of 1")
+
+    def test_nobody_is_the_fastest_because_another_is_void(self):
+        ours = record("matmul", "m", "espalier", [100.0])
+        faer = record("matmul", "m", "faer", [99.0], error="suspect: more than 5 % above this run's ceiling")
+        gemm = lambda time: record("matmul", "m", "gemm x86-v4", [time])
+        said = lambda time: self.goal("f32 products", "faer or gemm x86-v4", ours, faer, gemm(time))
+        self.assertEqual(said(120.0), ["", "", "void in 1 of 1"])
+        # What misses against the weaker one misses against the fastest.
+        self.assertEqual(said(90.0), ["0.90", "", "missed, void in 1 of 1"])
+
+    def test_memory_that_is_kept_stands_beside(self):
+        kept = [record("softmax", "s", "espalier", [100.0]), record("softmax", "s", "PyTorch", [200.0])]
+        kept.append(record("softmax", "s", "PyTorch, memory kept", [120.0]))
+        self.assertEqual(self.goal("softmax", "PyTorch", *kept), ["2.00", "1.20", "met"])
+        self.assertIn("allocator gives nothing back", self.written(kept))
+
+    def test_programs_and_rounds_are_said(self):
+        mine = lambda op, params, program: {**record(op, params, "espalier", [1.0] * 7), "kernel_hash": program}
+        one = [mine("softmax", "s", "0123456789"), mine("matmul", "m", "0123456789"), mine("kl", "k", "0123456789")]
+        text = self.written(one)
+        self.assertIn("espalier abc (program 01234567);", text)
+        self.assertIn("- Rounds: 7.", text)
+        self.assertNotIn("programs of ours", text)
+        text = self.written([*one[:2], mine("kl", "k", "fedcba98765")])
+        self.assertIn("2 programs of ours: abc (program 01234567)", text)
+        self.assertIn("  - abc (program fedcba98): kl 4 x 4.", text)
+        # A run of one match that another program did again is that one's.
+        self.assertNotIn("programs of ours", self.written([*one, mine("kl", "k", "0123456789")]))
+
+    def test_peers_are_told_apart_and_the_legend_fits(self):
+        peers = [f"a peer with a long name {i}" for i in range(13)]
+        text = [record("softmax", "s", "espalier", [1.0]), *(record("softmax", "s", p, [2.0]) for p in peers)]
+        matches = page.collect(text, CASES)
+        self.assertEqual(len(set(chart.looks(matches).values())), 13)
+        drawing = chart.ratios(matches)
+        width = float(re.search(r'viewBox="0 0 (\d+)', drawing)[1])
+        ends = [float(x) + 7.2 * len(p) for x, p in re.findall(r'<text x="([\d.]+)"[^>]*>(a peer[^<]*)<', drawing)]
+        self.assertEqual(len(ends), 13)
+        self.assertLess(max(ends), width)
 
     def test_an_adapter_has_a_section_of_its_own(self):
         on = [
