@@ -23,6 +23,8 @@ STORED = {"f32": numpy.float32, "bf16": numpy.uint16, "f16": numpy.float16, "i8"
 # Numbers that are drawn once. What a timed run gets is one of these with changes that are drawn for it alone.
 SETS = 3
 FEWEST_SLOTS, MOST_SLOTS = 3, 128
+# Seconds for a float64 result above which one slot is looked at after a run instead of two.
+SLOW = 1.0
 # A timed run takes as many slots as fill this time, each once and each with numbers that nobody was given before: whoever
 # keeps results by what they were made of finds none of them again, in this run or in another round.
 SAMPLE = 0.06
@@ -78,7 +80,7 @@ class Numbers:
         self.paths = [[f"{folder}/{stem}-{s}-{i}" for i in range(len(case["inputs"]))] for s in range(SETS)]
         for s, paths in enumerate(self.paths):
             draw(case, seed * 100 + s, paths)
-        self.wanted = {}
+        self.wanted, self.slow = {}, False
 
     def plain(self, base):
         return Variant(base, (None,) * len(self.case["inputs"]))
@@ -135,8 +137,9 @@ class Numbers:
 
     def expected(self, variant, computes):
         if (variant, computes) not in self.wanted:
-            arrays = [self.input(variant, i) for i in range(len(self.case["inputs"]))]
+            arrays, began = [self.input(variant, i) for i in range(len(self.case["inputs"]))], time.perf_counter()
             self.wanted[variant, computes] = expected(self.case, arrays, computes)
+            self.slow = self.slow or time.perf_counter() - began > SLOW
         return self.wanted[variant, computes]
 
     def input(self, variant, number):
@@ -249,8 +252,11 @@ class Corner:
     def sample(self, by_processor):
         """One timed run, checked on its last slot and on another that the contestant cannot guess."""
         last = self.runs - 1
-        # Two that differ, where there are two.
-        checked = {self.chance.randrange(max(last, 1)): self.numbers.looked_at[1], last: self.numbers.looked_at[0]}
+        # Two that differ, where there are two; one of them, by lot, where each takes long.
+        slots = sorted({last, self.chance.randrange(max(last, 1))}, reverse=True)
+        if self.numbers.slow:
+            slots = [self.chance.choice(slots)]
+        checked = dict(zip(slots, self.numbers.looked_at))
         fresh = lambda slot: checked.get(slot) or self.numbers.vary(self.chance)
         warm = None if self.in_place else self.slots - 1
         for slot in range(self.slots):

@@ -298,8 +298,8 @@ def write(records, cases, path, grown=()):
         "do so, and its allocator gives nothing back. As PyTorch comes, each large result is new memory that the system has to find and",
         "clear, which is most of the time of what only reads and writes. Goals against PyTorch alone are of PyTorch as it comes; what it",
         "does with memory kept stands beside.\n",
-        "A goal is *met* or *missed* by the median of its worst case and fastest peer; it is *undecided* where that case's rounds lie on",
-        "both sides of the must, and *void* in the cases where ours or a peer's has no time to be believed.\n",
+        "A goal is *met* or *missed* by the median of its worst case and fastest peer; it is *undecided* where the rounds that say so lie",
+        "on both sides of the must, and *void* in the cases where ours or a peer's has no time to be believed.\n",
     ]
     noisy = [m for m in matches if m.others > 15]
     if noisy:

@@ -17,9 +17,10 @@ sys.dont_write_bytecode = True
 import numpy
 
 import compare
-from bout import STORED, Numbers, bout
+from bout import SETS, STORED, Numbers, bout
 from cheats import CHEATS, HONEST
 from contestant import Contestant
+from references import expected
 
 # A short run and a long one.
 SIZES = (128, 1024)
@@ -92,6 +93,18 @@ class Cheats(unittest.TestCase):
                 honest, keeps = self.corners("Honest", "ByContent", **where)
                 self.assertIsNone(keeps.fault)
                 self.assertGreater(statistics.median(keeps.samples), 0.7 * statistics.median(honest.samples))
+
+    def test_what_is_expected_is_computed_once_for_all(self):
+        """Of two slots a round; where that takes long of one, which still finds who works on the first and the last."""
+        for slow, slots in ((1e9, 2), (-1.0, 1)):
+            with mock.patch("bout.SLOW", slow), mock.patch("bout.expected", wraps=expected) as asked:
+                self.numbers[128].slow = False
+                self.numbers[128].wanted.clear()
+                corners = self.corners("Honest", "HonestNewMemory", n=128)
+                self.assertEqual([corner.fault for corner in corners], [None, None])
+                self.assertEqual(asked.call_count, SETS + slots * ROUNDS)
+                self.assertIsNotNone(self.corners("HonestAtFirst", n=128)[0].fault)
+        self.numbers[128].slow = False
 
     def test_a_clock_within_reach_is_not_asked(self):
         honest, patched = self.corners("Honest", "PatchesTheClock")
