@@ -167,11 +167,9 @@ class Standing:
             self.cases += 1
             # The fastest of several is the peer.
             known = min((r for r in (m.ratio(p) for p in theirs) if r), default=None)
-            # Who is void may have been it: then no more is known than that the ratio is no larger.
-            void = any(m.ratio(p) is None for p in theirs)
-            self.void += void
-            if known and not (void and known[0] >= must):
-                self.found.append(known)
+            # Who is void may have been it: the ratio of the others says no more than that, and is never without the remark.
+            self.void += any(m.ratio(p) is None for p in theirs)
+            self.found += [known] if known else []
 
     def measured(self):
         middles = [middle for middle, _, _ in self.found]
@@ -189,7 +187,7 @@ class Standing:
             verdict = "missed" if len(missed) == self.cases else f"missed in {len(missed)} of {self.cases}"
             undecided = all(r in either_way for r in missed)
         else:
-            verdict = "aim met" if min(self.found)[0] >= aim else "met"
+            verdict = "met by the rest" if self.void else "aim met" if min(self.found)[0] >= aim else "met"
             undecided = bool(either_way)
         return ", ".join([verdict] + ["undecided"] * undecided + [self.voids()] * bool(self.void))
 
@@ -299,7 +297,8 @@ def write(records, cases, path, grown=()):
         "clear, which is most of the time of what only reads and writes. Goals against PyTorch alone are of PyTorch as it comes; what it",
         "does with memory kept stands beside.\n",
         "A goal is *met* or *missed* by the median of its worst case and fastest peer; it is *undecided* where the rounds that say so lie",
-        "on both sides of the must, and *void* in the cases where ours or a peer's has no time to be believed.\n",
+        "on both sides of the must, and *void* in the cases where ours or a peer's has no time to be believed: what is measured is then of",
+        "the others alone.\n",
     ]
     noisy = [m for m in matches if m.others > 15]
     if noisy:

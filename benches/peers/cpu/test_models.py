@@ -119,5 +119,21 @@ class Models(unittest.TestCase):
             self.assertTrue(1e-3 < away < 3e-2, f"{name}: {away}")
 
 
+class Elements(unittest.TestCase):
+    def test_a_large_one_among_many_small_is_rounded_as_what_it_is(self):
+        """What a loss over a vocabulary sends back: next to nothing, but for the target."""
+        want = numpy.zeros((2, 32000))
+        want[:, 7] = -4.0
+        said = lambda row, column, off: self.judged(want, row, column, off)
+        self.assertIsNone(said(1, 7, 2e-5))
+        self.assertIsNotNone(said(1, 7, 4e-3))
+        self.assertIn("off by", said(1, 8, 2e-5))
+
+    def judged(self, want, row, column, off):
+        got = want.astype(numpy.float32)
+        got[row, column] += off
+        return judge(want, got, "f32", 1e-5, want.shape)[1]
+
+
 if __name__ == "__main__":
     unittest.main()

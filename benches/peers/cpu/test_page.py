@@ -122,15 +122,15 @@ class Page(unittest.TestCase):
             record(f"gelu{i}", "s", "espalier", [10.0], error=ours), record(f"gelu{i}", "s", "PyTorch", [20.0], error=theirs)
         ]  # fmt: skip
         said = self.goal("GELU", "PyTorch", *times(0, None, None), *times(1, "wrong", None), *times(2, None, "wrong"))
-        self.assertEqual(said, ["2.00", "", "met, void in 2 of 3"])
+        self.assertEqual(said, ["2.00", "", "met by the rest, void in 2 of 3"])
         self.assertEqual(self.goal("GELU", "PyTorch", *times(0, "wrong", None))[-1], "void in 1 of 1")
 
-    def test_nobody_is_the_fastest_because_another_is_void(self):
+    def test_nobody_is_the_fastest_without_a_remark_where_another_is_void(self):
         ours = record("matmul", "m", "espalier", [100.0])
         faer = record("matmul", "m", "faer", [99.0], error="suspect: more than 5 % above this run's ceiling")
         gemm = lambda time: record("matmul", "m", "gemm x86-v4", [time])
         said = lambda time: self.goal("f32 products", "faer or gemm x86-v4", ours, faer, gemm(time))
-        self.assertEqual(said(120.0), ["", "", "void in 1 of 1"])
+        self.assertEqual(said(120.0), ["1.20", "", "met by the rest, void in 1 of 1"])
         # What misses against the weaker one misses against the fastest.
         self.assertEqual(said(90.0), ["0.90", "", "missed, void in 1 of 1"])
 
