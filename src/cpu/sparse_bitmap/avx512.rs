@@ -34,20 +34,40 @@ pub(super) unsafe fn lists<const A: usize, const BYTES: bool>(strip: &Strip, sum
             }
         }
         let mut total = _mm512_setzero_si512();
+        let mut add = |place: usize, w: __m512i| {
+            for i in 0..A {
+                // SAFETY: x has BLOCK words of A lines.
+                let x = unsafe { _mm512_load_si512(strip.x.as_ptr().add(place * A + i).cast()) };
+                acc[i] = multiply::<BYTES>(acc[i], x, w);
+            }
+            if BYTES {
+                total = _mm512_dpbusd_epi32(total, ones, w);
+            }
+        };
         let mut value = values.as_ptr();
+        // What bounds this is loads. Of floats sixteen words come at once, and a permutation spreads each over a register; at the start
+        // of a list it is waited for, which the short lists that bytes have do not win back.
+        if BYTES {
+            while mask != 0 {
+                // SAFETY: a list has a value for each bit of its mask.
+                let w = _mm512_set1_epi32(unsafe { value.read() } as i32);
+                value = value.wrapping_add(1);
+                add(mask.trailing_zeros() as usize, w);
+                mask &= mask - 1;
+            }
+        }
+        let mut lane = _mm512_setzero_si512();
         while mask != 0 {
-            let place = mask.trailing_zeros() as usize;
-            mask &= mask - 1;
-            // SAFETY: a list has a value for each bit of its mask, and x has BLOCK words of A lines.
-            unsafe {
-                let w = _mm512_set1_epi32(value.read() as i32);
-                value = value.add(1);
-                let x = strip.x.as_ptr().add(place * A);
-                for i in 0..A {
-                    acc[i] = multiply::<BYTES>(acc[i], _mm512_load_si512(x.add(i).cast()), w);
-                }
-                if BYTES {
-                    total = _mm512_dpbusd_epi32(total, ones, w);
+            // SAFETY: as above, with a register of padding behind them.
+            let held = unsafe { _mm512_loadu_si512(value.cast()) };
+            value = value.wrapping_add(16);
+            for _ in 0..16 {
+                add(mask.trailing_zeros() as usize, _mm512_permutexvar_epi32(lane, held));
+                // Of which the permutation takes four bits.
+                lane = _mm512_add_epi32(lane, _mm512_set1_epi32(1));
+                mask &= mask - 1;
+                if mask == 0 {
+                    break;
                 }
             }
         }
