@@ -157,6 +157,20 @@ fn dispatch_takes_what_was_tuned_and_names_a_table_that_it_cannot_use() {
     refused(&["kernels", "tune", "--device", "reference"], 2, "E-USAGE");
 }
 
+/// Of the host thread's own processor time, so that what else the machine does is left out.
+#[test]
+fn the_way_to_a_kernel_takes_three_microseconds() {
+    const TEST: &str = "the_way_to_a_kernel_takes_three_microseconds";
+    let mut devices = vec!["cpu"];
+    devices.extend(crate::device::wgpu(TEST).map(|_| "wgpu"));
+    for device in devices {
+        let text = stdout(&["kernels", "bench", "--overhead", "--device", device, "--format", "json"]);
+        let found: Value = serde_json::from_str(&text).unwrap();
+        let host = found["host_us"].as_f64().unwrap();
+        assert!(host > 0.0 && host <= 3.0, "{device}: {host} microseconds of host time per dispatched op");
+    }
+}
+
 #[test]
 fn the_cases_can_be_listed_without_a_device() {
     let list = |extra: &[&str]| -> Vec<Value> {
