@@ -2,6 +2,10 @@
 
 from fnmatch import fnmatchcase
 
+# What is held against our own dense form of the same size: a sparse int8 product against the int8 one without zeros, a sparse
+# int8 encoder against the f32 one of the same weights.
+DENSE = {"matmul_bitmap_int8": "matmul_int8", "encoder_int8": "encoder"}
+
 
 class Goal:
     """Against the fastest of the named peers, in every case that fits: patterns with `|` between them."""

@@ -6,7 +6,8 @@ import statistics
 from typing import NamedTuple
 
 from chart import growth, ratios
-from goals import KEPT, goals_on
+from goals import DENSE, KEPT, goals_on
+from results import replace
 
 TITLES = {
     "matmul": "Matrix products",
@@ -48,6 +49,17 @@ class Match:
     def __init__(self, name, mode, group, place):
         self.name, self.mode, self.group, self.place, self.ours, self.peers = name, mode, group, place, None, {}
         self.others = 0
+        # What its last record of ours is of, and the run it stands in where that is known.
+        self.key, self.run = None, None
+
+    def takes(self, record):
+        """Whether a peer's record is of this match."""
+        key = (record["op"], record["params"])
+        dense = record["device"]["registry"][0] == "espalier, dense" and record["op"] == DENSE.get(self.key[0])
+        return self.mode == record["mode"] and self.same_run(record) and (key == self.key or dense)
+
+    def same_run(self, record):
+        return self.run == run_of(record) and self.place == Place.of(record)
 
     def ratio(self, peer):
         """Median, least and largest of the rounds' ratios of their time to ours."""
@@ -91,27 +103,38 @@ class Place(NamedTuple):
             yield f"- Driver: {self.driver}. Wall time, from the request to the answer.\n"
 
 
+def run_of(record):
+    return record.get("match", {}).get("id")
+
+
 def collect(records, cases):
     """Matches in the order of the cases. Records of one match stand next to each other, ours first; the last run of a match
-    counts."""
+    counts. A record whose match is not there is nobody's."""
     named = {(c["op"], c["params"]): c for c in cases}
     order = {c["name"]: i for i, c in enumerate(cases)}
     found = []
     for record in records:
-        case = named.get((record["op"], record["params"]))
+        key = (record["op"], record["params"])
+        case = named.get(key)
         if case is None or case["group"] == "ceiling":
             continue
-        who = record["device"]["registry"][0]
+        who, last = record["device"]["registry"][0], found[-1] if found else None
         if who != "espalier":
-            found[-1].peers[who] = Time(record)
+            if last is None or not last.takes(record):
+                continue
+            last.peers[who] = Time(record)
         elif record["mode"] == "forward":
-            found.append(Match(case["name"], "forward", case["group"], Place.of(record)))
-            found[-1].ours = Time(record)
+            last = Match(case["name"], "forward", case["group"], Place.of(record))
+            last.ours, last.key, last.run = Time(record), key, run_of(record)
+            found.append(last)
         else:
-            # Backward right behind forward: both together.
-            found[-1].mode = "both"
-            found[-1].ours.join(record)
-        found[-1].others = max(found[-1].others, record["device"]["limits"]["others_percent"])
+            # Backward right behind its forward: both together.
+            pair = last and last.mode == "forward" and last.name == case["name"] and not last.peers and last.same_run(record)
+            if not pair:
+                continue
+            last.mode, last.key = "both", key
+            last.ours.join(record)
+        last.others = max(last.others, record["device"]["limits"]["others_percent"])
     matches = {(m.name, m.mode, m.place): m for m in found}
     return sorted(matches.values(), key=lambda m: (m.place, order[m.name], m.mode != "forward"))
 

@@ -78,6 +78,23 @@ class Page(unittest.TestCase):
         found = {(m.name, m.mode): m for m in page.collect(self.records + again, CASES)}
         self.assertEqual(found["softmax 4 x 4", "forward"].ratio("PyTorch")[0], 4.0)
 
+    def test_a_peer_is_of_its_own_match_or_of_none(self):
+        ours, theirs = record("softmax", "s", "espalier", [100.0]), record("softmax", "s", "PyTorch", [200.0])
+        both = self.records[-3:]
+        # Whatever is lost, nothing is booked on the match before.
+        for lost in ([theirs], [*both[1:]], [both[2]], [ours, theirs, *both[1:]], [ours, both[2]], [theirs, ours]):
+            for match in page.collect(lost, CASES):
+                self.assertEqual(match.name, "softmax 4 x 4")
+                self.assertEqual([t.record for t in match.peers.values()], [r for r in lost if r is theirs and lost[0] is ours])
+        marked = lambda r, run: {**r, "match": {"id": run}}
+        (match,) = page.collect([marked(ours, 1), marked(theirs, 2)], CASES)
+        self.assertEqual(match.peers, {})
+        # Our own dense form has a case of its own.
+        cases = [{**CASES[3], "op": op, "name": op} for op in ("matmul_bitmap_int8", "matmul_int8")]
+        dense = record("matmul_int8", "m", "espalier, dense", [20.0])
+        (match,) = page.collect([record("matmul_bitmap_int8", "m", "espalier", [10.0]), dense], cases)
+        self.assertEqual(match.ratio("espalier, dense")[0], 2.0)
+
     def test_the_page_says_what_has_no_time(self):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "benchmarks.md")
