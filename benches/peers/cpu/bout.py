@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy
 
 import models
-from contestant import Refused
+from contestant import Gone, Refused
 from references import bound_of, expected, judge
 
 STORED = {"f32": numpy.float32, "bf16": numpy.uint16, "f16": numpy.float16, "i8": numpy.int8, "u32": numpy.uint32, "i32": numpy.int32}
@@ -169,6 +169,8 @@ class Corner:
         self.slots = slots_of(numbers)
         # Why there is no time: nothing to run, or nothing to believe.
         self.skip, self.fault, self.late, self.lazy = None, None, 0, 0
+        # Its process ended, which says nothing about another run.
+        self.gone = False
         self.kernel, self.error, self.samples, self.walls, self.runs = "", 0.0, [], [], 1
         # What each slot was filled with last.
         self.filled = {}
@@ -181,6 +183,7 @@ class Corner:
         try:
             step()
         except Refused as reason:
+            self.gone = self.gone or isinstance(reason, Gone)
             self.fault = self.fault or str(reason)
 
     def fill(self, slot, variant):

@@ -3,8 +3,9 @@ With `--device wgpu` its WGSL kernels, on those cases that have a goal there, an
 
     python3 compare.py --espalier target/release/espalier --out target/peers/results.jsonl
 
-A run that was cut short goes on where it was: cases that the file has of this very program are not timed again (`--fresh`
-forgets them). What is not installed is left out, and said. `--page docs/benchmarks.md` writes the page of what the file has.
+A run that was cut short goes on where it was: a match that the file has of this very program, and for which all peers of now
+were asked, is not timed again, unless noise or the end of a contestant made it void (`--fresh` forgets all). What is not
+installed is left out, and said. `--page docs/benchmarks.md` writes the page of what the file has.
 """
 
 import argparse
@@ -18,15 +19,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(HERE, "..", "gpu")]
 
-from bout import Numbers, bout
-from case_list import read_records
+import results
+from bout import SETS, STORED, Numbers, bout
 from contestant import Contestant, Refused
-from goals import NAIVE, goals_on
+from goals import DENSE, NAIVE, goals_on
+from results import place_of
 
 # Processors that others may keep busy before two threads' wall time says more about them than about us.
 OTHERS = 0.15
@@ -34,6 +37,15 @@ OTHERS = 0.15
 SUSPECT = 1.05
 # Width of the units that a multiply-add runs in, against f32's: vdpbf16ps and vpdpbusd do two and four.
 WIDTH = {"f32": 1, "bf16": 2, "i8": 4}
+
+
+def at_least(least):
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return number
 
 
 def arguments():
@@ -48,20 +60,42 @@ def arguments():
     parser.add_argument("--op", default="*", help="only ops whose name fits (* and ?, several separated by |)")
     parser.add_argument("--case", default="*", help="only cases whose name fits (* and ?)")
     parser.add_argument("--peer", default="*", help="only peers whose name fits")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=at_least(1), default=1)
+    parser.add_argument("--rounds", type=at_least(1), default=7)
+    parser.add_argument("--seed", type=at_least(0), default=1)
     parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="no new case after this long")
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args()
+    # What cannot go well is said before an hour is spent on it.
+    if not os.path.isfile(options.espalier) or not os.access(options.espalier, os.X_OK):
+        parser.error(f"--espalier {options.espalier} is no program")
+    for name, path in (("--out", options.out), ("--page", options.page)):
+        if path and os.path.isdir(path):
+            parser.error(f"{name} {path} is a folder")
+    try:
+        options.grown = read_growth(options.growth) if options.growth else []
+    except (OSError, ValueError) as reason:
+        parser.error(f"--growth {options.growth}: {reason}")
     if options.device != "cpu":
         # Threads are a processor's.
         options.threads = 1
     return options
 
 
+def read_growth(path):
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    if not all(results.has(row, ("name", "variable", "found", "least", "most", "sizes", "us", "holds")) for row in rows):
+        raise ValueError("not what `kernels bench --growth` writes")
+    return rows
+
+
 def say(text):
     print(text, file=sys.stderr, flush=True)
+
+
+def stop(reason):
+    say(f"compare.py: error: {reason}")
+    sys.exit(2)
 
 
 def fits(name, patterns):
@@ -84,15 +118,6 @@ def processor():
 
 def digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def earlier(path, program):
-    """What a run of this very program has written already; another program's results are set aside."""
-    records = read_records(path) if os.path.exists(path) else []
-    if any(r["kernel_hash"] not in ("", program) for r in records):
-        os.replace(path, f"{path}.old")
-        return []
-    return records
 
 
 class Field:
@@ -122,7 +147,11 @@ class Field:
             except (Refused, OSError) as reason:
                 say(f"left out: {' '.join(command)}: {reason}")
                 continue
-            for peer in asked.about["peers"]:
+            offered = asked.about.get("peers")
+            if not isinstance(offered, list) or not all(results.has(peer, ("name", "version")) for peer in offered):
+                say(f"left out: {' '.join(command)} is no peer")
+                offered = []
+            for peer in offered:
                 if peer.get("adapter") != adapter:
                     say(f"left out: {peer['name']} runs on {peer.get('adapter') or 'the processor'}")
                 elif fits(peer["name"], options.peer):
@@ -141,11 +170,6 @@ class Field:
             contestant.end()
 
 
-def place_of(record):
-    device = record["device"]
-    return device["backend"], device["name"], device["limits"]["threads"]
-
-
 def wanted(peer, name, mode, backend):
     """Whether a goal there asks for that peer; for any with `None`."""
     return any(goal.covers(name, mode) and peer in (None, *goal.peers) for goal in goals_on(backend))
@@ -162,9 +186,8 @@ def matches(cases):
 
 
 def dense_of(case, cases):
-    """What is held against our own dense form of the same size: a sparse int8 product against the int8 one without zeros, a
-    sparse int8 encoder against the f32 one of the same weights."""
-    dense = {"matmul_bitmap_int8": "matmul_int8", "encoder_int8": "encoder"}.get(case["op"])
+    """Our own dense form of the same size, where a case is held against one."""
+    dense = DENSE.get(case["op"])
     size = lambda c: (c["inputs"][0]["dims"], c["outputs"][0]["dims"])
     return next((c for c in cases if c["op"] == dense and size(c) == size(case)), None)
 
@@ -196,8 +219,17 @@ class Run:
         self.field.contestant("ours", self.field.ours).ask("draw", case=case, seed=seed, inputs=paths)
 
     def end(self):
-        self.field.end()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self.field.end()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def asked(self, name, mode, backend):
+        """Who is to be asked on a match, with versions."""
+        peers = {peer: version for peer, version, _, _ in self.field.peers}
+        if wanted(NAIVE, name, mode, backend) and fits(NAIVE, self.options.peer):
+            peers[NAIVE] = self.version
+        return peers
 
     def match(self, name, mode, parts, ceiling, dense=None):
         """Everybody on one match, also our own `dense` case where there is one; the records."""
@@ -218,9 +250,10 @@ class Run:
             numbers.append(Numbers(dense, self.draw, self.folder, self.options.seed))
             entries.append((self.field.contestant("dense", self.field.ours), "", numbers[-1]))
             names.append(("espalier, dense", self.version))
-        if ceiling is not None and wanted(NAIVE, name, mode, device["backend"]) and fits(NAIVE, self.options.peer):
+        if ceiling is not None and NAIVE in self.asked(name, mode, device["backend"]):
             entries.append((self.field.contestant("naive", ours), "naive rung", numbers[-1]))
             names.append((NAIVE, self.version))
+        asked = {peer: version for peer, version in names if peer not in ("espalier", "espalier, dense")}
         load = os.getloadavg()[0]
         corners, others = bout(entries, self.options.rounds, self.by_processor)
         for n in numbers:
@@ -232,7 +265,10 @@ class Run:
             counted = parts if i >= len(parts) else [corner.case]
             theirs = mode if i >= len(parts) else corner.case["mode"]
             records.append(self.record(theirs, corner, (peer, version), counted, ceiling, (device, load, others)))
-        return records
+        # By this the file's reader knows a whole match, and who goes on whether it has what is wanted.
+        mark = {"id": f"{time.time_ns()}-{os.getpid()}", "of": len(records), "name": name, "mode": mode}
+        mark.update(asked=asked, rounds=self.options.rounds)
+        return [{**record, "match": mark} for record in records]
 
     def record(self, mode, corner, who, counted, ceiling, around):
         """As `espalier kernels bench --format json` writes it."""
@@ -280,6 +316,8 @@ class Run:
             "gflops": flops / middle / 1e3 if middle else 0.0,
             "bandwidth_gb": size / middle / 1e3 if middle else 0.0,
             "voided": False,
+            # Whether another run may do better.
+            "again": corner.gone,
         }
         if samples and middle <= 0:
             # Nothing takes no time, and nothing could be held against a ceiling.
@@ -287,6 +325,8 @@ class Run:
         elif ceiling and middle:
             against(record, case, ceiling)
         if not self.by_processor and others > OTHERS:
+            # What is wrong is wrong without noise too.
+            record["again"] = record["again"] or corner.fault is None
             record["voided"], record["error"] = True, record["error"] or f"noisy: others kept {others:.2f} processors busy"
         return record
 
@@ -307,23 +347,47 @@ def against(record, case, ceiling):
         record["voided"], record["error"] = True, record["error"] or "suspect: more than 5 % above this run's ceiling"
 
 
-def ceilings(run, cases, records, write):
+def stale(records, peers, rounds):
+    """Why a match that the file has is timed again; nothing where it stands."""
+    if any(r["again"] for r in records):
+        return "void by noise or by the end of a contestant"
+    mark = records[0]["match"]
+    others = [peer for peer, version in peers.items() if mark["asked"].get(peer) != version]
+    if others:
+        return f"not asked then: {', '.join(others)}"
+    return "of fewer rounds" if mark["rounds"] < rounds else None
+
+
+def ceilings(run, cases, had, write):
     """What this machine reaches on work that does nothing else, in this run."""
-    place = (run.bounded_by["backend"], run.bounded_by["name"], run.options.threads)
-    found = {r["op"]: r for r in records if place_of(r) == place}
+    place, best = (run.bounded_by["backend"], run.bounded_by["name"], run.options.threads), {}
     for case in (c for c in cases if c["group"] == "ceiling"):
-        if case["op"] not in found:
-            (found[case["op"]],) = run.match(case["name"], "forward", [case], None)
-            write([found[case["op"]]])
-    best = {op: [r[key] / r["min_us"] / 1e3 for key in ("flops", "bytes")] for op, r in found.items() if r["passed"]}
+        believed = lambda r: r["passed"] and not r["voided"] and r["min_us"] > 0
+        records = had.get((place, case["name"], "forward"), [])
+        if not records or not all(map(believed, records)):
+            records = run.match(case["name"], "forward", [case], None)
+            write(records)
+        for r in records:
+            if r["passed"] and r["min_us"] > 0:
+                best[case["op"]] = [r[key] / r["min_us"] / 1e3 for key in ("flops", "bytes")]
+            else:
+                say(f"{case['name']}: {r['error']}")
     copies = [rate[1] for op, rate in best.items() if op != "multiply_add_chain"]
+    if "multiply_add_chain" not in best or not copies:
+        stop("without ceilings nothing can be believed")
     return {"gflops": best["multiply_add_chain"][0], "gb": max(copies)}
 
 
 def listed(program):
     command = [program, "kernels", "bench", "--sizes", "cpu", "--list", "--format", "json"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return [json.loads(line) for line in text.splitlines()]
+    try:
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        cases = [json.loads(line) for line in text.splitlines()]
+    except (OSError, ValueError, subprocess.CalledProcessError) as reason:
+        stop(f"{program} lists no cases: {reason}")
+    if not cases or not all(results.has(case, ("group", "name", "op", "params", "mode")) for case in cases):
+        stop(f"{program} lists no cases")
+    return cases
 
 
 def describe(name, mode, records):
@@ -339,58 +403,67 @@ def describe(name, mode, records):
 
 def main():
     options = arguments()
-    # Whoever stops a run finds no gigabytes of numbers left in memory.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    if options.fresh and os.path.exists(options.out):
-        os.remove(options.out)
-    os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
+    # Whoever stops a run finds no gigabytes of numbers left in memory. `nohup` stays what it is.
+    signals = [s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+    for number in signals:
+        signal.signal(number, lambda *_: sys.exit("stopped"))
     begin, cases = time.monotonic(), listed(options.espalier)
-    records = earlier(options.out, digest(options.espalier))
+    table = list(matches([c for c in cases if c["group"] != "ceiling"]))
+    fitting = [m for m in table if fits(m[2][-1]["op"], options.op) and fits(m[0], options.case)]
+    if not fitting:
+        stop(f"no case fits --op {options.op!r} --case {options.case!r}")
+    os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
+    run = None
     try:
         run = Run(options)
+        if options.fresh and os.path.exists(options.out):
+            os.remove(options.out)
+        had = results.take_over(options.out, run.program, say)
+        time_all(run, cases, fitting, had, begin)
     except Refused as reason:
         # Of the processor there must be times; an adapter need not be there.
-        if options.device == "cpu":
-            raise
+        if run or options.device == "cpu":
+            stop(reason)
         say(f"left out: {options.device}: {reason}")
-        write_page(options, cases)
-        return
-    # A match's records are written together.
-    done = {(*place_of(r), r["op"], r["params"]) for r in records if r["device"]["registry"][0] == "espalier"}
-    place = (options.device, run.device["name"], options.threads)
-    try:
-        with open(options.out, "a", encoding="utf-8") as out:
-
-            def write(found):
-                for record in found:
-                    out.write(json.dumps(record) + "\n")
-                out.flush()
-
-            ceiling = ceilings(run, cases, records, write)
-            say(f"ceilings of this run: {ceiling['gflops']:.0f} GFLOP/s in f32, {ceiling['gb']:.1f} GB/s")
-            for name, mode, parts in matches([c for c in cases if c["group"] != "ceiling"]):
-                last = parts[-1]
-                asked = fits(last["op"], options.op) and fits(name, options.case)
-                asked = asked and (options.device == "cpu" or wanted(None, name, mode, options.device))
-                if not asked or (*place, last["op"], last["params"]) in done:
-                    continue
-                if time.monotonic() - begin > options.limit_seconds:
-                    say("time is up; the next call goes on from here")
-                    break
-                found = run.match(name, mode, parts, ceiling, dense_of(last, cases))
-                write(found)
-                say(f"{time.monotonic() - begin:6.1f} s  {describe(name, mode, found)}")
     finally:
-        run.end()
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+        if run:
+            run.end()
     write_page(options, cases)
+
+
+def time_all(run, cases, fitting, had, begin):
+    options, place, due, why = run.options, (run.options.device, run.device["name"], run.options.threads), [], Counter()
+    for name, mode, parts in fitting:
+        if options.device != "cpu" and not wanted(None, name, mode, options.device):
+            continue
+        records = had.get((place, name, mode))
+        reason = stale(records, run.asked(name, mode, options.device), options.rounds) if records else "not there"
+        why[reason] += 1
+        due += [(name, mode, parts)] if reason else []
+    say(f"{why.pop(None, 0)} matches are taken over from {options.out}, {len(due)} are to be timed")
+    for reason, count in why.items():
+        say(f"  {count}: {reason}")
+    write = lambda records: results.append(options.out, records)
+    ceiling = ceilings(run, cases, had, write)
+    say(f"ceilings of this run: {ceiling['gflops']:.0f} GFLOP/s in f32, {ceiling['gb']:.1f} GB/s")
+    for name, mode, parts in due:
+        if time.monotonic() - begin > options.limit_seconds:
+            say("time is up; the next call goes on from here")
+            break
+        found = run.match(name, mode, parts, ceiling, dense_of(parts[-1], cases))
+        write(found)
+        say(f"{time.monotonic() - begin:6.1f} s  {describe(name, mode, found)}")
 
 
 def write_page(options, cases):
     if options.page:
         import page
 
-        grown = [json.loads(line) for line in Path(options.growth).read_text().splitlines()] if options.growth else []
-        page.write(read_records(options.out), cases, options.page, grown)
+        found = results.read(options.out)[0] if os.path.exists(options.out) else {}
+        if not page.write(sum(found.values(), []), cases, options.page, options.grown):
+            say(f"{options.page} is left as it is: nothing was timed")
 
 
 if __name__ == "__main__":

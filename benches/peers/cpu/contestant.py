@@ -15,6 +15,14 @@ class Refused(Exception):
     """What a contestant says instead of an answer."""
 
 
+class Gone(Refused):
+    """Its process ended."""
+
+
+# Seconds that an idle process may take to end, and one that was stopped in its work is given.
+PATIENCE = 5
+
+
 class Contestant:
     def __init__(self, command, threads, cpus=None, environment=None):
         # One count for every library that reads one.
@@ -26,11 +34,23 @@ class Contestant:
         }
         pin = (lambda: os.sched_setaffinity(0, cpus)) if cpus else None
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, preexec_fn=pin, text=True, bufsize=1
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            preexec_fn=pin,
+            text=True,
+            bufsize=1,
+            # Who stops the judge from a terminal stops it alone: it ends the others.
+            start_new_session=True,
         )
         # Linux's clock of another process: MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED).
         self.clock = (~self.process.pid << 3) | 2
-        self.about = self.ask("hello")
+        try:
+            self.about = self.ask("hello")
+        except BaseException:
+            self.end()
+            raise
 
     def ask(self, what, **fields):
         try:
@@ -40,8 +60,13 @@ class Contestant:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise Refused(f"{self.process.args[0]} ended while asked to {what}")
-        answer = json.loads(line)
+            raise Gone(f"{self.process.args[0]} ended while asked to {what}")
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise Refused(f"{self.process.args[0]} does not answer in JSON when asked to {what}")
         if "error" in answer:
             raise Refused(answer["error"])
         return answer
@@ -54,7 +79,7 @@ class Contestant:
         try:
             return time.clock_gettime(self.clock)
         except OSError:
-            raise Refused(f"{self.process.args[0]} is gone") from None
+            raise Gone(f"{self.process.args[0]} is gone") from None
 
     def timed(self, what, **fields):
         """Processor and wall seconds from question to answer."""
@@ -64,5 +89,13 @@ class Contestant:
 
     def end(self):
         for pipe in (self.process.stdin, self.process.stdout):
-            pipe.close()
-        self.process.wait(timeout=30)
+            try:
+                pipe.close()
+            except OSError:
+                # It died before it read what it was asked.
+                pass
+        try:
+            self.process.wait(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()

@@ -283,7 +283,10 @@ def rounds_of(matches):
 
 
 def write(records, cases, path, grown=()):
+    """Whether there was anything to write."""
     matches = collect(records, cases)
+    if not matches:
+        return False
     stamps = sorted(r["time"] for r in records)
     by_backend = {r["device"]["backend"]: r["device"] for r in records}
     device = by_backend.get("cpu", records[-1]["device"])
@@ -295,8 +298,8 @@ def write(records, cases, path, grown=()):
         ceiling = r["op"] in ("multiply_add_chain", "scale", "accumulate_scaled", "sgd") and r["min_us"]
         if ceiling and Place.of(r).backend == "cpu" and Place.of(r).threads == 1:
             best[r["op"]] = (r["flops"] / r["min_us"] / 1e3, r["bytes"] / r["min_us"] / 1e3)
-    if best:
-        copies = [rates[1] for op, rates in best.items() if op != "multiply_add_chain"]
+    copies = [rates[1] for op, rates in best.items() if op != "multiply_add_chain"]
+    if copies and "multiply_add_chain" in best:
         compute = f"{best['multiply_add_chain'][0]:.0f} GFLOP/s in f32 (twice that in bf16, four times in int8)"
         ceilings = [f"- Ceilings of this run, one thread: {compute}, {max(copies):.0f} GB/s."]
     lines = [
@@ -333,8 +336,7 @@ def write(records, cases, path, grown=()):
     os.makedirs(stem, exist_ok=True)
 
     def chart(kind, place, text, label):
-        with open(os.path.join(stem, f"{kind}-{place.stem}.svg"), "w", encoding="utf-8") as out:
-            out.write(text)
+        replace(os.path.join(stem, f"{kind}-{place.stem}.svg"), text)
         return f"![{label}]({os.path.basename(stem)}/{kind}-{place.stem}.svg)\n"
 
     for place in sorted({m.place for m in matches}):
@@ -343,5 +345,5 @@ def write(records, cases, path, grown=()):
         if place.backend == "cpu":
             lines += [chart("growth", place, growth(part), "Rate of f32 products over their size")]
     lines += [*laws(grown), *faults(matches)]
-    with open(path, "w", encoding="utf-8") as out:
-        out.write("\n".join(lines).rstrip() + "\n")
+    replace(path, "\n".join(lines).rstrip() + "\n")
+    return True
