@@ -12,6 +12,7 @@ import argparse
 import fnmatch
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,6 +25,8 @@ from pathlib import Path
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(HERE, "..", "gpu")]
+
+import numpy
 
 import results
 from bout import SETS, STORED, Numbers, bout
@@ -192,14 +195,54 @@ def dense_of(case, cases):
     return next((c for c in cases if c["op"] == dense and size(c) == size(case)), None)
 
 
+def sweep(root):
+    """Folders of judges that were killed, and of one that had our number before."""
+    for folder in Path(root).glob("espalier-peers-*"):
+        number = folder.name.rsplit("-", 1)[1]
+        try:
+            if number.isdecimal() and folder.lstat().st_uid == os.getuid() and not lives(int(number)):
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            # Another judge was faster.
+            continue
+
+
+def lives(number):
+    return number != os.getpid() and os.path.exists(f"/proc/{number}")
+
+
+def room_for(cases):
+    """Bytes that a match's files take at most: sets of inputs and one contestant's results, of two cases."""
+
+    def size(case):
+        of = lambda tensor, least=0: math.prod(tensor["dims"]) * max(least, numpy.dtype(STORED[tensor["dtype"]]).itemsize)
+        # Results may be handed in as f32.
+        return SETS * sum(map(of, case["inputs"])) + sum(of(tensor, 4) for tensor in case["outputs"])
+
+    return 2 * max(map(size, cases))
+
+
+def folder_for(out, room):
+    """Where the numbers lie: in memory, so that no disk is waited for, or beside the results where memory is too small."""
+    beside = os.path.dirname(os.path.abspath(out))
+    for root in ("/dev/shm", beside):
+        if not os.path.isdir(root) or not os.access(root, os.W_OK):
+            continue
+        sweep(root)
+        free = shutil.disk_usage(root).free
+        if free >= room:
+            folder = os.path.join(root, f"espalier-peers-{os.getpid()}")
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            return folder
+        say(f"{root} has {free / 1e6:.0f} MB free and the numbers need {room / 1e6:.0f}")
+    stop("there is no room for the numbers")
+
+
 class Run:
-    def __init__(self, options):
+    def __init__(self, options, room):
         self.options, self.field = options, Field(options)
         program = self.field.about
-        # Files in memory, so that no disk is waited for.
-        root = "/dev/shm" if os.path.isdir("/dev/shm") else os.path.dirname(os.path.abspath(options.out))
-        self.folder = os.path.join(root, f"espalier-peers-{os.getpid()}")
-        os.makedirs(self.folder)
+        self.folder = folder_for(options.out, room)
         self.version = program["version"]
         self.commit = subprocess.run(
             ["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True
@@ -415,7 +458,8 @@ def main():
     os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
     run = None
     try:
-        run = Run(options)
+        needed = [part for _, _, parts in fitting for part in (*parts, dense_of(parts[-1], cases)) if part]
+        run = Run(options, room_for(needed + [c for c in cases if c["group"] == "ceiling"]))
         if options.fresh and os.path.exists(options.out):
             os.remove(options.out)
         had = results.take_over(options.out, run.program, say)

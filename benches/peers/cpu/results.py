@@ -23,8 +23,12 @@ def has(what, keys):
 
 
 def is_record(what):
-    known = has(what, KEYS) and has(what["device"], DEVICE) and has(what["match"], MATCH) and isinstance(what["match"]["asked"], dict)
-    return known and has(what["device"]["limits"], ("threads", "others_percent")) and bool(what["device"]["registry"])
+    if not (has(what, KEYS) and has(what["device"], DEVICE) and has(what["match"], MATCH)):
+        return False
+    device, mark = what["device"], what["match"]
+    named = all(isinstance(text, str) for text in (mark["id"], mark["name"], mark["mode"], device["backend"], device["name"]))
+    listed = isinstance(mark["asked"], dict) and isinstance(device["registry"], list) and bool(device["registry"])
+    return named and listed and has(device["limits"], ("threads", "others_percent"))
 
 
 def place_of(record):
