@@ -18,6 +18,7 @@ mkdir -p "$work" || exit 1
 [ "${FRESH:-0}" = 0 ] && FRESH= || FRESH=--fresh
 [ "${BURN:-0}" = 0 ] && BURN=
 [ "${THREADS:-0}" = 0 ] && THREADS=
+case $THREADS in *[!0-9]*) echo "THREADS=$THREADS is no number" >&2; exit 2 ;; esac
 if [ -n "${PYTHON:-}" ] && ! command -v "$PYTHON" >/dev/null 2>&1; then
   echo "PYTHON=$PYTHON is no program" >&2
   exit 2

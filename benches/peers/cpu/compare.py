@@ -455,12 +455,16 @@ def main():
     fitting = [m for m in table if fits(m[2][-1]["op"], options.op) and fits(m[0], options.case)]
     if not fitting:
         stop(f"no case fits --op {options.op!r} --case {options.case!r}")
-    os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
+        open(options.out, "ab").close()
+    except OSError as reason:
+        stop(reason)
     run = None
     try:
         needed = [part for _, _, parts in fitting for part in (*parts, dense_of(parts[-1], cases)) if part]
         run = Run(options, room_for(needed + [c for c in cases if c["group"] == "ceiling"]))
-        if options.fresh and os.path.exists(options.out):
+        if options.fresh:
             os.remove(options.out)
         had = results.take_over(options.out, run.program, say)
         time_all(run, cases, fitting, had, begin)
