@@ -160,6 +160,8 @@ class Field:
                 elif fits(peer["name"], options.peer):
                     self.peers.append((peer["name"], peer["version"], command, peer.get("environment", {})))
             asked.end()
+        if options.peer != "*" and not self.peers:
+            say(f"nobody here fits --peer {options.peer!r}")
 
     def contestant(self, role, command, environment=None):
         key = (role, *command)
