@@ -128,7 +128,7 @@ fn cheating_kernels_are_caught() {
     }
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/peers/cpu");
     let output = Command::new(&python)
-        .args(["-B", "-m", "unittest", "test_cheats", "test_page", "test_models", "test_field"])
+        .args(["-B", "-m", "unittest", "test_cheats", "test_page", "test_results", "test_models", "test_field"])
         .current_dir(folder)
         .output()
         .unwrap();
