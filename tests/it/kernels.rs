@@ -134,7 +134,7 @@ fn dispatch_takes_what_was_tuned_and_names_a_table_that_it_cannot_use() {
     };
     let fitting = ["unary_fwd_wide KIND=5", "unary_fwd_fours KIND=5", "unary_fwd"];
     let (planned, _) = call(&["tune", "--dry-run"]);
-    assert!(!planned.is_empty() && std::fs::read_dir(cache.path()).unwrap().next().is_none());
+    assert!(!planned.is_empty() && !cache.path().join("tuned").exists());
     let (compared, _) = call(&["tune"]);
     assert_eq!(compared.len(), planned.len());
     assert_eq!(compared[0]["fit"], fitting.len());
@@ -155,6 +155,28 @@ fn dispatch_takes_what_was_tuned_and_names_a_table_that_it_cannot_use() {
     assert_eq!(first, "unary_fwd_wide");
     assert!(errors.contains("ignored") && errors.contains(file.to_str().unwrap()), "{errors}");
     refused(&["kernels", "tune", "--device", "reference"], 2, "E-USAGE");
+}
+
+/// What the driver compiled is kept with a checksum; a damaged file counts as none and is written anew.
+#[test]
+fn pipelines_are_kept_between_processes() {
+    if crate::device::wgpu("pipelines_are_kept_between_processes").is_none() {
+        return;
+    }
+    let cache = tempfile::tempdir().unwrap();
+    let run = || {
+        let arguments = ["kernels", "verify", "--op", "relu", "--largest", "4096", "--device", "wgpu", "--quiet"];
+        Command::cargo_bin("espalier").unwrap().args(arguments).env("ESPALIER_CACHE", cache.path()).assert().success();
+        let file = std::fs::read_dir(cache.path().join("pipelines")).ok()?.next()?.unwrap().path();
+        Some((std::fs::read(&file).unwrap(), file))
+    };
+    // Not every driver has such a cache.
+    let Some((bytes, file)) = run() else { return };
+    let whole = |bytes: &[u8]| blake3::hash(&bytes[32..]).as_bytes()[..] == bytes[..32];
+    assert!(whole(&bytes));
+    std::fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
+    let (mended, _) = run().unwrap();
+    assert!(whole(&mended));
 }
 
 /// Of the host thread's own processor time, so that what else the machine does is left out.

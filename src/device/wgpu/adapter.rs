@@ -139,6 +139,7 @@ pub fn open(index: usize, adapter: &wgpu::Adapter) -> Result<Opened> {
         | wgpu::Features::SHADER_I16
         | wgpu::Features::SHADER_INT64
         | wgpu::Features::SUBGROUP
+        | wgpu::Features::PIPELINE_CACHE
         | wgpu::Features::TIMESTAMP_QUERY
         | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS
         | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;

@@ -3,6 +3,7 @@
 
 mod adapter;
 mod batch;
+mod kept;
 mod memory;
 mod pipeline;
 mod probe;
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use self::adapter::{PARAMETER_BYTES, Wanted};
 use self::batch::Batches;
+use self::kept::Kept;
 use self::memory::{Memory, Staging};
 use self::pipeline::Pipelines;
 use super::pool::{Loan, Pool, Stats};
@@ -29,6 +31,8 @@ const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The driver's handles and what it reported.
 struct Gpu {
+    /// Gone before the device is.
+    kept: Option<Kept>,
     device: wgpu::Device,
     queue: wgpu::Queue,
     id: String,
@@ -147,6 +151,7 @@ impl WgpuDevice {
         opened.device.on_uncaptured_error(Arc::new(|error| crate::console::warn(format_args!("wgpu: {error}"))));
         let checks = std::env::var_os("ESPALIER_SHADER_CHECKS").is_none_or(|v| v != "0");
         let gpu = Gpu {
+            kept: Kept::open(&opened.device, &opened.info),
             device: opened.device,
             queue: opened.queue,
             id: opened.info.id.clone(),

@@ -180,7 +180,7 @@ fn build(gpu: &Gpu, module: &Module, file: &str, entry: &'static str, constants:
             module: &module.compiled,
             entry_point: Some(entry),
             compilation_options: wgpu::PipelineCompilationOptions { constants, ..Default::default() },
-            cache: None,
+            cache: gpu.kept.as_ref().map(super::kept::Kept::cache),
         });
         (layout, pipeline)
     });
