@@ -31,19 +31,17 @@ fn unary_bwd_eight(i: u32) {
     unary_dx8[i] = vec4<u64>(unary_bwd_pair(x.x, dy.x), unary_bwd_pair(x.y, dy.y), unary_bwd_pair(x.z, dy.z), unary_bwd_pair(x.w, dy.w));
 }
 
-// Where the two eights of an invocation start; a block past the end moves back onto its neighbour, which writes the same.
-fn unary_wide_block(gid: vec3<u32>) -> u32 { return min(linear_id(gid, 64u) * 2u, unary.count / 8u - 2u); }
-
 @compute @workgroup_size(64)
 fn unary_fwd_wide(@builtin(global_invocation_id) gid: vec3<u32>) {
-    let i = unary_wide_block(gid);
+    // Of whole eights every block starts at one.
+    let i = unary_block(gid) / 2u;
     unary_eight(i);
     unary_eight(i + 1u);
 }
 
 @compute @workgroup_size(64)
 fn unary_bwd_wide(@builtin(global_invocation_id) gid: vec3<u32>) {
-    let i = unary_wide_block(gid);
+    let i = unary_block(gid) / 2u;
     unary_bwd_eight(i);
     unary_bwd_eight(i + 1u);
 }

@@ -1,5 +1,6 @@
 //! Devices know kernels, not ops: they allocate, copy, launch and time.
 
+mod cache;
 mod capture;
 mod cpu;
 pub mod cuda;
@@ -17,11 +18,11 @@ use crate::dtype::DType;
 use crate::error::{Error, Result, Uncapturable};
 use crate::kernel::{Kernel, Launch};
 
+pub(crate) use cache::place as cache_place;
 pub use capture::Graph;
 pub use cpu::CpuDevice;
 #[cfg(unix)]
 pub use cuda::CudaHostDevice;
-pub(crate) use cuda::cache_place;
 pub use cuda::{CudaDevice, CudaDriver, cuda_driver};
 pub use null::NullDevice;
 pub use pool::Stats;

@@ -70,7 +70,7 @@ pub struct Args {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Instead of the table: what dispatching one tiny op costs the host
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["op", "sizes", "skip", "list", "rungs", "all", "seconds", "serve"])]
     overhead: bool,
     /// Instead of the table: feed-forward blocks as 2:4, unstructured zeros and experts against the dense one
     #[arg(long, conflicts_with_all = ["op", "sizes", "skip", "list", "rungs", "all", "overhead", "seconds", "serve"])]

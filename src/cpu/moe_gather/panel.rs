@@ -53,6 +53,7 @@ pub(super) fn add<'x, T: Float>(
     PANEL.set(panel);
 }
 
+/// Calls `done(i)` where a tile of rows ends before row i.
 fn multiply<'x>(
     x: impl Fn(usize) -> &'x [f32],
     rows: usize,
@@ -60,7 +61,7 @@ fn multiply<'x>(
     width: usize,
     y: &mut [f32],
     at: impl Fn(usize) -> usize,
-    mut before: impl FnMut(usize),
+    mut done: impl FnMut(usize),
 ) {
     #[cfg(target_arch = "x86_64")]
     if simd::level() == simd::Level::Avx512 {
@@ -83,11 +84,16 @@ fn multiply<'x>(
             }
             tile!(1 2 3 4 5 6 7 8);
             (i, tiles) = (i + count, tiles - 1);
-            before(i);
+            done(i);
         }
         return;
     }
-    (0..rows).for_each(|i| portable(x(i), panel, &mut y[at(i)..][..width]));
+    for i in 0..rows {
+        portable(x(i), panel, &mut y[at(i)..][..width]);
+        if (i + 1).is_multiple_of(TILE) {
+            done(i + 1);
+        }
+    }
 }
 
 simd::multiversion! {

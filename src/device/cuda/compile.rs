@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use cudarc::nvrtc::{result, sys};
 
-use super::cache;
+use crate::device::cache;
 use crate::error::{Error, Result};
 
 /// `-default-device` lets helper functions go without `__device__`; the rest is IEEE arithmetic as NVRTC has it.

@@ -211,7 +211,7 @@ impl CudaHostDevice {
             return Err(Error::Usage { argument: "--device cuda-host:ARCH", value: arch.to_string(), rule });
         }
         let (compiler, version) = compiler()?;
-        let folder = super::cache::folder("cuda-host")?;
+        let folder = crate::device::cache::folder("cuda-host")?;
         let info = Info {
             kind: Kind::Cuda,
             id: if arch == ARCHS[0] { "cuda-host".into() } else { format!("cuda-host:{arch}") },
@@ -258,7 +258,7 @@ impl CudaHostDevice {
     fn compile(&self, entry: &Entry, element: DType) -> Result<Module> {
         let source = assemble(entry.file, element, entry.constants, self.info.features.arch)?;
         let entries = declared(&source);
-        let library = super::cache::get(
+        let library = crate::device::cache::get(
             &self.folder,
             "so",
             &[HOST, MMA, WGMMA, &source, &self.info.driver, &FLAGS.join(" ")],

@@ -1,6 +1,5 @@
 //! CUDA: the NVIDIA driver where there is one, NVRTC, and the host harness that runs the same kernel files without either.
 
-mod cache;
 pub mod compile;
 mod device;
 mod driver;
@@ -9,7 +8,6 @@ mod graph;
 mod host;
 mod nccl;
 
-pub(crate) use cache::place as cache_place;
 pub use device::CudaDevice;
 pub use driver::{CudaDriver, cuda_driver};
 #[cfg(unix)]

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use super::scoped;
 use crate::atomic::write_atomic;
-use crate::device::{Info, cache_place};
+use crate::device::{Info, cache};
 
+/// The folder's name.
+const KIND: &str = "pipelines";
 /// Bytes of the checksum in front of what the driver gave.
 const SUM: usize = blake3::OUT_LEN;
 
@@ -24,7 +26,7 @@ impl Kept {
             return None;
         }
         let owner = [env!("CARGO_PKG_VERSION"), &info.name, &info.driver].join("\n");
-        let path = cache_place("pipelines").join(format!("{}.bin", &blake3::hash(owner.as_bytes()).to_hex()[..16]));
+        let path = cache::place(KIND).join(format!("{}.bin", &blake3::hash(owner.as_bytes()).to_hex()[..16]));
         // The driver trusts its own bytes: a file that was cut or changed counts as none.
         let found = std::fs::read(&path).ok().filter(|bytes| bytes.len() > SUM);
         let found = found.filter(|bytes| blake3::hash(&bytes[SUM..]).as_bytes()[..] == bytes[..SUM]);
@@ -45,7 +47,7 @@ impl Drop for Kept {
     fn drop(&mut self) {
         let Some(data) = self.cache.get_data() else { return };
         let sum = blake3::hash(&data);
-        if self.sum != Some(sum) && self.path.parent().is_some_and(|folder| std::fs::create_dir_all(folder).is_ok()) {
+        if self.sum != Some(sum) && cache::folder(KIND).is_ok() {
             let _ = write_atomic(&self.path, &[&sum.as_bytes()[..], &data].concat());
         }
     }

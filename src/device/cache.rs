@@ -1,4 +1,4 @@
-//! Compiled kernels on the disk, by what they were made from.
+//! What devices keep on the disk: where it lies, and compiled kernels by what they were made from.
 
 use std::path::{Path, PathBuf};
 
