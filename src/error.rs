@@ -37,6 +37,10 @@ pub enum Error {
     #[error("kernel {kernel}: {what} = {got} is above this device's limit of {limit}")]
     Launch { kernel: String, what: &'static str, got: u64, limit: u64 },
 
+    /// A kernel that reached past the end of an array: `past` elements, or a huge number before its start.
+    #[error("{file}:{line}: kernel {kernel} goes {past} past the end of {array}")]
+    Bounds { kernel: String, file: String, line: u32, array: String, past: u32 },
+
     #[error("out of memory on {device}: {requested} bytes asked, {live} live, cap {cap}")]
     OutOfMemory { device: String, requested: u64, live: u64, cap: u64 },
 
@@ -139,6 +143,7 @@ impl Error {
             Self::NoGradient { .. } => "E-NO-GRADIENT",
             Self::Compile { .. } => "E-COMPILE",
             Self::Launch { .. } => "E-LAUNCH",
+            Self::Bounds { .. } => "E-BOUNDS",
             Self::OutOfMemory { .. } => "E-MEMORY",
             Self::DeviceLost { .. } => "E-DEVICE-LOST",
             Self::Driver { .. } => "E-DRIVER",
@@ -168,7 +173,8 @@ impl Error {
             | Self::Capture { .. }
             | Self::NotAvailable { .. }
             | Self::Compile { .. }
-            | Self::Launch { .. } => 4,
+            | Self::Launch { .. }
+            | Self::Bounds { .. } => 4,
             Self::Schedule { .. } => 3,
             // The run stands at its last checkpoint.
             Self::Interrupted { .. } | Self::Fault { .. } => 5,

@@ -179,6 +179,34 @@ fn pipelines_are_kept_between_processes() {
     assert!(whole(&mended));
 }
 
+/// The checks compiled into shaders hide a loop that goes one too far; asked to report, they name its place.
+#[test]
+fn an_access_past_the_end_is_named() {
+    if crate::device::wgpu("an_access_past_the_end_is_named").is_none() {
+        return;
+    }
+    let shaders = tempfile::tempdir().unwrap();
+    let own = include_str!("../../shaders/softmax.wgsl");
+    let (good, bad) = ("i < softmax.v; i += step) { most", "i <= softmax.v; i += step) { most");
+    let line = 1 + own.lines().position(|line| line.contains(good)).expect("the loop is there");
+    std::fs::write(shaders.path().join("softmax.wgsl"), own.replacen(good, bad, 1)).unwrap();
+    let verify = |checks: &str, folder: Option<&Path>| {
+        let mut command = Command::cargo_bin("espalier").unwrap();
+        command.args(["kernels", "verify", "--op", "softmax", "--largest", "4096", "--device", "wgpu", "--quiet"]);
+        command.env("ESPALIER_SHADER_CHECKS", checks).envs(folder.map(|folder| ("ESPALIER_SHADERS", folder)));
+        command.output().unwrap()
+    };
+    let found = verify("report", Some(shaders.path()));
+    let text = String::from_utf8_lossy(&found.stdout).into_owned();
+    let named = format!("softmax.wgsl:{line}: kernel softmax_fwd goes 1 past the end of softmax_x");
+    assert!(!found.status.success() && text.contains(&named), "{text}");
+    for checks in ["0", "1", "report"] {
+        assert!(verify(checks, None).status.success(), "{checks}");
+    }
+    let refused = verify("some", None);
+    assert_eq!(refused.status.code(), Some(2), "{}", String::from_utf8_lossy(&refused.stderr));
+}
+
 /// Of the host thread's own processor time, so that what else the machine does is left out.
 #[test]
 fn the_way_to_a_kernel_takes_three_microseconds() {

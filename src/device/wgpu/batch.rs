@@ -142,6 +142,9 @@ impl Batch {
         };
         pass.set_pipeline(pipeline);
         pass.set_bind_group(0, group, &[]);
+        if let Some(notes) = &gpu.notes {
+            pass.set_bind_group(super::bounds::GROUP, &notes.group, &[]);
+        }
         if !words.is_empty() {
             pass.set_immediates(0, bytemuck::cast_slice(words));
         }

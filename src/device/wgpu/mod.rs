@@ -3,6 +3,7 @@
 
 mod adapter;
 mod batch;
+mod bounds;
 mod kept;
 mod memory;
 mod pipeline;
@@ -15,6 +16,7 @@ use std::time::Duration;
 
 use self::adapter::{PARAMETER_BYTES, Wanted};
 use self::batch::Batches;
+use self::bounds::Notes;
 use self::kept::Kept;
 use self::memory::{Memory, Staging};
 use self::pipeline::Pipelines;
@@ -29,6 +31,34 @@ pub use adapter::{Adapter, adapters, quiet_loader};
 /// How long queued work may take before the device is given up.
 const DEADLINE: Duration = Duration::from_secs(60);
 
+/// What a shader does where an index is outside of its array or a loop does not end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Checks {
+    /// Nothing is compiled in.
+    Trust,
+    /// The index is clamped, the loop is left.
+    Clamp,
+    /// As `Clamp`, and the launch that did it is refused with [`Error::Bounds`]; every launch is waited for.
+    Report,
+}
+
+impl Checks {
+    /// What `ESPALIER_SHADER_CHECKS` says. Unless it says something, kernels of the program are trusted in release builds; kernels that
+    /// come from a folder are somebody's work, and are not.
+    fn wanted() -> Result<Self> {
+        const VARIABLE: &str = "ESPALIER_SHADER_CHECKS";
+        let value = std::env::var_os(VARIABLE).map(|value| value.to_string_lossy().into_owned());
+        let own = std::env::var_os("ESPALIER_SHADERS").is_some();
+        match value.as_deref() {
+            None if own || cfg!(debug_assertions) => Ok(Self::Clamp),
+            None | Some("0") => Ok(Self::Trust),
+            Some("1") => Ok(Self::Clamp),
+            Some("report") => Ok(Self::Report),
+            Some(value) => Err(Error::Usage { argument: VARIABLE, value: value.into(), rule: "0, 1 or report".into() }),
+        }
+    }
+}
+
 /// The driver's handles and what it reported.
 struct Gpu {
     /// Gone before the device is.
@@ -36,8 +66,9 @@ struct Gpu {
     device: wgpu::Device,
     queue: wgpu::Queue,
     id: String,
-    /// Bounds and loop checks compiled into every shader.
-    checks: bool,
+    checks: Checks,
+    /// Where [`Checks::Report`] is on.
+    notes: Option<Notes>,
     /// Why the device cannot be used any more.
     lost: Arc<OnceLock<String>>,
     /// Held by whoever polls or submits. wgpu-core 30 reads the fence before it empties its list of submissions; where
@@ -149,13 +180,15 @@ impl WgpuDevice {
         // Errors outside any scope belong to work that nobody waits for (dropping resources of a lost device): they
         // must not end the process, which is wgpu's default.
         opened.device.on_uncaptured_error(Arc::new(|error| crate::console::warn(format_args!("wgpu: {error}"))));
-        let checks = std::env::var_os("ESPALIER_SHADER_CHECKS").is_none_or(|v| v != "0");
+        let wanted = Checks::wanted()?;
         let gpu = Gpu {
             kept: Kept::open(&opened.device, &opened.info),
             device: opened.device,
             queue: opened.queue,
             id: opened.info.id.clone(),
-            checks,
+            // Of the probes, which go astray on purpose.
+            checks: Checks::Clamp,
+            notes: None,
             lost,
             polling: Mutex::new(()),
         };
@@ -173,6 +206,8 @@ impl WgpuDevice {
         device.info.probes = probes;
         device.info.limits.loop_budget = loop_budget;
         device.launches.store(0, Relaxed);
+        device.gpu.checks = wanted;
+        device.gpu.notes = (wanted == Checks::Report).then(|| Notes::new(&device.gpu)).transpose()?;
         Ok(device)
     }
 
@@ -341,12 +376,17 @@ impl Device for WgpuDevice {
             });
         }
         let group = self.bind(kernel, &pipeline, arguments)?;
+        let _alone = self.gpu.notes.as_ref().map(|notes| notes.turn.lock().unwrap_or_else(PoisonError::into_inner));
         let mut batch = self.batches.lock();
         batch.dispatch(&self.gpu, kernel.name, &pipeline.pipeline, &group, words, launch.groups);
         for argument in arguments {
             self.block(argument.buffer)?.mark(batch.number());
         }
         self.launches.fetch_add(1, Relaxed);
+        if let Some(notes) = &self.gpu.notes {
+            drop(batch);
+            return self.judge(notes, kernel, file.name, &pipeline);
+        }
         if batch.full() { batch.submit(&self.gpu) } else { Ok(()) }
     }
 
@@ -384,6 +424,18 @@ impl Device for WgpuDevice {
 }
 
 impl WgpuDevice {
+    /// Waits for the launch and reads what its shader noted.
+    fn judge(&self, notes: &Notes, kernel: &Kernel, file: &str, pipeline: &pipeline::Pipeline) -> Result<()> {
+        let mut judged = Ok(());
+        self.read(&notes.memory, 0, Notes::BYTES, |bytes| {
+            judged = pipeline.judge(kernel.name, file, bytemuck::cast_slice(bytes));
+        })?;
+        if judged.is_err() {
+            self.batches.lock().encoder(&self.gpu).clear_buffer(notes.memory.buffer(), 0, None);
+        }
+        judged
+    }
+
     /// Copies a range of whole words to host memory and shows it to `take`.
     fn read(&self, block: &Memory, from: usize, bytes: usize, take: impl FnOnce(&[u8])) -> Result<()> {
         self.gpu.alive()?;

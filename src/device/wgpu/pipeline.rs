@@ -5,8 +5,9 @@ use std::hash::{Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::adapter::PARAMETER_BYTES;
-use super::shader::{Shader, compile_error};
-use super::{Gpu, scoped};
+use super::bounds::{self, Site};
+use super::shader::{Shader, compile_error, own_line};
+use super::{Checks, Gpu, scoped};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{Constants, File};
@@ -52,6 +53,7 @@ pub struct Pipeline {
     /// Argument indices that the entry binds.
     pub bindings: Vec<u32>,
     pub parameter_bytes: u32,
+    module: Arc<Module>,
     /// Bind groups by what they show. A training step takes the same memory from the pool as the step before, so
     /// nearly all of its launches find theirs.
     groups: Mutex<HashMap<Shown, wgpu::BindGroup>>,
@@ -73,11 +75,22 @@ impl Pipeline {
         groups.insert(shown, group.clone());
         Ok(group)
     }
+
+    /// What a watched launch noted, as an error of the first place that went past an end.
+    pub fn judge(&self, kernel: &str, file: &str, notes: &[u32]) -> Result<()> {
+        let Some((site, &past)) = self.module.sites.iter().zip(notes).find(|(_, past)| **past > 0) else {
+            return Ok(());
+        };
+        let (file, line) = own_line(file, site.line, self.module.shader.lines_before);
+        Err(Error::Bounds { kernel: kernel.into(), file, line, array: site.array.clone(), past })
+    }
 }
 
 struct Module {
     shader: Shader,
     compiled: wgpu::ShaderModule,
+    /// What is watched where [`Checks::Report`] is on.
+    sites: Vec<Site>,
 }
 
 /// File name, address of its text, element type.
@@ -108,7 +121,7 @@ impl Pipelines {
             return Ok(found.clone());
         }
         let module = self.module(gpu, file, element)?;
-        let pipeline = Arc::new(build(gpu, &module, file.name, entry, constants)?);
+        let pipeline = Arc::new(build(gpu, module, file.name, entry, constants)?);
         lock(&self.pipelines).insert(key, pipeline.clone());
         Ok(pipeline)
     }
@@ -118,28 +131,32 @@ impl Pipelines {
         if let Some(found) = lock(&self.modules).get(&key) {
             return Ok(found.clone());
         }
-        let shader = Shader::parse(file, element)?;
-        let descriptor = wgpu::ShaderModuleDescriptor {
-            label: Some(file.name),
-            source: wgpu::ShaderSource::Wgsl(shader.source.as_str().into()),
-        };
-        let compiled = scoped(&gpu.device, || {
-            if gpu.checks {
-                gpu.device.create_shader_module(descriptor)
-            } else {
-                // SAFETY: every kernel guards its own loads and stores and bounds its loops; `kernels verify` runs the
-                // whole table with the checks on as well.
-                unsafe { gpu.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+        let (shader, mut parsed, info) = Shader::parse_module(file, element)?;
+        let mut sites = Vec::new();
+        let source = match gpu.checks {
+            Checks::Report => {
+                sites = bounds::watch(file.name, &shader.source, &mut parsed, &info)?;
+                wgpu::ShaderSource::Naga(std::borrow::Cow::Owned(parsed))
             }
+            _ => wgpu::ShaderSource::Wgsl(shader.source.as_str().into()),
+        };
+        let descriptor = wgpu::ShaderModuleDescriptor { label: Some(file.name), source };
+        let compiled = scoped(&gpu.device, || match gpu.checks {
+            // SAFETY: no kernel reaches past the end of an array and every loop ends: `Checks::Report` finds none in any case of
+            // the table, on every rung that runs there (tests/it/bounds.rs), and files of the user's own have checks.
+            Checks::Trust => unsafe {
+                gpu.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked())
+            },
+            Checks::Clamp | Checks::Report => gpu.device.create_shader_module(descriptor),
         })
         .map_err(|e| gpu.compile_failure(e, file.name, shader.lines_before))?;
-        let module = Arc::new(Module { shader, compiled });
+        let module = Arc::new(Module { shader, compiled, sites });
         lock(&self.modules).insert(key, module.clone());
         Ok(module)
     }
 }
 
-fn build(gpu: &Gpu, module: &Module, file: &str, entry: &'static str, constants: Constants) -> Result<Pipeline> {
+fn build(gpu: &Gpu, module: Arc<Module>, file: &str, entry: &'static str, constants: Constants) -> Result<Pipeline> {
     let Some(point) = module.shader.entry(entry) else {
         return Err(compile_error(file, 0, 0, format!("no entry point {entry}")));
     };
@@ -168,9 +185,11 @@ fn build(gpu: &Gpu, module: &Module, file: &str, entry: &'static str, constants:
     let built = scoped(&gpu.device, || {
         let label = Some(entry);
         let layout = gpu.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
+        let notes = gpu.notes.as_ref().map(|notes| &notes.layout);
+        let layouts = [Some(&layout), notes];
         let pipeline_layout = gpu.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
             label,
-            bind_group_layouts: &[Some(&layout)],
+            bind_group_layouts: &layouts[..1 + usize::from(notes.is_some())],
             // One size for all, so that changing pipelines keeps layouts compatible.
             immediate_size: PARAMETER_BYTES,
         });
@@ -186,5 +205,6 @@ fn build(gpu: &Gpu, module: &Module, file: &str, entry: &'static str, constants:
     });
     let (layout, pipeline) = built.map_err(|e| gpu.compile_failure(e, file, module.shader.lines_before))?;
     let bindings = point.slots.iter().map(|s| s.binding).collect();
-    Ok(Pipeline { pipeline, layout, bindings, parameter_bytes: point.parameter_bytes, groups: Mutex::default() })
+    let parameter_bytes = point.parameter_bytes;
+    Ok(Pipeline { pipeline, layout, bindings, parameter_bytes, module, groups: Mutex::default() })
 }

@@ -1,5 +1,7 @@
 //! What a WGSL file says about itself: its entry points, what each binds, and errors in the file's own lines.
 
+use naga::valid::ModuleInfo;
+
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kernel::{File, assemble};
@@ -38,6 +40,11 @@ pub struct Shader {
 
 impl Shader {
     pub fn parse(file: File, element: DType) -> Result<Self> {
+        Self::parse_module(file, element).map(|(shader, ..)| shader)
+    }
+
+    /// With what the text became.
+    pub(super) fn parse_module(file: File, element: DType) -> Result<(Self, naga::Module, ModuleInfo)> {
         let (source, lines_before) = assemble(file, element)?;
         let file = file.name;
         let at = |location: Option<naga::SourceLocation>| location.map_or(0, |l| l.line_number);
@@ -49,7 +56,7 @@ impl Shader {
             .validate(&module)
             .map_err(|e| compile_error(file, at(e.location(&source)), lines_before, e.emit_to_string(&source)))?;
         let entries = (0..module.entry_points.len()).map(|i| entry(&module, &info, i)).collect();
-        Ok(Self { source, entries, lines_before })
+        Ok((Self { source, entries, lines_before }, module, info))
     }
 
     pub fn entry(&self, name: &str) -> Option<&EntryPoint> {
@@ -59,14 +66,19 @@ impl Shader {
 
 /// A compile error at a line of the kernel's own file, or of the prelude that is joined in front of it.
 pub fn compile_error(file: &str, line: u32, lines_before: u32, log: String) -> Error {
-    let (file, line) = match line.checked_sub(lines_before) {
-        Some(own) if own > 0 => (file.to_string(), own),
-        _ => (format!("prelude of {file}"), line),
-    };
+    let (file, line) = own_line(file, line, lines_before);
     Error::Compile { kernel: file.clone(), file, line, log }
 }
 
-fn entry(module: &naga::Module, info: &naga::valid::ModuleInfo, index: usize) -> EntryPoint {
+/// The file and its line that a line of the joined source is.
+pub(super) fn own_line(file: &str, line: u32, lines_before: u32) -> (String, u32) {
+    match line.checked_sub(lines_before) {
+        Some(own) if own > 0 => (file.to_string(), own),
+        _ => (format!("prelude of {file}"), line),
+    }
+}
+
+fn entry(module: &naga::Module, info: &ModuleInfo, index: usize) -> EntryPoint {
     let point = &module.entry_points[index];
     let uses = info.get_entry_point(index);
     let mut found = EntryPoint {
