@@ -1,7 +1,8 @@
 //! Work that is captured once and replayed: the launches and copies of a piece of host code, without the host code.
 
 use std::any::Any;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::{self, ThreadId};
 
 use super::{Buffer, Info};
 use crate::error::{Error, Result, Uncapturable};
@@ -35,26 +36,48 @@ pub struct Recording<D> {
     refused: Option<Uncapturable>,
 }
 
-/// The capture under way on a device, if any. One at a time.
-pub struct Recorder<D>(Mutex<Option<Recording<D>>>);
+/// The capture under way on a device, if any. One at a time, and no other thread's work meanwhile: a driver takes down whatever is
+/// put on its queue.
+pub struct Recorder<D> {
+    recording: Mutex<Option<Recording<D>>>,
+    /// The thread that captures, and what it holds alone.
+    owner: Mutex<Option<ThreadId>>,
+    turn: RwLock<()>,
+}
+
+/// A poisoned lock means that captured code panicked; what was recorded is still whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl<D> Recorder<D> {
     pub fn new() -> Self {
-        Self(Mutex::new(None))
+        Self { recording: Mutex::new(None), owner: Mutex::new(None), turn: RwLock::new(()) }
     }
 
-    /// A poisoned lock means that captured code panicked; what was recorded is still whole.
     fn lock(&self) -> MutexGuard<'_, Option<Recording<D>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.recording)
     }
 
-    pub fn begin(&self, info: &Info) -> Result<()> {
-        let mut recording = self.lock();
-        if recording.is_some() {
+    fn captures_here(&self) -> bool {
+        *lock(&self.owner) == Some(thread::current().id())
+    }
+
+    /// Held by a call while it puts work on the device or waits for it; comes when no other thread captures.
+    #[must_use]
+    pub fn turn(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        (!self.captures_here()).then(|| self.turn.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Waits for the calls of other threads; what comes back is held until the end of the capture.
+    pub fn begin(&self, info: &Info) -> Result<RwLockWriteGuard<'_, ()>> {
+        if self.captures_here() {
             return Err(refusal(info, Uncapturable::Nested));
         }
-        *recording = Some(Recording { work: Vec::new(), pinned: Vec::new(), refused: None });
-        Ok(())
+        let alone = self.turn.write().unwrap_or_else(PoisonError::into_inner);
+        *lock(&self.owner) = Some(thread::current().id());
+        *self.lock() = Some(Recording { work: Vec::new(), pinned: Vec::new(), refused: None });
+        Ok(alone)
     }
 
     /// Records `work` with the buffers it needs; gives it back to be run where nothing is captured.
@@ -93,6 +116,7 @@ impl<D> Recorder<D> {
     /// refusal has captured something else than it runs.
     pub fn end<T>(&self, info: &Info, done: Result<T>, outliving: usize) -> Result<(T, Recording<D>)> {
         let recording = self.lock().take();
+        *lock(&self.owner) = None;
         let refused = recording.as_ref().and_then(|r| r.refused);
         if let Some(reason) = refused {
             return Err(refusal(info, reason));

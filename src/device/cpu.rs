@@ -125,6 +125,7 @@ impl Device for CpuDevice {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        let _turn = self.recorder.turn();
         let memory = self.pool.lend("cpu", bytes, |class| {
             Memory::new(class).ok_or(Error::OutOfMemory {
                 device: "cpu".into(),
@@ -137,6 +138,7 @@ impl Device for CpuDevice {
     }
 
     fn upload(&self, target: &Buffer, offset: usize, data: &[u8]) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Upload)?;
         let base = self.at(target, offset, data.len())?;
         // SAFETY: `at` proved the range; `data` is host memory that cannot overlap device memory handed out as Buffer.
@@ -145,6 +147,7 @@ impl Device for CpuDevice {
     }
 
     fn download(&self, source: &Buffer, offset: usize, data: &mut [u8]) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Download)?;
         let base = self.at(source, offset, data.len())?;
         // SAFETY: as in `upload`.
@@ -153,6 +156,7 @@ impl Device for CpuDevice {
     }
 
     fn copy(&self, source: &Buffer, from: usize, target: &Buffer, to: usize, bytes: usize) -> Result<()> {
+        let _turn = self.recorder.turn();
         let spans = [self.at(source, from, bytes)?, self.at(target, to, bytes)?].map(|base| Span { base, bytes });
         self.queue([source, target].into_iter(), move |_| {
             let [source, target] = spans;
@@ -163,6 +167,7 @@ impl Device for CpuDevice {
     }
 
     fn launch(&self, kernel: &Kernel, element: DType, launch: &Launch, arguments: &[Binding]) -> Result<()> {
+        let _turn = self.recorder.turn();
         let Code::Cpu(run) = kernel.code else {
             return Err(Error::NotAvailable {
                 device: "cpu".into(),
@@ -186,11 +191,12 @@ impl Device for CpuDevice {
     }
 
     fn sync(&self) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Wait)
     }
 
     fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
-        self.recorder.begin(&self.info)?;
+        let _alone = self.recorder.begin(&self.info)?;
         self.pool.begin_capture();
         let done = work();
         let (memory, outliving) = self.pool.end_capture();
@@ -199,6 +205,7 @@ impl Device for CpuDevice {
     }
 
     fn replay(&self, graph: &Graph) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Nested)?;
         graph.leaf::<Captured>(&self.info)?.recording.replay(self)
     }

@@ -272,8 +272,8 @@ pub trait Device: Send + Sync {
     fn sync(&self) -> Result<()>;
 
     /// Takes down what `work` queues instead of running it. The graph replays it with the same memory as often as wanted, in
-    /// order with everything else that is queued; that memory stays as it is while the graph lives. No other thread may use
-    /// the device meanwhile.
+    /// order with everything else that is queued; that memory stays as it is while the graph lives. Calls of
+    /// other threads wait until it is done, so `work` must not wait for them.
     ///
     /// # Errors
     /// `Error::Capture` where `work` cannot be captured. None of it has run then.

@@ -116,7 +116,7 @@ impl Device for NullDevice {
     }
 
     fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
-        self.recorder.begin(&self.info)?;
+        let _alone = self.recorder.begin(&self.info)?;
         let done = work();
         self.recorder.end(&self.info, done, 0).map(|((), recording)| Graph::new(recording))
     }

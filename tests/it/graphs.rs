@@ -391,6 +391,39 @@ fn what_cannot_be_captured_says_why_and_has_not_run() {
     assert_eq!(reason(&reference, &mut || Ok(())), Some(Uncapturable::Device));
 }
 
+/// What another thread does meanwhile waits, and is no part of the graph.
+#[test]
+fn a_capture_takes_the_work_of_its_own_thread_alone() {
+    for name in ["cpu", "cuda-host"] {
+        let Some(device) = crate::cuda::harness(name) else { continue };
+        let values = |value: f32| Tensor::from_slice(&device, &[64], &[value; 64]).unwrap();
+        let (x, y, others, theirs) = (values(2.0), values(0.0), values(3.0), values(0.0));
+        let (ask, asked) = std::sync::mpsc::channel();
+        let graph = std::thread::scope(|scope| {
+            let (device, others, theirs) = (&device, &others, &theirs);
+            let other = scope.spawn(move || {
+                asked.recv().unwrap();
+                theirs.assign(others).unwrap();
+                let seen = theirs.to_vec::<f32>().unwrap();
+                device.sync().unwrap();
+                seen
+            });
+            let graph = device.capture(&mut || {
+                ask.send(()).unwrap();
+                // Time for the other thread to come up against the capture.
+                std::thread::sleep(std::time::Duration::from_millis(50));
+                y.assign(&x)
+            });
+            assert_eq!(other.join().unwrap(), [3.0; 64], "{name}");
+            graph.unwrap()
+        });
+        theirs.upload(&[0.0f32; 64]).unwrap();
+        device.replay(&graph).unwrap();
+        assert_eq!(y.to_vec::<f32>().unwrap(), [2.0; 64], "{name}");
+        assert_eq!(theirs.to_vec::<f32>().unwrap(), [0.0; 64], "{name}");
+    }
+}
+
 /// A graph keeps what it uses: its temporaries from everyone, its arguments from being freed.
 #[test]
 fn a_graph_outlives_the_handles_of_its_memory() {

@@ -319,6 +319,7 @@ impl Device for CudaDevice {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        let _turn = self.recorder.turn();
         self.gpu.enter()?;
         let memory = self.pool.lend(&self.info.id, bytes, |class| {
             // SAFETY: owned by the `Memory` made of it.
@@ -330,6 +331,7 @@ impl Device for CudaDevice {
     }
 
     fn upload(&self, target: &Buffer, offset: usize, data: &[u8]) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Upload)?;
         let address = self.address(target, offset, data.len())?;
         self.gpu.enter()?;
@@ -339,6 +341,7 @@ impl Device for CudaDevice {
     }
 
     fn download(&self, source: &Buffer, offset: usize, data: &mut [u8]) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Download)?;
         let address = self.address(source, offset, data.len())?;
         self.gpu.enter()?;
@@ -350,6 +353,7 @@ impl Device for CudaDevice {
     }
 
     fn copy(&self, source: &Buffer, from: usize, target: &Buffer, to: usize, bytes: usize) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.pin([source, target].into_iter());
         let (source, target) = (self.address(source, from, bytes)?, self.address(target, to, bytes)?);
         self.gpu.enter()?;
@@ -359,6 +363,7 @@ impl Device for CudaDevice {
     }
 
     fn launch(&self, kernel: &Kernel, element: DType, launch: &Launch, arguments: &[Binding]) -> Result<()> {
+        let _turn = self.recorder.turn();
         let Some(code) = kernel.cuda() else {
             return Err(Error::NotAvailable {
                 device: self.info.id.clone(),
@@ -394,13 +399,14 @@ impl Device for CudaDevice {
     }
 
     fn sync(&self) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Wait)?;
         self.gpu.sync()
     }
 
     fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         self.gpu.enter()?;
-        self.recorder.begin(&self.info)?;
+        let _alone = self.recorder.begin(&self.info)?;
         self.pool.begin_capture();
         let done = Executable::of(&self.gpu, work);
         let (memory, outliving) = self.pool.end_capture();
@@ -409,11 +415,13 @@ impl Device for CudaDevice {
     }
 
     fn replay(&self, graph: &Graph) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Nested)?;
         graph.leaf::<Captured>(&self.info)?.executable.launch()
     }
 
     fn elapsed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        drop(self.recorder.turn());
         self.recorder.refuse(&self.info, Uncapturable::Wait)?;
         self.gpu.enter()?;
         let failed = |e| self.gpu.failure("time", 0, e);

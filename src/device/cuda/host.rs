@@ -407,6 +407,7 @@ impl Device for CudaHostDevice {
     }
 
     fn upload(&self, target: &Buffer, offset: usize, data: &[u8]) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Upload)?;
         let base = self.range(target, offset, data.len())?;
         // SAFETY: `range` proved the range; host slices never overlap device memory.
@@ -415,6 +416,7 @@ impl Device for CudaHostDevice {
     }
 
     fn download(&self, source: &Buffer, offset: usize, data: &mut [u8]) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Download)?;
         let base = self.range(source, offset, data.len())?;
         // SAFETY: as in `upload`.
@@ -423,6 +425,7 @@ impl Device for CudaHostDevice {
     }
 
     fn copy(&self, source: &Buffer, from: usize, target: &Buffer, to: usize, bytes: usize) -> Result<()> {
+        let _turn = self.recorder.turn();
         let ranges =
             [self.range(source, from, bytes)?, self.range(target, to, bytes)?].map(|start| Range { start, bytes });
         self.queue([source, target].into_iter(), move |_| {
@@ -434,6 +437,7 @@ impl Device for CudaHostDevice {
     }
 
     fn launch(&self, kernel: &Kernel, element: DType, launch: &Launch, arguments: &[Binding]) -> Result<()> {
+        let _turn = self.recorder.turn();
         let Some(code) = kernel.cuda() else {
             return Err(unavailable(format!("{} is no CUDA kernel", kernel.name)));
         };
@@ -454,16 +458,18 @@ impl Device for CudaHostDevice {
     }
 
     fn sync(&self) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Wait)
     }
 
     fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
-        self.recorder.begin(&self.info)?;
+        let _alone = self.recorder.begin(&self.info)?;
         let done = work();
         self.recorder.end(&self.info, done, 0).map(|((), recording)| Graph::new(recording))
     }
 
     fn replay(&self, graph: &Graph) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Nested)?;
         graph.leaf::<Recording<Self>>(&self.info)?.replay(self)
     }
