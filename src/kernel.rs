@@ -430,12 +430,16 @@ fn read_override(variable: &'static str, file: &File) -> Result<String> {
 }
 
 fn read_from(variable: &'static str, folder: &std::path::Path, file: &File) -> Result<String> {
-    if !folder.is_dir() {
+    // It need only hold the files that are being tuned; where it holds none, another folder was meant.
+    let kernels = |entry: std::fs::DirEntry| {
+        let path = entry.path();
+        ["wgsl", "cu", "cuh"].iter().any(|kind| path.extension().is_some_and(|e| e == *kind))
+    };
+    if !std::fs::read_dir(folder).is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(kernels))) {
         let rule = "a folder of kernel files".into();
         return Err(Error::Usage { argument: variable, value: folder.display().to_string(), rule });
     }
     let path = folder.join(file.name);
-    // It need only hold the files that are being tuned.
     if path.exists() { std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e)) } else { Ok(file.text.into()) }
 }
 
@@ -447,6 +451,8 @@ mod tests {
     fn a_folder_of_kernels_must_be_one() {
         let folder = tempfile::tempdir().unwrap();
         let file = File { name: "one.cu", text: "built in" };
+        assert!(read_from("ESPALIER_CUDA", folder.path(), &file).is_err(), "a folder without kernels");
+        std::fs::write(folder.path().join("other.cuh"), "").unwrap();
         assert_eq!(read_from("ESPALIER_CUDA", folder.path(), &file).unwrap(), "built in");
         std::fs::write(folder.path().join("one.cu"), "tuned").unwrap();
         assert_eq!(read_from("ESPALIER_CUDA", folder.path(), &file).unwrap(), "tuned");

@@ -7,6 +7,7 @@ the wall time of question and answer.
 
 import json
 import os
+import select
 import subprocess
 import time
 
@@ -21,6 +22,8 @@ class Gone(Refused):
 
 # Seconds that an idle process may take to end, and one that was stopped in its work is given.
 PATIENCE = 5
+# Seconds that one question may take; the longest of the table takes a few.
+LIMIT = 600
 
 
 class Contestant:
@@ -56,6 +59,10 @@ class Contestant:
         try:
             self.process.stdin.write(json.dumps({"do": what, **fields}) + "\n")
             self.process.stdin.flush()
+            # An answer is one line, written whole.
+            if not select.select([self.process.stdout], [], [], LIMIT)[0]:
+                self.process.kill()
+                raise Gone(f"{self.process.args[0]} gave no answer within {LIMIT} s when asked to {what}")
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""

@@ -5,12 +5,14 @@ import os
 import sys
 import tempfile
 import unittest
+import unittest.mock
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(HERE, "..", "gpu")]
 sys.dont_write_bytecode = True
 
 import compare
+import contestant
 import goals
 
 # Ours and a peer's program in one: it says where it runs, and who asked for what.
@@ -52,6 +54,14 @@ class Asked(unittest.TestCase):
         self.assertEqual(about["arguments"][-2:], ["--device", "wgpu"])
         # A software adapter has no more threads than the processor's kernels.
         self.assertEqual(about["threads"], "1")
+
+
+class Silence(unittest.TestCase):
+    def test_who_never_answers_is_given_up(self):
+        command = [sys.executable, "-c", "import sys, time; sys.stdin.readline(); time.sleep(60)"]
+        with unittest.mock.patch.object(contestant, "LIMIT", 0.2), self.assertRaises(contestant.Gone) as gone:
+            contestant.Contestant(command, 1)
+        self.assertIn("no answer within 0.2 s", str(gone.exception))
 
 
 class Goals(unittest.TestCase):

@@ -166,6 +166,10 @@ pub fn run(global: &Global, args: &Args) -> Result<()> {
         return growth::run(global, &args.op, args.samples, args.seed);
     }
     let cases = cases(args.sizes, &args.op, args.all)?;
+    if args.skip > cases.len() {
+        let rule = format!("at most the number of cases, {}", cases.len());
+        return Err(Error::Usage { argument: "--skip", value: args.skip.to_string(), rule });
+    }
     let device = global.open()?;
     if args.serve {
         return serve::run(&device, &cases, &wholes(args.sizes, &args.op)?);
