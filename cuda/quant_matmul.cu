@@ -1,12 +1,15 @@
-// op:       matmul_int8
-// math:     y[i, j] = (sum_k x[i, k] w[j, k]) xs[i] ws[j] + bias[j]
+// op:       matmul_int8, matmul_int8_requantized
+// math:     y[i, j] = (sum_k x[i, k] w[j, k]) xs[i] ws[j] + bias[j];
+//           requantize: h = relu(y) or gelu(y), scale[i] = max_j |h[i, j]| / 127, q[i, j] = rne(h[i, j] / scale[i])
 // grad:     none: training runs on fake-quantized values
-// shapes:   x[M, K] i8, xs[M], w[N, K] i8, ws[N], bias[N] (any array where there is none), y[M, N]
+// shapes:   x[M, K] i8, xs[M], w[N, K] i8, ws[N], bias[N] (any array where there is none), y[M, N];
+//           requantize: hidden[M, N] (y of the launch before), q[M, N] i8, scale[M]
 // layout:   rows contiguous along k; four i8 to a word, little endian; rows start on words where K % 4 = 0
 // launch:   linear, 64 threads a block; one thread per element (v1), four columns (v2), 4 x 4 tile (v3); mma: one block per tile
-//           of 128 weights by 128 tokens (256 threads) or 32 by 16 (128 threads), see weights.cuh
-// cost:     2 M N K operations; M K + N K bytes read, 4 M N written
-// numerics: int32 sums, exact for K below 2^17; then three f32 roundings
+//           of 128 weights by 128 tokens (256 threads) or 32 by 16 (128 threads), see weights.cuh; requantize: 256 threads for
+//           four rows
+// cost:     2 M N K operations; M K + N K bytes read, 4 M N written; requantize: 8 M N read, M N written
+// numerics: int32 sums, exact for K below 2^17; then three f32 roundings; requantize: the grid and the rounding of quant.cu
 // source:   Jacob et al. 2018; dynamic per-token scales: Dettmers et al. 2022
 // rungs:    v1 byte by byte, any K; v2 four columns share a word of x; v3 4 x 4 tile in registers; mma (sm_80, K % 16 = 0) int8 tensor
 //           instructions behind a pipeline of asynchronous copies, few_mma the same for at most 32 tokens
@@ -72,6 +75,10 @@ extern "C" __global__ void __launch_bounds__(64) matmul_int8_fwd_v3(const int* x
     for (u32 r = 0u; r < 4u; r++)
 #pragma unroll
         for (u32 c = 0u; c < 4u; c++) store_sum(xs, ws, bias, y, p, i + r, j + c, sum[r][c]);
+}
+
+extern "C" __global__ void __launch_bounds__(256) matmul_int8_requantize(const float* hidden, i8* q, float* scale, RequantizeParams p) {
+    requantize_rows(hidden, q, scale, p);
 }
 
 #if ARCH >= 80 || defined(ESPALIER_HOST)

@@ -1,5 +1,5 @@
-// op:       matmul_int8
-// math:     as quant_matmul.cu: y[i, j] = (sum_k x[i, k] w[j, k]) xs[i] ws[j] + bias[j]
+// op:       matmul_int8, matmul_int8_requantized
+// math:     as quant_matmul.cu: y[i, j] = (sum_k x[i, k] w[j, k]) xs[i] ws[j] + bias[j]; requantize: see requantize.cuh
 // grad:     none
 // shapes:   x[M, K] i8, xs[M], w[N, K] i8, ws[N], bias[N] (any array where there is none), y[M, N]
 // layout:   x and w by tensor maps [rows, k], rows at multiples of 16 bytes; y contiguous
@@ -94,6 +94,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 matmul_int8_narrow_wgmma(const i8*, const float* xs, const i8*, const float* ws, const float* bias, float* y,
                          const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, Int8WgmmaParams p) {
     matmul_int8_wgmma<128u>(xs, ws, bias, y, &a, &b, p);
+}
+
+extern "C" __global__ void __launch_bounds__(256) matmul_int8_requantize(const float* hidden, i8* q, float* scale, RequantizeParams p) {
+    requantize_rows(hidden, q, scale, p);
 }
 
 #endif

@@ -1,11 +1,14 @@
-// op:       matmul_int8
-// math:     y[i, j] = (sum_k x[i, k] w[j, k]) xs[i] ws[j] + bias[j]
+// op:       matmul_int8, matmul_int8_requantized
+// math:     y[i, j] = (sum_k x[i, k] w[j, k]) xs[i] ws[j] + bias[j];
+//           requantize: h = relu(y) or gelu(y), scale[i] = max_j |h[i, j]| / 127, q[i, j] = rne(h[i, j] / scale[i])
 // grad:     none: training runs on fake-quantized values
-// shapes:   x[M, K] i8, xs[M], w[N, K] i8, ws[N], bias[N] (any array where there is none), y[M, N]
+// shapes:   x[M, K] i8, xs[M], w[N, K] i8, ws[N], bias[N] (any array where there is none), y[M, N];
+//           requantize: hidden[M, N] (y of the launch before), q[M, N] i8, scale[M]
 // layout:   rows contiguous along k; four i8 to a word, little endian; rows start on words where K % 4 = 0
-// launch:   linear, 64 invocations a group; one invocation per element (v1), four columns (v2), 4 x 4 tile (v3)
-// cost:     2 M N K operations; M K + N K bytes read, 4 M N written
-// numerics: int32 sums, exact for K below 2^17; then three f32 roundings
+// launch:   linear, 64 invocations a group; one invocation per element (v1), four columns (v2), 4 x 4 tile (v3);
+//           requantize: 256 invocations for four rows, whose bytes are whole words
+// cost:     2 M N K operations; M K + N K bytes read, 4 M N written; requantize: 8 M N read, M N written
+// numerics: int32 sums, exact for K below 2^17; then three f32 roundings; requantize: the grid and the rounding of quant.wgsl
 // source:   Jacob et al. 2018; dynamic per-token scales: Dettmers et al. 2022
 // rungs:    v1 byte by byte, any K; v2 four columns share a word of x; v3 4 x 4 tile in registers
 
@@ -101,5 +104,65 @@ fn matmul_int8_fwd_v3(@builtin(global_invocation_id) gid: vec3<u32>) {
         store_sum(i + 1u, j + c, s1[c]);
         store_sum(i + 2u, j + c, s2[c]);
         store_sum(i + 3u, j + c, s3[c]);
+    }
+}
+
+struct RequantizeParams { m: u32, n: u32, activation: u32, high: f32, unit: f32 }
+var<immediate> requantize: RequantizeParams;
+
+@group(0) @binding(0) var<storage, read> requantize_hidden: array<f32>;
+@group(0) @binding(1) var<storage, read_write> requantize_q: array<u32>;
+@group(0) @binding(2) var<storage, read_write> requantize_scale: array<f32>;
+
+// Of each of the four rows the bits of the largest magnitude, which integers order as floats do, NaN on top; then 1 / scale.
+var<workgroup> requantize_most: array<atomic<u32>, 4>;
+var<workgroup> requantize_inverse: array<f32, 4>;
+
+// ReLU or GELU; exp's argument is bounded so that it stays finite.
+fn requantize_activated(at: u32) -> f32 {
+    let x = requantize_hidden[at];
+    if requantize.activation == 0u { return select(0.0, x, x > 0.0); }
+    return x / (1.0 + exp(min(-1.5957691216 * (x + 0.044715 * x * x * x), 80.0)));
+}
+
+// Scale and its reciprocal for a largest magnitude: the symmetric grid of quant.wgsl.
+fn requantize_grid(width: f32) -> vec2<f32> {
+    if is_nan(width) || !(width <= 1.329228e36) {
+        return vec2<f32>(bitcast<f32>(0x7fc00000u | (requantize.m & 0x80000000u)));
+    }
+    if width < 7.888609e-31 { return vec2<f32>(1.0, 0.0); }
+    let scale = width * requantize.unit;
+    return vec2<f32>(scale, reciprocal(scale));
+}
+
+@compute @workgroup_size(256)
+fn matmul_int8_requantize(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) id: u32) {
+    let n = requantize.n;
+    let first = min((group.x + group.y * 65535u) * 4u, requantize.m);
+    let rows = min(requantize.m - first, 4u);
+    for (var row = 0u; row < rows; row++) {
+        var most = 0u;
+        for (var j = id; j < n; j += 256u) {
+            most = max(most, bitcast<u32>(requantize_activated((first + row) * n + j)) & 0x7fffffffu);
+        }
+        atomicMax(&requantize_most[row], most);
+    }
+    workgroupBarrier();
+    if id < rows {
+        let grid = requantize_grid(bitcast<f32>(atomicLoad(&requantize_most[id])));
+        requantize_scale[first + id] = grid.x;
+        requantize_inverse[id] = grid.y;
+    }
+    workgroupBarrier();
+    for (var at = 4u * id; at < rows * n; at += 1024u) {
+        var packed = 0u;
+        for (var i = at; i < min(at + 4u, rows * n); i++) {
+            let level = round(requantize_activated(first * n + i) * requantize_inverse[i / n]);
+            if !is_nan(level) {
+                let q = i32(clamp(level, -requantize.high, requantize.high));
+                packed |= (bitcast<u32>(q) & 0xffu) << (8u * (i - at));
+            }
+        }
+        requantize_q[(first * n + at) / 4u] = packed;
     }
 }

@@ -393,17 +393,19 @@ fn prelude(element: DType) -> File {
 const LIBRARY: File = File { name: "lib.wgsl", text: include_str!("../shaders/lib.wgsl") };
 
 /// The files that stand in front of one that goes on from their declarations: rungs that need a feature of the device stand apart
-/// from those that run everywhere.
+/// from those that run everywhere, and what several families compute alike stands once.
 fn bases(file: File) -> &'static [File] {
     const BINARY: File = File { name: "binary.wgsl", text: include_str!("../shaders/binary.wgsl") };
     const UNARY: File = File { name: "unary.wgsl", text: include_str!("../shaders/unary.wgsl") };
     const WIDE: File = File { name: "wide.wgsl", text: include_str!("../shaders/wide.wgsl") };
+    const RECIPROCAL: File = File { name: "reciprocal.wgsl", text: include_str!("../shaders/reciprocal.wgsl") };
     const MATMUL: File = File { name: "matmul.wgsl", text: include_str!("../shaders/matmul.wgsl") };
     const MATMUL_LANES: File = File { name: "matmul_lanes.wgsl", text: include_str!("../shaders/matmul_lanes.wgsl") };
     match file.name {
         "binary_wide.wgsl" => &[BINARY, WIDE],
         "unary_wide.wgsl" => &[UNARY, WIDE],
         "matmul_lanes.wgsl" => &[MATMUL],
+        "quant.wgsl" | "quant_matmul.wgsl" => &[RECIPROCAL],
         "attention_lanes.wgsl" => &[MATMUL, MATMUL_LANES],
         _ => &[],
     }

@@ -202,6 +202,9 @@ pub struct Case {
     pub terms: f64,
     /// Outputs on whose way one intermediate may be rounded to the storage type, as the plain op-by-op chain rounds it.
     pub rounded: &'static [usize],
+    /// Output 0, which is whole numbers, before it was rounded to them: kernels that round what is only nearly the same value may
+    /// give either neighbour of one at a tie, and nothing else (see `verify::judge`).
+    pub unrounded: Option<fn(&[Array]) -> Vec<f64>>,
     pub grad: bool,
     /// A real model's size: timed by `kernels bench`, too large for differences.
     pub bench: bool,
@@ -219,6 +222,7 @@ impl Case {
             loosened: None,
             terms: 0.0,
             rounded: &[],
+            unrounded: None,
             grad: false,
             bench: false,
             variant: "",
@@ -276,6 +280,13 @@ impl Case {
     #[must_use]
     pub fn rounded_between(mut self, outputs: &'static [usize]) -> Self {
         self.rounded = outputs;
+        self
+    }
+
+    /// Gives output 0 before it was rounded to whole numbers.
+    #[must_use]
+    pub fn unrounded(mut self, values: fn(&[Array]) -> Vec<f64>) -> Self {
+        self.unrounded = Some(values);
         self
     }
 

@@ -78,7 +78,10 @@ pub fn forward(case: &Case, device: &Arc<dyn Device>, seed: u64) -> Vec<Outcome>
         return vec![outcome("none", Verdict::Skipped(reason))];
     }
     let values: Vec<Vec<f64>> = case.inputs.iter().enumerate().map(|(i, input)| draw(input, seed, i)).collect();
-    let expected = reference(case, &values);
+    let mut expected = reference(case, &values);
+    if let Some(unrounded) = case.unrounded {
+        expected[0] = unrounded(&arrays(case, &values));
+    }
     let check = |kernel: &'static Kernel| match run_guarded(case, kernel, device, &values, &out_metas) {
         Ok(got) => compare(case, case.tolerance, &out_metas, &expected, &got),
         Err(e) => Verdict::Failed(e.to_string()),
@@ -88,9 +91,11 @@ pub fn forward(case: &Case, device: &Arc<dyn Device>, seed: u64) -> Vec<Outcome>
 
 /// The reference's outputs on these inputs.
 pub fn reference(case: &Case, values: &[Vec<f64>]) -> Vec<Vec<f64>> {
-    let arrays: Vec<Array> =
-        case.inputs.iter().zip(values).map(|(i, v)| Array { shape: i.meta.shape, data: v.clone() }).collect();
-    case.op.reference(&arrays)
+    case.op.reference(&arrays(case, values))
+}
+
+fn arrays(case: &Case, values: &[Vec<f64>]) -> Vec<Array> {
+    case.inputs.iter().zip(values).map(|(i, v)| Array { shape: i.meta.shape, data: v.clone() }).collect()
 }
 
 /// A tensor with guards on both sides and the given bytes inside.
@@ -187,18 +192,20 @@ pub struct Bounds {
     terms: f64,
     /// The length of a row where an intermediate may be rounded to the storage type.
     rounded: Option<usize>,
+    /// Whole numbers whose reference may not be rounded yet.
+    whole: bool,
 }
 
 impl Bounds {
     /// Those of output `index`; `meta` has the shape of the values that are judged, which may be a part of the output.
     pub fn of(case: &Case, index: usize, meta: &Meta) -> Self {
         let rounded = case.rounded.contains(&index).then(|| meta.shape.last());
-        Self { rounded, ..Self::of_gradient(case) }
+        Self { rounded, whole: case.unrounded.is_some() && index == 0, ..Self::of_gradient(case) }
     }
 
     /// Those of a gradient: its op is another than the case's.
     fn of_gradient(case: &Case) -> Self {
-        Self { factor: case.loosened.map_or(1.0, |(factor, _)| factor), terms: case.terms, rounded: None }
+        Self { factor: case.loosened.map_or(1.0, |(factor, _)| factor), terms: case.terms, rounded: None, whole: false }
     }
 }
 
@@ -232,10 +239,10 @@ fn allowances(dtype: DType, want: &[f64], row: usize, rms: f64) -> Vec<f64> {
 /// Holds values against the reference: the worst element and the normalised mean squared error must both be in bounds.
 /// Bounds by class (element: relative to the value + relative to the tensor's scale; aggregate), after Table 5 of the
 /// project's numerics notes: arithmetic 1 ulp; transcendental 4e-6 or 1e-6; contraction 2 K u; 16-bit storage adds 2 ulp, a rounded
-/// intermediate `ROUNDED`.
+/// intermediate `ROUNDED`. Where kernels round to `whole` numbers, the bound is how far beyond a tie a value may lie.
 pub fn judge(
     tolerance: Tolerance,
-    Bounds { factor, terms, rounded: row }: Bounds,
+    Bounds { factor, terms, rounded: row, whole }: Bounds,
     dtype: DType,
     want: &[f64],
     have: &[f64],
@@ -247,7 +254,7 @@ pub fn judge(
     let finite = |v: &&f64| v.is_finite();
     let power = want.iter().filter(finite).map(|x| x * x).sum::<f64>().max(terms * terms * want.len() as f64);
     let rms = (power / want.len().max(1) as f64).sqrt();
-    let exact = tolerance == Tolerance::Exact || !dtype.is_float();
+    let exact = tolerance == Tolerance::Exact || !(dtype.is_float() || whole);
     let (relative, absolute, aggregate) = match tolerance {
         _ if exact => (0.0, 0.0, 0.0),
         Tolerance::Arithmetic => (2.0 * U, 1e-38, 1e-13),
@@ -275,7 +282,11 @@ pub fn judge(
             }
             return Err(format!("element {index}: {h} where the reference has {w}"));
         }
-        let (target, error) = if exact { (r, (h - r).abs()) } else { (w, (h - w).abs()) };
+        let (target, error) = match (exact, whole) {
+            (true, _) => (r, (h - r).abs()),
+            (false, true) => (w, if h == r { 0.0 } else { (h - w).abs() - 0.5 }),
+            (false, false) => (w, (h - w).abs()),
+        };
         let between = allowed.get(index / row).copied().unwrap_or(0.0);
         let bound = factor * (relative * w.abs() + absolute) + storage * w.abs() + tiny + between;
         if error > bound {
@@ -460,7 +471,7 @@ mod tests {
     #[test]
     fn judge_refuses_what_it_must() {
         let class = Tolerance::Transcendental;
-        let plain = Bounds { factor: 1.0, terms: 0.0, rounded: None };
+        let plain = Bounds { factor: 1.0, terms: 0.0, rounded: None, whole: false };
         assert!(judge(class, plain, DType::F32, &[1.0, 2.0], &[1.0, 2.000_001]).is_ok());
         assert!(judge(class, plain, DType::F32, &[1.0, 2.0], &[1.0, 2.1]).is_err());
         assert!(judge(class, plain, DType::F32, &[1.0], &[f64::NAN]).is_err());
@@ -473,9 +484,19 @@ mod tests {
     }
 
     #[test]
+    fn whole_numbers_may_be_the_other_neighbour_at_a_tie_alone() {
+        let bounds = Bounds { factor: 1.0, terms: 0.0, rounded: None, whole: true };
+        let judged = |want, have| judge(Tolerance::Transcendental, bounds, DType::I8, &[want], &[have]).is_ok();
+        assert!(judged(63.500_01, 64.0) && judged(63.500_01, 63.0) && judged(-63.499_99, -64.0));
+        assert!(!judged(63.49, 64.0) && !judged(63.0, 64.0) && !judged(63.500_01, 62.0) && !judged(127.5, 0.0));
+        let exact = judge(Tolerance::Exact, bounds, DType::I8, &[63.500_01], &[63.0]);
+        assert!(exact.is_err() && judge(Tolerance::Exact, bounds, DType::I8, &[63.5], &[64.0]).is_ok());
+    }
+
+    #[test]
     fn a_rounded_intermediate_is_allowed_on_16_bits_by_the_scale_of_the_row() {
         let class = Tolerance::Contraction { k: 8 };
-        let plain = Bounds { factor: 1.0, terms: 0.0, rounded: None };
+        let plain = Bounds { factor: 1.0, terms: 0.0, rounded: None, whole: false };
         let rounded = Bounds { rounded: Some(2), ..plain };
         // Ten rows of ones, then a row of rms 2.8, the tensor's being 1.3.
         let off = |epsilons: f64, dtype: DType| {

@@ -198,27 +198,13 @@ impl Product<'_> {
         let place = |i: usize| [i, i];
         assert!(y.len() >= self.m * self.n, "room for the product");
         let out = &Columns(y.as_mut_ptr());
-        let alone = self.m * self.n * self.k < WORTH_THREADS;
-        if let Some(panels) = Panels::of(&self.x[..self.m * self.k], self.k, self.n, args) {
-            let tasks = if alone { 1 } else { 4 * args.threads() };
-            let shared = if args.threads() == 1 { self.n } else { self.n.div_ceil(tasks) };
-            let strip = (NEAR / self.k).min(shared).max(STRIP).next_multiple_of(32);
-            args.ranges(self.n.div_ceil(strip), if alone { usize::MAX } else { 1 }, |range| {
-                for first in range.map(|s| s * strip) {
-                    let columns = first..(first + strip).min(self.n);
-                    let words = self.pack(columns.clone());
-                    // SAFETY: `y` has m x n elements, and each strip is visited by one task.
-                    unsafe {
-                        let to = |i: usize| out.0.add(i * self.n + columns.start);
-                        panels.product(&words, &self.finish(columns.clone()), to);
-                    }
-                }
-            });
-            return;
+        if let Some(panels) = self.panels(args) {
+            // SAFETY: `y` has m x n elements.
+            return unsafe { self.strips(args, &panels, self.n, out, &|_, _| {}) };
         }
         let x_sums = sums(self.x, self.k);
         let product = Product { x_sums: &x_sums, ..*self };
-        if alone {
+        if self.alone() {
             return product.run_alone(place, y);
         }
         let sums = product.sums(&place);
@@ -226,6 +212,59 @@ impl Product<'_> {
             for s in range {
                 // SAFETY: as above.
                 unsafe { product.strip(s * STRIP, &place, &sums, out) };
+            }
+        });
+    }
+
+    /// As [`Product::run`] where there are panels, into rows of `stride` elements of `y`, of which `done(row, values)` is
+    /// given what was just stored. Whether there were.
+    pub(super) fn run_strips(
+        &self,
+        args: &Args,
+        y: &mut [f32],
+        stride: usize,
+        done: &(impl Fn(usize, &mut [f32]) + Sync),
+    ) -> bool {
+        assert!(stride >= self.n && y.len() >= self.m * stride, "room for the product");
+        let Some(panels) = self.panels(args) else { return false };
+        // SAFETY: `y` has m rows of `stride` elements.
+        unsafe { self.strips(args, &panels, stride, &Columns(y.as_mut_ptr()), done) };
+        true
+    }
+
+    /// Whether it is too small for several threads.
+    fn alone(&self) -> bool {
+        self.m * self.n * self.k < WORTH_THREADS
+    }
+
+    fn panels(&self, args: &Args) -> Option<Panels> {
+        Panels::of(&self.x[..self.m * self.k], self.k, self.n, args)
+    }
+
+    /// # Safety
+    /// `out` starts m rows of `stride` elements, at least n, which nobody else touches meanwhile.
+    unsafe fn strips(
+        &self,
+        args: &Args,
+        panels: &Panels,
+        stride: usize,
+        out: &Columns,
+        done: &(impl Fn(usize, &mut [f32]) + Sync),
+    ) {
+        let tasks = if self.alone() { 1 } else { 4 * args.threads() };
+        let shared = if args.threads() == 1 { self.n } else { self.n.div_ceil(tasks) };
+        let strip = (NEAR / self.k).min(shared).max(STRIP).next_multiple_of(32);
+        args.ranges(self.n.div_ceil(strip), if self.alone() { usize::MAX } else { 1 }, |range| {
+            for s in range {
+                let columns = s * strip..((s + 1) * strip).min(self.n);
+                let words = self.pack(columns.clone());
+                // SAFETY: rows and columns exist, and each strip is visited by one task.
+                unsafe {
+                    let to = |i: usize| out.0.add(i * stride + columns.start);
+                    let stored = |i: usize| std::slice::from_raw_parts_mut(to(i), columns.len());
+                    let finished = |rows: Range<usize>| rows.for_each(|i| done(i, stored(i)));
+                    panels.product(&words, &self.finish(columns.clone()), to, finished);
+                }
             }
         });
     }
@@ -385,7 +424,8 @@ impl Product<'_> {
                     let row: [f32; NR] = std::array::from_fn(|c| {
                         let value = acc[r * NR + c] as f32 * scale * w_scale[c];
                         let value = if self.bias.is_some() { value + bias[c] } else { value };
-                        if self.relu && value < 0.0 { 0.0 } else { value }
+                        // A NaN becomes 0, as in every other ReLU.
+                        if !self.relu || value > 0.0 { value } else { 0.0 }
                     });
                     let stored = NR.min(last_column + 1 - j);
                     // SAFETY: the caller promised the row; j + stored columns of it exist.

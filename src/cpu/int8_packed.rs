@@ -3,6 +3,8 @@
 //! their time on otherwise. Packing pays from a few rows on. Many rows against many columns are packed too, in panels of up to
 //! fourteen: 28 sums in registers then take 16 loads for 28 multiply-adds, as in `gemm/tile.rs`.
 
+use std::ops::Range;
+
 use super::Args;
 use super::gemm::{View, pack_a};
 use super::scratch::{Scratch, scratch};
@@ -176,12 +178,18 @@ impl Panels {
         Some(Self { words, sums, rows, k })
     }
 
-    /// As [`product`], of all rows.
+    /// As [`product`], of all rows; `done` is told which rows were just stored.
     ///
     /// # Safety
     /// As [`product`].
     #[cfg(target_arch = "x86_64")]
-    pub(super) unsafe fn product(&self, packed: &[f32], finish: &Finish, out: impl Fn(usize) -> *mut f32) {
+    pub(super) unsafe fn product(
+        &self,
+        packed: &[f32],
+        finish: &Finish,
+        out: impl Fn(usize) -> *mut f32,
+        done: impl Fn(Range<usize>),
+    ) {
         let m = self.sums.len();
         for first in (0..m).step_by(self.rows) {
             let start = self.words[first * self.k / 4..].as_ptr();
@@ -196,13 +204,21 @@ impl Panels {
                 };
             }
             panel!(1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+            done(first..(first + self.rows).min(m));
         }
     }
 
     /// # Safety
     /// Nothing is asked for: there are no panels.
     #[cfg(not(target_arch = "x86_64"))]
-    pub(super) unsafe fn product(&self, _: &[f32], _: &Finish, _: impl Fn(usize) -> *mut f32) {}
+    pub(super) unsafe fn product(
+        &self,
+        _: &[f32],
+        _: &Finish,
+        _: impl Fn(usize) -> *mut f32,
+        _: impl Fn(Range<usize>),
+    ) {
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -359,8 +375,8 @@ mod avx512 {
                         _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), value)
                     } else {
                         let value = _mm512_add_ps(value, bias);
-                        let below = _mm512_mask_cmp_ps_mask::<_CMP_LT_OQ>(negative, value, _mm512_setzero_ps());
-                        _mm512_mask_mov_ps(value, below, _mm512_setzero_ps())
+                        // Of a NaN and 0 the second: 0, as everywhere.
+                        _mm512_mask_max_ps(value, negative, value, _mm512_setzero_ps())
                     };
                     _mm512_mask_storeu_ps(to, mask, value);
                 }
@@ -420,7 +436,7 @@ mod tests {
             if let Some(panels) = panels {
                 y.fill(2.0);
                 // SAFETY: as above.
-                unsafe { panels.product(&packed, &finish, |i| base.add(i * n)) };
+                unsafe { panels.product(&packed, &finish, |i| base.add(i * n), |_| {}) };
                 check(&y);
             }
         }

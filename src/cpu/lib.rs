@@ -34,6 +34,7 @@ mod quant_int8;
 mod quant_matmul;
 mod random;
 mod relation;
+mod requantize;
 mod rope;
 mod scratch;
 mod select;
@@ -78,6 +79,7 @@ pub use quant_int8::matmul_int8_groups;
 pub use quant_matmul::matmul_int8;
 pub use reduce::{argmax, count_non_finite, reduce, reduce_backward};
 pub use relative::{relative_bias, relative_bias_backward};
+pub use requantize::matmul_int8_requantized;
 pub use select::{above, keep_largest};
 pub use softmax::{IGNORE, cross_entropy, cross_entropy_backward, softmax, softmax_backward};
 pub use sparse_bitmap::{

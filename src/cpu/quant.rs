@@ -39,6 +39,11 @@ impl Scheme {
         Self { mode: args.word(2), low: args.f(3), high: args.f(4), unit: args.f(5) }
     }
 
+    /// Levels from -high to high around 0, by the largest magnitude.
+    pub(super) fn symmetric(high: f32, unit: f32) -> Self {
+        Self { mode: 0, low: -high, high, unit }
+    }
+
     fn asymmetric(&self) -> bool {
         self.mode == ASYMMETRIC
     }
@@ -241,7 +246,7 @@ fn store_rows(x: &[f32], q: &mut [i8], scales: &mut [f32], scheme: &Scheme, shif
 }
 
 /// The levels of a part of a group.
-fn store_row(x: &[f32], q: &mut [i8], grid: &Grid, shift: f32) {
+pub(super) fn store_row(x: &[f32], q: &mut [i8], grid: &Grid, shift: f32) {
     #[cfg(target_arch = "x86_64")]
     if simd::level() == simd::Level::Avx512 {
         // SAFETY: as above.

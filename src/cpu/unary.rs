@@ -24,7 +24,7 @@ fn sigmoid(x: f32) -> f32 {
 
 /// (1 + tanh u) / 2 written as sigmoid(2 u): no cancellation in the negative tail.
 #[inline(always)]
-fn gelu_gate(x: f32) -> f32 {
+pub(super) fn gelu_gate(x: f32) -> f32 {
     sigmoid(x * (x * x).mul_add(2.0 * GELU_SCALE * 0.044_715, 2.0 * GELU_SCALE))
 }
 

@@ -11,7 +11,7 @@ pub const LOWEST_ARCH: u32 = 75;
 /// The capabilities that every kernel is compiled for without a GPU: Turing, Ampere, Hopper, Blackwell.
 pub const ARCHS: [u32; 4] = [75, 80, 90, 100];
 
-const PRELUDE: [File; 11] = [
+const PRELUDE: [File; 12] = [
     File { name: "elem.cuh", text: include_str!("../../cuda/elem.cuh") },
     File { name: "lib.cuh", text: include_str!("../../cuda/lib.cuh") },
     File { name: "mma.cuh", text: include_str!("../../cuda/mma.cuh") },
@@ -20,6 +20,7 @@ const PRELUDE: [File; 11] = [
     File { name: "gemm_wgmma.cuh", text: include_str!("../../cuda/gemm_wgmma.cuh") },
     File { name: "linear_loss.cuh", text: include_str!("../../cuda/linear_loss.cuh") },
     File { name: "weights.cuh", text: include_str!("../../cuda/weights.cuh") },
+    File { name: "requantize.cuh", text: include_str!("../../cuda/requantize.cuh") },
     File { name: "attention.cuh", text: include_str!("../../cuda/attention.cuh") },
     File { name: "attention_bwd.cuh", text: include_str!("../../cuda/attention_bwd.cuh") },
     File { name: "attention_wgmma.cuh", text: include_str!("../../cuda/attention_wgmma.cuh") },

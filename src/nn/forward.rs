@@ -16,6 +16,7 @@ use crate::ops::ffn::{Ffn, FfnActivation};
 use crate::ops::layout::Slice;
 use crate::ops::random::Dropout;
 use crate::ops::relative::Span;
+use crate::ops::requantize::Between;
 use crate::ops::rope::{Rope, RopeKind};
 use crate::ops::unary::{Cast, Function, Unary};
 use crate::tape::{Tape, Var};
@@ -504,6 +505,16 @@ impl<'m> Pass<'m> {
             ];
             let [w1, b1, w2, b2] = names.map(|n| self.parameter(&n));
             return self.tape.first(Ffn { activation }, &[x, &w1?, &b1?, &w2?, &b2?]);
+        }
+        let between = match block.activation {
+            Activation::Relu => Some(Between::Relu),
+            Activation::Gelu => Some(Between::Gelu),
+            Activation::Geglu => None,
+        };
+        if let Some(between) = between
+            && let Some(y) = self.int8_pair([&inner, &outer], between, x)?
+        {
+            return Ok(y);
         }
         let h = self.linear(&inner, x)?;
         let h = match block.activation {

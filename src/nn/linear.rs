@@ -3,14 +3,18 @@
 use super::config::Head;
 use super::forward::Pass;
 use super::model::missing;
-use super::ways::dense_weight;
+use super::ways::{Way, dense_weight};
+use crate::dispatch;
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::binary::MUL;
 use crate::ops::matmul::Matmul;
 use crate::ops::quant::{Dequantize, Granularity, GridFrom, MatmulInt8, MatmulInt8Groups, Quantize, Scheme};
 use crate::ops::quant_int4::{MatmulInt4, UnpackInt4};
+use crate::ops::requantize::{Between, MatmulInt8Requantized};
 use crate::ops::sparse_bitmap::{MatmulBitmap, MatmulBitmapInt8};
 use crate::ops::sparse24::{MatmulSparse24, MatmulSparse24Int8};
+use crate::shape::Meta;
 use crate::tape::Var;
 use crate::tensor::Tensor;
 
@@ -95,6 +99,45 @@ impl Pass<'_> {
         };
         let y = if self.tuned { self.low_rank(name, &rows, y)? } else { y };
         with_last(x, &y)
+    }
+
+    /// Two int8 layers with an activation between, whose output the first one's kernel rounds for the second: x `[.., d]` to
+    /// `[.., d2]`. `None` where one of them is stored or computed otherwise, something is to learn or to be gated, or the device
+    /// has no such kernel.
+    pub(super) fn int8_pair(&mut self, layers: [&str; 2], activation: Between, x: &Var) -> Result<Option<Var>> {
+        let [inner, outer] = layers;
+        let free = !self.tape.recording() && self.hooks.is_empty() && self.computes().is_none() && !self.tuned;
+        let stored = |name: &str, part: &str| self.model.tensors.get(&format!("{name}.{part}"));
+        let rounds_own = !["smooth", "input_step"].iter().any(|part| stored(outer, part).is_some());
+        let dense = |name: &&str| {
+            let otherwise = ["weight", "values", "kept"].iter().any(|part| stored(name, part).is_some());
+            let as_stored = matches!(self.way(name, x.tensor.shape().rows()), None | Some(Way::Stored));
+            let by_channel = stored(name, "scale").is_some_and(|scale| scale.dims().len() == 1);
+            stored(name, "int8").is_some() && by_channel && as_stored && !otherwise
+        };
+        if !free || !rounds_own || !layers.iter().all(dense) {
+            return Ok(None);
+        }
+        let parts = |pass: &mut Self, name: &str| -> Result<Vec<Var>> {
+            let mut parts = vec![pass.parameter(&format!("{name}.int8"))?, pass.parameter(&format!("{name}.scale"))?];
+            parts.extend(pass.optional(&format!("{name}.bias"))?);
+            Ok(parts)
+        };
+        let (first, second) = (parts(self, inner)?, parts(self, outer)?);
+        let op = MatmulInt8Requantized { bias: first.len() == 3, activation };
+        let rows = Meta::new(&[x.tensor.shape().rows(), x.tensor.shape().last()], DType::I8)?;
+        let scale = Meta::new(&rows.dims()[..1], DType::F32)?;
+        let metas: Vec<Meta> = [rows, scale].into_iter().chain(first.iter().map(|part| part.tensor.meta())).collect();
+        if !dispatch::supports(x.tensor.device(), &op, &metas) {
+            return Ok(None);
+        }
+        let rows = self.smoothed(inner, x)?;
+        let rows = self.rows(&rows)?;
+        let q = self.quantized(inner, &rows)?;
+        let hidden = self.tape.run(op, &q[..2].iter().chain(&first).collect::<Vec<_>>())?;
+        let op = MatmulInt8 { bias: second.len() == 3 };
+        let y = self.tape.first(op, &hidden.iter().chain(&second).collect::<Vec<_>>())?;
+        with_last(x, &y).map(Some)
     }
 
     /// The input and the dense weight where a pass computes in 16 bits and the stored form has kernels for f32 alone.

@@ -31,6 +31,7 @@ pub mod random;
 pub mod reduce;
 pub mod relation;
 pub mod relative;
+pub mod requantize;
 pub mod rope;
 mod rows;
 pub mod select;

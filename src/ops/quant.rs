@@ -304,7 +304,7 @@ mod tests {
         }
     }
 
-    /// What `reciprocal` of quant.wgsl computes, in integers only.
+    /// What `reciprocal` of reciprocal.wgsl computes, in integers only.
     fn long_division(s: f32) -> f32 {
         let bits = s.to_bits();
         let (exponent, mantissa) = (bits >> 23, (bits & 0x7f_ffff) | 0x80_0000);

@@ -102,7 +102,7 @@ impl Op for MatmulInt8 {
     }
 }
 
-const fn wgsl(
+pub(super) const fn wgsl(
     name: &'static str,
     entry: &'static str,
     fits: fn(&Problem) -> bool,
@@ -112,12 +112,12 @@ const fn wgsl(
     Kernel { name, code, dtypes: &[DType::F32], fits, plan }
 }
 
-const fn tensor(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) -> Plan) -> Kernel {
+pub(super) const fn tensor(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) -> Plan) -> Kernel {
     let code = Code::Cuda { source: SOURCE, entry: name, constants: &[], arch: 80, tensor: &["mma.sync"] };
     Kernel { name, code, dtypes: &[DType::F32], fits, plan }
 }
 
-const fn warp_groups(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) -> Plan) -> Kernel {
+pub(super) const fn warp_groups(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Problem) -> Plan) -> Kernel {
     let code = Code::Cuda { source: GROUPS, entry: name, constants: &[], arch: 90, tensor: &["wgmma.mma_async"] };
     Kernel { name, code, dtypes: &[DType::F32], fits, plan }
 }
@@ -180,12 +180,12 @@ pub(super) fn token_launch(p: &Problem, tile: GroupTile, params: Params) -> Laun
         .shared(groups::shared(stages, tile[1] * 128, 0))
 }
 
-fn fits_groups(p: &Problem, tile: GroupTile) -> bool {
+pub(super) fn fits_groups(p: &Problem, tile: GroupTile) -> bool {
     let [m, n] = [0, 1].map(|axis| p.outputs[0].dims()[axis]);
     whole_chunks(p) && p.inputs[0].shape.last() > 0 && fills(p, [m, n], tile)
 }
 
-fn plan_groups(p: &Problem, tile: GroupTile) -> Plan {
+pub(super) fn plan_groups(p: &Problem, tile: GroupTile) -> Plan {
     const STAGES: usize = 4;
     let [m, n] = [0, 1].map(|axis| p.outputs[0].dims()[axis]);
     let (k, bias) = (p.inputs[0].shape.last(), p.inputs.len() == 5);
@@ -200,25 +200,25 @@ fn plan_groups(p: &Problem, tile: GroupTile) -> Plan {
 }
 
 /// Rows start on 16 bytes.
-fn whole_chunks(p: &Problem) -> bool {
+pub(super) fn whole_chunks(p: &Problem) -> bool {
     p.inputs[0].shape.last().is_multiple_of(16)
 }
 
-fn few_tokens(p: &Problem) -> bool {
+pub(super) fn few_tokens(p: &Problem) -> bool {
     whole_chunks(p) && p.outputs[0].dims()[0] <= FEW_TOKENS
 }
 
-fn plan_tensor(p: &Problem, tile: Tile) -> Plan {
+pub(super) fn plan_tensor(p: &Problem, tile: Tile) -> Plan {
     let bias = p.inputs.len() == 5;
     Plan::of(tile.launch(p).slots(&[0, 1, 2, 3, if bias { 4 } else { 3 }, p.inputs.len()]))
 }
 
 /// Rows start on words.
-fn whole_words(p: &Problem) -> bool {
+pub(super) fn whole_words(p: &Problem) -> bool {
     p.inputs[0].shape.last().is_multiple_of(4)
 }
 
-fn four_rows(p: &Problem) -> bool {
+pub(super) fn four_rows(p: &Problem) -> bool {
     whole_words(p) && p.outputs[0].dims()[0] >= 4
 }
 
@@ -229,16 +229,16 @@ fn launch(p: &Problem, items: usize, trips: usize) -> Plan {
     Plan::of(Launch::linear(items, BLOCK, p.params()).slots(&slots).trips(trips))
 }
 
-fn plan_v1(p: &Problem) -> Plan {
+pub(super) fn plan_v1(p: &Problem) -> Plan {
     launch(p, p.outputs[0].count(), p.inputs[0].shape.last().div_ceil(4))
 }
 
-fn plan_v2(p: &Problem) -> Plan {
+pub(super) fn plan_v2(p: &Problem) -> Plan {
     let (m, n) = (p.outputs[0].dims()[0], p.outputs[0].dims()[1]);
     launch(p, m * n.div_ceil(4), p.inputs[0].shape.last() / 4)
 }
 
-fn plan_v3(p: &Problem) -> Plan {
+pub(super) fn plan_v3(p: &Problem) -> Plan {
     let (m, n) = (p.outputs[0].dims()[0], p.outputs[0].dims()[1]);
     launch(p, m.div_ceil(4) * n.div_ceil(4), p.inputs[0].shape.last() / 4)
 }
@@ -285,6 +285,7 @@ fn cases() -> Vec<Case> {
     // GPT-2 small's first FFN matrix over 128 tokens and over one.
     cases.push(case([128, 3072, 768], true, &narrow, &scales, epilogue).bench());
     cases.push(case([1, 3072, 768], true, &narrow, &scales, epilogue).bench());
+    cases.extend(super::requantize::cases());
     cases
 }
 

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use espalier::compress::freeze::{Form, freeze};
 use espalier::compress::quantization::Format;
-use espalier::device::{self, Class, Device, Kind, Limits, NullDevice, Stats};
-use espalier::nn::config::Size;
+use espalier::device::{self, Class, CpuDevice, Device, Kind, Limits, NullDevice, Stats};
+use espalier::nn::config::{Activation, Size};
 use espalier::nn::{Config, Model, Pass};
+use espalier::ops::unary::{Function, Unary};
 use espalier::tape::Var;
 use espalier::tensor::Tensor;
 use espalier::train::optimizer::Optimizer;
@@ -100,6 +101,45 @@ fn rows_are_rounded_to_integers_once() {
     let (third, doubled) = launches("query", &other);
     assert_eq!((second, third), (first - 1, first));
     assert_ne!(query, doubled);
+}
+
+/// An int8 FFN is three launches: its hidden layer is rounded by the kernel that makes it. The bits are those of five, which it
+/// falls back to where the second layer's input is not rounded by its own range.
+#[test]
+fn the_hidden_layer_of_an_int8_ffn_is_rounded_where_it_is_made() {
+    for (threads, rows) in [(1, 3), (2, 40), (3, 40)] {
+        let device: Arc<dyn Device> = Arc::new(CpuDevice::new(Some(threads)).unwrap());
+        for activation in [Activation::Relu, Activation::Gelu] {
+            let mut config = Config::bert_tagger(size(1), VOCABULARY, Vec::new());
+            config.blocks[0].activation = activation;
+            let model = Model::init(config, &device, 1).unwrap();
+            let mut model = freeze(&model, Form { sparse: false, quantized: Some(Format::default()) }).unwrap();
+            let values: Vec<f32> = (0..rows * 32).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
+            let x = Var::constant(Tensor::from_slice(&device, &[rows, 32], &values).unwrap());
+            let counted = |model: &Model, apart: bool| {
+                let (mut pass, before) = (Pass::inference(model), device.stats().launches);
+                let y = if apart {
+                    let h = pass.linear("blocks.0.ffn.in", &x).unwrap();
+                    let function = if activation == Activation::Relu { Function::Relu } else { Function::GeluTanh };
+                    let h = pass.tape.first(Unary(function), &[&h]).unwrap();
+                    pass.linear("blocks.0.ffn.out", &h).unwrap()
+                } else {
+                    pass.ffn(0, &x).unwrap()
+                };
+                (device.stats().launches - before, y.tensor.to_bytes().unwrap())
+            };
+            let ((three, fused), (five, chain)) = (counted(&model, false), counted(&model, true));
+            assert_eq!((three, five), (3, 5));
+            assert!(fused == chain, "{activation:?} on {threads} threads");
+            for (part, length) in [("input_step", 1), ("smooth", 128)] {
+                let name = format!("blocks.0.ffn.out.{part}");
+                let tensor = Tensor::from_slice(&device, &[length], &vec![0.5f32; length]).unwrap();
+                model.tensors.insert(name.clone(), tensor);
+                assert_eq!(counted(&model, false), counted(&model, true), "{part}");
+                model.tensors.remove(&name);
+            }
+        }
+    }
 }
 
 /// A model of small weights and wide activations takes a batch in parts, of two sequences and of three with a rest, and gives the same.
