@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(64) grouped_matmul_fwd(const E* x, 
     u32 r = id / quads, j = id % quads * 4u;
     if (r >= p.rows) return;
     u32 first = expert_of(offsets, p.experts, r) * p.n;
-    x += (u64)(p.gather == 1u ? order[r] / p.k : r) * p.d;
+    x += (u64)(p.gather == 1u ? min(order[r], p.rows - 1u) / p.k : r) * p.d;
     const E* row[4];
     float sum[4] = {};
     // Columns past the edge repeat the last one; what they make is not stored.
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(64) grouped_matmul_int8_fwd(const i
     u32 id = linear_id(), r = id / p.n, j = id % p.n;
     if (r >= p.rows) return;
     u32 column = expert_of(offsets, p.experts, r) * p.n + j;
-    u32 row = p.gather == 1u ? order[r] / p.k : r;
+    u32 row = p.gather == 1u ? min(order[r], p.rows - 1u) / p.k : r;
     x += (u64)row * p.d;
     w += (u64)column * p.d;
     int sum = 0;
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(64) grouped_matmul_bwd_weight(const
     u32 j = column % p.n, c = id % p.d;
     float sum = 0.0f;
     for (u32 r = offsets[e]; r < min(offsets[e + 1u], p.rows); r++) {
-        u32 row = p.gather == 1u ? order[r] / p.k : r;
+        u32 row = p.gather == 1u ? min(order[r], p.rows - 1u) / p.k : r;
         sum += ld(dz[(u64)r * p.n + j]) * ld(x[(u64)row * p.d + c]);
     }
     dw[id] = st(sum);

@@ -134,7 +134,7 @@ fn moe_combine_fwd(@builtin(global_invocation_id) gid: vec3<u32>) {
     var sum = 0.0;
     for (var j = 0u; j < moe.k; j++) {
         let slot = token * moe.k + j;
-        let y = ld(combine_y[combine_rows[slot] * moe.width + id % moe.width]);
+        let y = ld(combine_y[min(combine_rows[slot], moe.rows - 1u) * moe.width + id % moe.width]);
         if moe.weighted == 1u { sum += combine_gate[slot] * y; } else { sum += y; }
     }
     combine_out[id] = st(sum);
@@ -145,7 +145,7 @@ fn moe_combine_bwd(@builtin(global_invocation_id) gid: vec3<u32>) {
     let id = linear_id(gid, 64u);
     let r = id / moe.width;
     if r >= moe.rows { return; }
-    let slot = combine_rows[r];
+    let slot = min(combine_rows[r], moe.rows - 1u);
     var d = ld(combine_y[slot / moe.k * moe.width + id % moe.width]);
     if moe.weighted == 1u { d *= combine_gate[slot]; }
     combine_out[id] = st(d);
@@ -158,7 +158,7 @@ fn moe_combine_bwd(@builtin(global_invocation_id) gid: vec3<u32>) {
 fn moe_combine_bwd_gate(@builtin(global_invocation_id) gid: vec3<u32>) {
     let r = linear_id(gid, 64u);
     if r >= moe.rows { return; }
-    let slot = combine_rows[r];
+    let slot = min(combine_rows[r], moe.rows - 1u);
     let dout = slot / moe.k * moe.width;
     var sum = 0.0;
     for (var c = 0u; c < moe.width; c++) { sum += ld(combine_y[dout + c]) * ld(dots_y[r * moe.width + c]); }

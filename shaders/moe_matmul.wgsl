@@ -34,7 +34,7 @@ fn grouped_matmul_fwd(@builtin(global_invocation_id) gid: vec3<u32>) {
     for (var next = 1u; next < grouped.experts; next++) {
         if grouped_offsets[next] <= r { e = next; }
     }
-    let x = select(r, grouped_order[r] / grouped.k, grouped.gather == 1u) * grouped.d;
+    let x = select(r, min(grouped_order[r], grouped.rows - 1u) / grouped.k, grouped.gather == 1u) * grouped.d;
     // Columns past the edge repeat the last one; what they make is not stored.
     let columns = min(vec4<u32>(j, j + 1u, j + 2u, j + 3u), vec4<u32>(grouped.n - 1u)) + e * grouped.n;
     let w = columns * grouped.d;
@@ -75,7 +75,7 @@ fn grouped_matmul_int8_fwd(@builtin(global_invocation_id) gid: vec3<u32>) {
     for (var next = 1u; next < grouped.experts; next++) {
         if bytes_offsets[next] <= r { e = next; }
     }
-    let row = select(r, bytes_order[r] / grouped.k, grouped.gather == 1u);
+    let row = select(r, min(bytes_order[r], grouped.rows - 1u) / grouped.k, grouped.gather == 1u);
     let column = e * grouped.n + j;
     let x = row * grouped.d;
     let w = column * grouped.d;
@@ -131,7 +131,7 @@ fn grouped_matmul_bwd_weight(@builtin(global_invocation_id) gid: vec3<u32>) {
     let c = id % grouped_back.d;
     var sum = 0.0;
     for (var r = weight_offsets[e]; r < min(weight_offsets[e + 1u], grouped_back.rows); r++) {
-        let row = select(r, weight_order[r] / grouped_back.k, grouped_back.gather == 1u);
+        let row = select(r, min(weight_order[r], grouped_back.rows - 1u) / grouped_back.k, grouped_back.gather == 1u);
         sum += ld(grouped_x[r * grouped_back.n + j]) * ld(grouped_w[row * grouped_back.d + c]);
     }
     weight_dw[id] = st(sum);

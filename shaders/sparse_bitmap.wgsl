@@ -29,11 +29,17 @@ fn decompress_bitmap_fwd(@builtin(global_invocation_id) gid: vec3<u32>) {
         let kept = ((decompress_lists[3u * list + place / 32u] >> (place % 32u)) & 1u) == 1u;
         var word = 0u;
         if kept {
-            word = decompress_values[value];
+            word = decompress_values[min(value, arrayLength(&decompress_values) - 1u)];
             value++;
         }
         decompress_w[to + place] = word;
     }
+}
+
+// Lists are data: bits past the row's end count as none, and values past theirs as the last.
+fn within_row(first: u32) -> u32 {
+    let left = max(bitmap.words, first) - first;
+    return select(0xffffffffu, (1u << (left & 31u)) - 1u, left < 32u);
 }
 
 @group(0) @binding(0) var<storage, read> bitmap_x: array<f32>;
@@ -54,8 +60,8 @@ fn matmul_bitmap_fwd(@builtin(global_invocation_id) gid: vec3<u32>) {
         var value = bitmap_lists[list + 2u];
         for (var half = 0u; half < 2u; half++) {
             let x = i * bitmap.words + first + 32u * half;
-            for (var mask = bitmap_lists[list + half]; mask != 0u; mask &= mask - 1u) {
-                sum += bitmap_values[value] * bitmap_x[x + countTrailingZeros(mask)];
+            for (var mask = bitmap_lists[list + half] & within_row(first + 32u * half); mask != 0u; mask &= mask - 1u) {
+                sum += bitmap_values[min(value, arrayLength(&bitmap_values) - 1u)] * bitmap_x[x + countTrailingZeros(mask)];
                 value++;
             }
         }
@@ -84,8 +90,8 @@ fn matmul_bitmap_int8_fwd(@builtin(global_invocation_id) gid: vec3<u32>) {
         var value = int8_lists[list + 2u];
         for (var half = 0u; half < 2u; half++) {
             let x = i * bitmap.words + first + 32u * half;
-            for (var mask = int8_lists[list + half]; mask != 0u; mask &= mask - 1u) {
-                sum += dot4I8Packed(int8_values[value], int8_x[x + countTrailingZeros(mask)]);
+            for (var mask = int8_lists[list + half] & within_row(first + 32u * half); mask != 0u; mask &= mask - 1u) {
+                sum += dot4I8Packed(int8_values[min(value, arrayLength(&int8_values) - 1u)], int8_x[x + countTrailingZeros(mask)]);
                 value++;
             }
         }

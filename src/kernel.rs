@@ -29,11 +29,25 @@ pub enum Code {
 /// Numbers fixed when a kernel is compiled: WGSL overrides, CUDA defines.
 pub type Constants = &'static [(&'static str, f64)];
 
-/// A file of kernels that is part of the program.
+/// A file of kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct File {
     pub name: &'static str,
     pub text: &'static str,
+    /// Part of the program: what the table's tests know all accesses of.
+    pub(crate) own: bool,
+}
+
+impl File {
+    pub const fn new(name: &'static str, text: &'static str) -> Self {
+        Self { name, text, own: false }
+    }
+
+    pub(crate) const fn own(name: &'static str, text: &'static str) -> Self {
+        Self { name, text, own: true }
+    }
+
+    const NONE: Self = Self::own("", "");
 }
 
 /// The kernel files of one op family: `shaders/STEM.wgsl` and its twin `cuda/STEM.cu`.
@@ -46,7 +60,12 @@ pub struct Source {
 impl Source {
     /// A WGSL file without a twin: probes and tests.
     pub const fn wgsl(name: &'static str, text: &'static str) -> Self {
-        Self { wgsl: File { name, text }, cuda: File { name: "", text: "" } }
+        Self { wgsl: File::new(name, text), cuda: File::NONE }
+    }
+
+    /// A CUDA file without a twin.
+    pub const fn cuda(name: &'static str, text: &'static str) -> Self {
+        Self { wgsl: File::NONE, cuda: File::new(name, text) }
     }
 }
 
@@ -54,14 +73,14 @@ impl Source {
 macro_rules! source {
     ($stem:literal) => {
         $crate::kernel::Source {
-            wgsl: $crate::kernel::File {
-                name: concat!($stem, ".wgsl"),
-                text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $stem, ".wgsl")),
-            },
-            cuda: $crate::kernel::File {
-                name: concat!($stem, ".cu"),
-                text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/", $stem, ".cu")),
-            },
+            wgsl: $crate::kernel::File::own(
+                concat!($stem, ".wgsl"),
+                include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $stem, ".wgsl")),
+            ),
+            cuda: $crate::kernel::File::own(
+                concat!($stem, ".cu"),
+                include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/", $stem, ".cu")),
+            ),
         }
     };
 }
@@ -70,13 +89,10 @@ pub(crate) use source;
 /// A rung in a file of its own: `cuda/STEM.cu` alone.
 macro_rules! cuda_source {
     ($stem:literal) => {
-        $crate::kernel::Source {
-            wgsl: $crate::kernel::File { name: "", text: "" },
-            cuda: $crate::kernel::File {
-                name: concat!($stem, ".cu"),
-                text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/", $stem, ".cu")),
-            },
-        }
+        $crate::kernel::Source::cuda(
+            concat!($stem, ".cu"),
+            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/", $stem, ".cu")),
+        )
     };
 }
 pub(crate) use cuda_source;
@@ -383,24 +399,24 @@ pub fn check_launch(kernel: &Kernel, launch: &Launch, info: &Info) -> Result<()>
 /// Element preludes: `E`, `ld`, `st`; the `enable` lines must come before everything else.
 fn prelude(element: DType) -> File {
     match element {
-        DType::F16 => File { name: "elem_f16.wgsl", text: include_str!("../shaders/elem_f16.wgsl") },
-        DType::Bf16 => File { name: "elem_bf16.wgsl", text: include_str!("../shaders/elem_bf16.wgsl") },
-        DType::U32 => File { name: "elem_u32.wgsl", text: include_str!("../shaders/elem_u32.wgsl") },
-        _ => File { name: "elem_f32.wgsl", text: include_str!("../shaders/elem_f32.wgsl") },
+        DType::F16 => File::own("elem_f16.wgsl", include_str!("../shaders/elem_f16.wgsl")),
+        DType::Bf16 => File::own("elem_bf16.wgsl", include_str!("../shaders/elem_bf16.wgsl")),
+        DType::U32 => File::own("elem_u32.wgsl", include_str!("../shaders/elem_u32.wgsl")),
+        _ => File::own("elem_f32.wgsl", include_str!("../shaders/elem_f32.wgsl")),
     }
 }
 
-const LIBRARY: File = File { name: "lib.wgsl", text: include_str!("../shaders/lib.wgsl") };
+const LIBRARY: File = File::own("lib.wgsl", include_str!("../shaders/lib.wgsl"));
 
 /// The files that stand in front of one that goes on from their declarations: rungs that need a feature of the device stand apart
 /// from those that run everywhere, and what several families compute alike stands once.
 fn bases(file: File) -> &'static [File] {
-    const BINARY: File = File { name: "binary.wgsl", text: include_str!("../shaders/binary.wgsl") };
-    const UNARY: File = File { name: "unary.wgsl", text: include_str!("../shaders/unary.wgsl") };
-    const WIDE: File = File { name: "wide.wgsl", text: include_str!("../shaders/wide.wgsl") };
-    const RECIPROCAL: File = File { name: "reciprocal.wgsl", text: include_str!("../shaders/reciprocal.wgsl") };
-    const MATMUL: File = File { name: "matmul.wgsl", text: include_str!("../shaders/matmul.wgsl") };
-    const MATMUL_LANES: File = File { name: "matmul_lanes.wgsl", text: include_str!("../shaders/matmul_lanes.wgsl") };
+    const BINARY: File = File::own("binary.wgsl", include_str!("../shaders/binary.wgsl"));
+    const UNARY: File = File::own("unary.wgsl", include_str!("../shaders/unary.wgsl"));
+    const WIDE: File = File::own("wide.wgsl", include_str!("../shaders/wide.wgsl"));
+    const RECIPROCAL: File = File::own("reciprocal.wgsl", include_str!("../shaders/reciprocal.wgsl"));
+    const MATMUL: File = File::own("matmul.wgsl", include_str!("../shaders/matmul.wgsl"));
+    const MATMUL_LANES: File = File::own("matmul_lanes.wgsl", include_str!("../shaders/matmul_lanes.wgsl"));
     match file.name {
         "binary_wide.wgsl" => &[BINARY, WIDE],
         "unary_wide.wgsl" => &[UNARY, WIDE],
@@ -452,7 +468,7 @@ mod tests {
     #[test]
     fn a_folder_of_kernels_must_be_one() {
         let folder = tempfile::tempdir().unwrap();
-        let file = File { name: "one.cu", text: "built in" };
+        let file = File::new("one.cu", "built in");
         assert!(read_from("ESPALIER_CUDA", folder.path(), &file).is_err(), "a folder without kernels");
         std::fs::write(folder.path().join("other.cuh"), "").unwrap();
         assert_eq!(read_from("ESPALIER_CUDA", folder.path(), &file).unwrap(), "built in");

@@ -45,6 +45,19 @@ pub struct Recorder<D> {
     turn: RwLock<()>,
 }
 
+/// A capture under way. Where the work panics it ends here: the device goes on without it.
+pub struct Capturing<'a, D> {
+    recorder: &'a Recorder<D>,
+    _alone: RwLockWriteGuard<'a, ()>,
+}
+
+impl<D> Drop for Capturing<'_, D> {
+    fn drop(&mut self) {
+        *self.recorder.lock() = None;
+        *lock(&self.recorder.owner) = None;
+    }
+}
+
 /// A poisoned lock means that captured code panicked; what was recorded is still whole.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -69,15 +82,21 @@ impl<D> Recorder<D> {
         (!self.captures_here()).then(|| self.turn.read().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Held by a replay: all graphs of a device share memory, so none may run beside another.
+    #[must_use]
+    pub fn turn_alone(&self) -> Option<RwLockWriteGuard<'_, ()>> {
+        (!self.captures_here()).then(|| self.turn.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Waits for the calls of other threads; what comes back is held until the end of the capture.
-    pub fn begin(&self, info: &Info) -> Result<RwLockWriteGuard<'_, ()>> {
+    pub fn begin(&self, info: &Info) -> Result<Capturing<'_, D>> {
         if self.captures_here() {
             return Err(refusal(info, Uncapturable::Nested));
         }
         let alone = self.turn.write().unwrap_or_else(PoisonError::into_inner);
         *lock(&self.owner) = Some(thread::current().id());
         *self.lock() = Some(Recording { work: Vec::new(), pinned: Vec::new(), refused: None });
-        Ok(alone)
+        Ok(Capturing { recorder: self, _alone: alone })
     }
 
     /// Records `work` with the buffers it needs; gives it back to be run where nothing is captured.
@@ -103,7 +122,7 @@ impl<D> Recorder<D> {
 
     /// Ends the hopes of a capture under way: the call that asks would have to wait for work that does not run.
     pub fn refuse(&self, info: &Info, reason: Uncapturable) -> Result<()> {
-        match self.lock().as_mut() {
+        match self.lock().as_mut().filter(|_| self.captures_here()) {
             None => Ok(()),
             Some(recording) => {
                 recording.refused.get_or_insert(reason);
@@ -116,7 +135,6 @@ impl<D> Recorder<D> {
     /// refusal has captured something else than it runs.
     pub fn end<T>(&self, info: &Info, done: Result<T>, outliving: usize) -> Result<(T, Recording<D>)> {
         let recording = self.lock().take();
-        *lock(&self.owner) = None;
         let refused = recording.as_ref().and_then(|r| r.refused);
         if let Some(reason) = refused {
             return Err(refusal(info, reason));

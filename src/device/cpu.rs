@@ -197,15 +197,15 @@ impl Device for CpuDevice {
 
     fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         let _alone = self.recorder.begin(&self.info)?;
-        self.pool.begin_capture();
+        let lending = self.pool.begin_capture();
         let done = work();
-        let (memory, outliving) = self.pool.end_capture();
+        let (memory, outliving) = lending.end();
         let ((), recording) = self.recorder.end(&self.info, done, outliving)?;
         Ok(Graph::new(Captured { recording, _memory: memory }))
     }
 
     fn replay(&self, graph: &Graph) -> Result<()> {
-        let _turn = self.recorder.turn();
+        let _alone = self.recorder.turn_alone();
         self.recorder.refuse(&self.info, Uncapturable::Nested)?;
         graph.leaf::<Captured>(&self.info)?.recording.replay(self)
     }

@@ -91,10 +91,12 @@ impl Device for NullDevice {
     }
 
     fn upload(&self, _: &Buffer, _: usize, _: &[u8]) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Upload)
     }
 
     fn download(&self, _: &Buffer, _: usize, data: &mut [u8]) -> Result<()> {
+        let _turn = self.recorder.turn();
         data.fill(0);
         self.recorder.refuse(&self.info, Uncapturable::Download)
     }
@@ -112,6 +114,7 @@ impl Device for NullDevice {
     }
 
     fn sync(&self) -> Result<()> {
+        let _turn = self.recorder.turn();
         self.recorder.refuse(&self.info, Uncapturable::Wait)
     }
 
@@ -122,6 +125,7 @@ impl Device for NullDevice {
     }
 
     fn replay(&self, graph: &Graph) -> Result<()> {
+        let _alone = self.recorder.turn_alone();
         self.recorder.refuse(&self.info, Uncapturable::Nested)?;
         graph.leaf::<Recording<Self>>(&self.info)?.replay(self)
     }

@@ -103,6 +103,26 @@ impl<T> Drop for Held<T> {
     }
 }
 
+/// What is lent until this ends belongs to captured work.
+pub struct Lending<T>(Arc<Pool<T>>);
+
+impl<T> Lending<T> {
+    /// Gives also how many of the capture's loans go on.
+    pub fn end(self) -> (Held<T>, usize) {
+        let mut lists = self.0.lock();
+        lists.graphs += 1;
+        (Held(self.0.clone()), lists.lent)
+    }
+}
+
+impl<T> Drop for Lending<T> {
+    fn drop(&mut self) {
+        let mut lists = self.0.lock();
+        lists.capture = None;
+        lists.release();
+    }
+}
+
 /// Free lists of one leaf's memory type.
 pub struct Pool<T> {
     lists: Mutex<Lists<T>>,
@@ -138,18 +158,11 @@ impl<T> Pool<T> {
         bytes.max(1).div_ceil(step) * step
     }
 
-    pub fn begin_capture(&self) {
+    pub fn begin_capture(self: &Arc<Self>) -> Lending<T> {
         let mut lists = self.lock();
         lists.captures += 1;
         (lists.capture, lists.lent) = (Some(lists.captures), 0);
-    }
-
-    /// Ends the capture; gives also how many of its loans go on.
-    pub fn end_capture(self: &Arc<Self>) -> (Held<T>, usize) {
-        let mut lists = self.lock();
-        lists.capture = None;
-        lists.graphs += 1;
-        (Held(self.clone()), lists.lent)
+        Lending(self.clone())
     }
 
     /// Recycled memory of the class of `bytes`, or new memory from `make`, which is given the class size. During a capture
@@ -253,7 +266,7 @@ mod tests {
     fn captured_work_gets_recycled_memory_alone_and_keeps_it() {
         let pool = Arc::new(Pool::new());
         let before = which(&[lend(&pool, 100).unwrap(), lend(&pool, 100).unwrap()]);
-        pool.begin_capture();
+        let lending = pool.begin_capture();
         let captured = lend(&pool, 100).unwrap();
         let first = *captured;
         assert!(captured.captured() && before.contains(&first));
@@ -262,14 +275,14 @@ mod tests {
         assert_eq!(*lend(&pool, 100).unwrap(), first);
         let error = lend(&pool, 5000).map(|_| ()).unwrap_err();
         assert!(matches!(error, Error::Capture { reason: Uncapturable::Memory(5120), .. }), "{error}");
-        let (held, lent) = pool.end_capture();
+        let (held, lent) = lending.end();
         assert_eq!(lent, 0);
         let others: Vec<_> = (0..3).map(|_| lend(&pool, 100).unwrap()).collect();
         assert!(!which(&others).contains(&first), "{first} is used by captured work");
         // A second graph shares it; the last one gives it back.
-        pool.begin_capture();
+        let lending = pool.begin_capture();
         assert_eq!(*lend(&pool, 100).unwrap(), first);
-        let (second, _) = pool.end_capture();
+        let (second, _) = lending.end();
         drop(held);
         assert_ne!(*lend(&pool, 100).unwrap(), first);
         drop(second);
@@ -281,9 +294,9 @@ mod tests {
     fn loans_that_outlive_a_capture_are_counted() {
         let pool = Arc::new(Pool::new());
         drop([lend(&pool, 8).unwrap(), lend(&pool, 8).unwrap()]);
-        pool.begin_capture();
+        let lending = pool.begin_capture();
         let outliving = lend(&pool, 8).unwrap();
-        let (held, lent) = pool.end_capture();
+        let (held, lent) = lending.end();
         assert_eq!(lent, 1);
         drop((held, outliving));
         let stats = pool.stats(0);

@@ -12,18 +12,18 @@ pub const LOWEST_ARCH: u32 = 75;
 pub const ARCHS: [u32; 4] = [75, 80, 90, 100];
 
 const PRELUDE: [File; 12] = [
-    File { name: "elem.cuh", text: include_str!("../../cuda/elem.cuh") },
-    File { name: "lib.cuh", text: include_str!("../../cuda/lib.cuh") },
-    File { name: "mma.cuh", text: include_str!("../../cuda/mma.cuh") },
-    File { name: "gemm.cuh", text: include_str!("../../cuda/gemm.cuh") },
-    File { name: "wgmma.cuh", text: include_str!("../../cuda/wgmma.cuh") },
-    File { name: "gemm_wgmma.cuh", text: include_str!("../../cuda/gemm_wgmma.cuh") },
-    File { name: "linear_loss.cuh", text: include_str!("../../cuda/linear_loss.cuh") },
-    File { name: "weights.cuh", text: include_str!("../../cuda/weights.cuh") },
-    File { name: "requantize.cuh", text: include_str!("../../cuda/requantize.cuh") },
-    File { name: "attention.cuh", text: include_str!("../../cuda/attention.cuh") },
-    File { name: "attention_bwd.cuh", text: include_str!("../../cuda/attention_bwd.cuh") },
-    File { name: "attention_wgmma.cuh", text: include_str!("../../cuda/attention_wgmma.cuh") },
+    File::own("elem.cuh", include_str!("../../cuda/elem.cuh")),
+    File::own("lib.cuh", include_str!("../../cuda/lib.cuh")),
+    File::own("mma.cuh", include_str!("../../cuda/mma.cuh")),
+    File::own("gemm.cuh", include_str!("../../cuda/gemm.cuh")),
+    File::own("wgmma.cuh", include_str!("../../cuda/wgmma.cuh")),
+    File::own("gemm_wgmma.cuh", include_str!("../../cuda/gemm_wgmma.cuh")),
+    File::own("linear_loss.cuh", include_str!("../../cuda/linear_loss.cuh")),
+    File::own("weights.cuh", include_str!("../../cuda/weights.cuh")),
+    File::own("requantize.cuh", include_str!("../../cuda/requantize.cuh")),
+    File::own("attention.cuh", include_str!("../../cuda/attention.cuh")),
+    File::own("attention_bwd.cuh", include_str!("../../cuda/attention_bwd.cuh")),
+    File::own("attention_wgmma.cuh", include_str!("../../cuda/attention_wgmma.cuh")),
 ];
 
 /// Full CUDA source of a kernel file for one element type and compute capability. `#line` keeps messages pointing at the

@@ -8,7 +8,7 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{File, Kernel, Params, Plan, Problem, Source, source};
+use crate::kernel::{Kernel, Params, Plan, Problem, Source, cuda_source, source};
 use crate::op::{Array, Cost, Family, Gradient, Op, Saves};
 use crate::ops::rows::{PLANS, fours, rungs};
 use crate::ops::unary::{Function, Unary};
@@ -24,13 +24,7 @@ pub static FAMILY: Family = Family { name: "norm", cases: cases::cases, source: 
 const SOURCE: Source = source!("norm");
 
 /// The rungs that keep a row on chip stand in a file of their own.
-const VECTORS: Source = Source {
-    wgsl: File { name: "", text: "" },
-    cuda: File {
-        name: "norm_vectors.cu",
-        text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/norm_vectors.cu")),
-    },
-};
+const VECTORS: Source = cuda_source!("norm_vectors");
 
 /// Rows of whole vectors, at most so many elements of them to a thread, by team.
 const KEPT: [usize; 3] = [32; 3];

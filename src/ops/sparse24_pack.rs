@@ -90,7 +90,7 @@ impl Op for Compress24 {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("compress24_fwd", DType::FLOATS, cpu::compress24),
-            Kernel { fits: bytes, ..wgsl("compress24_i8_fwd", "compress24_i8_fwd", DType::FLOATS, plan_compress) },
+            Kernel { fits: bytes, ..wgsl("compress24_i8_fwd", "compress24_i8_fwd", &[DType::F32], plan_compress) },
             Kernel { fits: floats, ..wgsl("compress24_fwd", "compress24_fwd", DType::FLOATS, plan_compress) },
         ];
         KERNELS
@@ -149,7 +149,7 @@ impl Op for Decompress24 {
     fn kernels(&self) -> &'static [Kernel] {
         const KERNELS: &[Kernel] = &[
             Kernel::cpu("decompress24_fwd", DType::FLOATS, cpu::decompress24),
-            Kernel { fits: bytes, ..wgsl("decompress24_i8_fwd", "decompress24_i8_fwd", DType::FLOATS, plan_groups) },
+            Kernel { fits: bytes, ..wgsl("decompress24_i8_fwd", "decompress24_i8_fwd", &[DType::F32], plan_groups) },
             Kernel { fits: floats, ..wgsl("decompress24_fwd", "decompress24_fwd", DType::FLOATS, plan_groups) },
         ];
         KERNELS

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use assert_cmd::Command;
 use espalier::device::{self, Binding, Device};
-use espalier::kernel::{Code, File, Kernel, Launch, Params, Plan, Source, always};
+use espalier::kernel::{Code, Kernel, Launch, Params, Plan, Source, always};
 use espalier::ops::FAMILIES;
 use espalier::{DType, Error};
 
@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(32) takes_more(float* y, float* z, 
 "#;
 
 const fn broken(entry: &'static str) -> Kernel {
-    let source = Source { wgsl: File { name: "", text: "" }, cuda: File { name: "broken.cu", text: BROKEN } };
+    let source = Source::cuda("broken.cu", BROKEN);
     let code = Code::Cuda { source, entry, constants: &[], arch: 75, tensor: &[] };
     Kernel { name: entry, code, dtypes: &[DType::F32], fits: always, plan: Plan::once }
 }

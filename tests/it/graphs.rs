@@ -424,6 +424,54 @@ fn a_capture_takes_the_work_of_its_own_thread_alone() {
     }
 }
 
+/// A device goes on after work that panicked while it was captured, on the same thread and on others.
+#[test]
+fn a_capture_ends_where_its_work_panics() {
+    for name in ["cpu", "cuda-host"] {
+        let Some(device) = crate::cuda::harness(name) else { continue };
+        let values = |value: f32| Tensor::from_slice(&device, &[64], &[value; 64]).unwrap();
+        let (x, y) = (values(2.0), values(0.0));
+        let work = || device.capture(&mut || y.assign(&x).map(|()| panic!("of the test")));
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        assert!(panicked.is_err(), "{name}");
+        assert_eq!(y.to_vec::<f32>().unwrap(), [0.0; 64], "{name}");
+        std::thread::scope(|scope| scope.spawn(|| y.assign(&x).unwrap()).join().unwrap());
+        assert_eq!(y.to_vec::<f32>().unwrap(), [2.0; 64], "{name}");
+        device.replay(&device.capture(&mut || x.assign(&y)).unwrap()).unwrap();
+    }
+}
+
+/// Graphs of one device share the memory of their temporaries; threads that replay them take turns.
+#[test]
+fn graphs_are_replayed_one_at_a_time() {
+    for name in ["cpu", "cuda-host"] {
+        let Some(device) = crate::cuda::harness(name) else { continue };
+        let values = |value: f32| Tensor::from_slice(&device, &[1000], &vec![value; 1000]).unwrap();
+        let graph = |x: &Tensor, sum: &Tensor| {
+            let work = || -> Result<()> {
+                let twice = dispatch::run_one(&ADD, &[x, x])?;
+                let four = dispatch::run_one(&ADD, &[&twice, &twice])?;
+                sum.assign(&dispatch::run_one(&ADD, &[&four, &four])?)
+            };
+            work().unwrap();
+            device.capture(&mut || work()).unwrap()
+        };
+        let ends: Vec<_> = [1.0f32, 3.0].map(|value| (value, values(value), values(0.0))).into_iter().collect();
+        let graphs: Vec<_> = ends.iter().map(|(_, x, sum)| graph(x, sum)).collect();
+        std::thread::scope(|scope| {
+            for ((value, _, sum), graph) in ends.iter().zip(&graphs) {
+                let device = &device;
+                scope.spawn(move || {
+                    for _ in 0..200 {
+                        device.replay(graph).unwrap();
+                        assert_eq!(sum.to_vec::<f32>().unwrap(), [8.0 * value; 1000], "{name}");
+                    }
+                });
+            }
+        });
+    }
+}
+
 /// A graph keeps what it uses: its temporaries from everyone, its arguments from being freed.
 #[test]
 fn a_graph_outlives_the_handles_of_its_memory() {

@@ -42,11 +42,11 @@ class Contestant:
             stdout=subprocess.PIPE,
             env=environment,
             preexec_fn=pin,
-            text=True,
-            bufsize=1,
+            bufsize=0,
             # Who stops the judge from a terminal stops it alone: it ends the others.
             start_new_session=True,
         )
+        self.said = b""
         # Linux's clock of another process: MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED).
         self.clock = (~self.process.pid << 3) | 2
         try:
@@ -57,15 +57,13 @@ class Contestant:
 
     def ask(self, what, **fields):
         try:
-            self.process.stdin.write(json.dumps({"do": what, **fields}) + "\n")
-            self.process.stdin.flush()
-            # An answer is one line, written whole.
-            if not select.select([self.process.stdout], [], [], LIMIT)[0]:
-                self.process.kill()
-                raise Gone(f"{self.process.args[0]} gave no answer within {LIMIT} s when asked to {what}")
-            line = self.process.stdout.readline()
+            self.process.stdin.write((json.dumps({"do": what, **fields}) + "\n").encode())
+            line = self.line(time.monotonic() + LIMIT)
         except BrokenPipeError:
-            line = ""
+            line = b""
+        if line is None:
+            self.process.kill()
+            raise Gone(f"{self.process.args[0]} gave no answer within {LIMIT} s when asked to {what}")
         if not line:
             raise Gone(f"{self.process.args[0]} ended while asked to {what}")
         try:
@@ -73,10 +71,25 @@ class Contestant:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise Refused(f"{self.process.args[0]} does not answer in JSON when asked to {what}")
+            # What else it says would be taken for the answer to the next question.
+            self.process.kill()
+            raise Gone(f"{self.process.args[0]} does not answer in JSON when asked to {what}")
         if "error" in answer:
             raise Refused(answer["error"])
         return answer
+
+    def line(self, deadline):
+        """A whole line, nothing where the process ended, `None` past the deadline."""
+        while b"\n" not in self.said:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
+                return None
+            more = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not more:
+                return b""
+            self.said += more
+        line, _, self.said = self.said.partition(b"\n")
+        return line
 
     def alive(self):
         return self.process.poll() is None

@@ -57,11 +57,23 @@ class Asked(unittest.TestCase):
 
 
 class Silence(unittest.TestCase):
+    def given_up(self, answers, limit):
+        """Why a contestant that writes this is given up."""
+        code = f"import sys, time; sys.stdin.readline(); sys.stdout.write({answers!r}); sys.stdout.flush(); time.sleep(60)"
+        with unittest.mock.patch.object(contestant, "LIMIT", limit), self.assertRaises(contestant.Gone) as gone:
+            side = contestant.Contestant([sys.executable, "-c", code], 1)
+            self.addCleanup(side.end)
+            side.ask("run")
+        return str(gone.exception)
+
     def test_who_never_answers_is_given_up(self):
-        command = [sys.executable, "-c", "import sys, time; sys.stdin.readline(); time.sleep(60)"]
-        with unittest.mock.patch.object(contestant, "LIMIT", 0.2), self.assertRaises(contestant.Gone) as gone:
-            contestant.Contestant(command, 1)
-        self.assertIn("no answer within 0.2 s", str(gone.exception))
+        self.assertIn("no answer within 0.5 s", self.given_up("", 0.5))
+
+    def test_half_a_line_is_no_answer(self):
+        self.assertIn("no answer within 0.5 s", self.given_up('{"ok":', 0.5))
+
+    def test_who_says_more_than_was_asked_is_given_up(self):
+        self.assertIn("does not answer in JSON when asked to run", self.given_up('{"ok": true}\nloading\n{"ok": true}\n', 60))
 
 
 class Goals(unittest.TestCase):

@@ -407,21 +407,20 @@ impl Device for CudaDevice {
     fn capture(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
         self.gpu.enter()?;
         let _alone = self.recorder.begin(&self.info)?;
-        self.pool.begin_capture();
+        let lending = self.pool.begin_capture();
         let done = Executable::of(&self.gpu, work);
-        let (memory, outliving) = self.pool.end_capture();
+        let (memory, outliving) = lending.end();
         let (executable, recording) = self.recorder.end(&self.info, done, outliving)?;
         Ok(Graph::new(Captured { executable, _recording: recording, _memory: memory }))
     }
 
     fn replay(&self, graph: &Graph) -> Result<()> {
-        let _turn = self.recorder.turn();
+        let _alone = self.recorder.turn_alone();
         self.recorder.refuse(&self.info, Uncapturable::Nested)?;
         graph.leaf::<Captured>(&self.info)?.executable.launch()
     }
 
     fn elapsed(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
-        drop(self.recorder.turn());
         self.recorder.refuse(&self.info, Uncapturable::Wait)?;
         self.gpu.enter()?;
         let failed = |e| self.gpu.failure("time", 0, e);
@@ -429,10 +428,14 @@ impl Device for CudaDevice {
         let (start, end) = (event()?, event()?);
         // SAFETY: two events of this context on its stream, destroyed once, after the wait for the second.
         unsafe {
-            result::event::record(start, self.gpu.stream).map_err(failed)?;
+            let mark = |event| {
+                let _turn = self.recorder.turn();
+                result::event::record(event, self.gpu.stream).map_err(failed)
+            };
+            mark(start)?;
             let done = work();
             self.gpu.enter()?;
-            result::event::record(end, self.gpu.stream).map_err(failed)?;
+            mark(end)?;
             result::event::synchronize(end).map_err(failed)?;
             let milliseconds = result::event::elapsed(start, end).map_err(failed)?;
             result::event::destroy(start).map_err(failed)?;

@@ -20,6 +20,16 @@ struct Handle(sys::CUgraphExec);
 // SAFETY: the driver's handles may be used from any thread that makes the context current; `Executable` locks this one.
 unsafe impl Send for Handle {}
 
+/// Takes the stream out of a capture whose work panicked.
+struct Capturing<'a>(&'a Gpu);
+
+impl Drop for Capturing<'_> {
+    fn drop(&mut self) {
+        // SAFETY: begun by `Executable::of`, on this thread; nothing is made of the graph.
+        let _ = unsafe { result::stream::end_capture(self.0.stream).and_then(|graph| result::graph::destroy(graph)) };
+    }
+}
+
 impl Executable {
     /// What `work` puts on the stream. The stream leaves the capture whatever happens.
     pub fn of(gpu: &Arc<Gpu>, work: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
@@ -32,8 +42,10 @@ impl Executable {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is our own, not the legacy one, and captures nothing yet: the recorder lets one capture begin.
         unsafe { result::stream::begin_capture(gpu.stream, mode) }.map_err(failed)?;
+        let capturing = Capturing(gpu);
         let done = work();
         gpu.enter()?;
+        std::mem::forget(capturing);
         // SAFETY: begun above, on this thread.
         let graph = unsafe { result::stream::end_capture(gpu.stream) };
         if let Err(e) = done {

@@ -469,7 +469,7 @@ impl Device for CudaHostDevice {
     }
 
     fn replay(&self, graph: &Graph) -> Result<()> {
-        let _turn = self.recorder.turn();
+        let _alone = self.recorder.turn_alone();
         self.recorder.refuse(&self.info, Uncapturable::Nested)?;
         graph.leaf::<Recording<Self>>(&self.info)?.replay(self)
     }

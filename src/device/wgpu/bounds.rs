@@ -8,8 +8,8 @@ use std::sync::Mutex;
 
 use naga::valid::{FunctionInfo, ModuleInfo};
 use naga::{
-    AddressSpace, ArraySize, AtomicFunction, BinaryOperator, Block, Expression, Handle, Literal, Range, Scalar,
-    ScalarKind, Span, Statement, StorageAccess, Type, TypeInner,
+    AddressSpace, ArraySize, AtomicFunction, BinaryOperator, Block, Expression, Handle, Literal, MathFunction, Range,
+    Scalar, ScalarKind, Span, Statement, StorageAccess, Type, TypeInner,
 };
 
 use super::memory::Memory;
@@ -75,6 +75,11 @@ pub fn watch(file: &str, source: &str, module: &mut naga::Module, info: &ModuleI
     }
 }
 
+enum Index {
+    Computed(Handle<Expression>),
+    Known(u32),
+}
+
 struct Names<'a> {
     source: &'a str,
     globals: Vec<String>,
@@ -124,13 +129,27 @@ impl Watch<'_> {
         *block = self.block(body);
     }
 
-    /// `if index >= length { atomicMax(&notes[site], index - length + 1) }`, for an index that is known when the kernel runs.
+    /// `if index >= length { atomicMax(&notes[site], max(index - length + 1, 1)) }`, where the index or the length is known only when the
+    /// kernel runs.
     fn access(&mut self, access: Handle<Expression>, block: &mut Block) {
-        let Expression::Access { base, index } = self.function.expressions[access] else { return };
+        let (base, index) = match self.function.expressions[access] {
+            Expression::Access { base, index } => (base, Index::Computed(index)),
+            Expression::AccessIndex { base, index } => (base, Index::Known(index)),
+            _ => return,
+        };
         let site = self.sites.len() as u32;
         let Some(size) = self.size(self.info[base].ty.inner_with(self.types)) else { return };
         let add = |function: &mut naga::Function, e| function.expressions.append(e, Span::UNDEFINED);
-        let signed = self.info[index].ty.inner_with(self.types).scalar_kind() == Some(ScalarKind::Sint);
+        let (index, signed) = match (index, size) {
+            (Index::Computed(index), _) => {
+                (index, self.info[index].ty.inner_with(self.types).scalar_kind() == Some(ScalarKind::Sint))
+            }
+            // Of other arrays the front end knows both.
+            (Index::Known(index), ArraySize::Dynamic | ArraySize::Pending(_)) => {
+                (add(self.function, Expression::Literal(Literal::U32(index))), false)
+            }
+            (Index::Known(_), ArraySize::Constant(_)) => return,
+        };
         let unsigned = |expr| Expression::As { expr, kind: ScalarKind::Uint, convert: None };
 
         let one = add(self.function, Expression::Literal(Literal::U32(1)));
@@ -156,6 +175,9 @@ impl Watch<'_> {
         let past = compute(self.function, binary(BinaryOperator::GreaterEqual, index, length));
         let over = compute(self.function, binary(BinaryOperator::Subtract, index, length));
         let over = compute(self.function, binary(BinaryOperator::Add, over, one));
+        // An index of -1 into nothing would come back as 0.
+        let most = Expression::Math { fun: MathFunction::Max, arg: over, arg1: Some(one), arg2: None, arg3: None };
+        let over = compute(self.function, most);
         let note = compute(self.function, Expression::AccessIndex { base: self.notes, index: site.min(SITES - 1) });
         block.push(Statement::Emit(Range::new_from_bounds(computed[0], note)), Span::UNDEFINED);
         let max = Statement::Atomic { pointer: note, fun: AtomicFunction::Max, value: over, result: None };
@@ -251,13 +273,21 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     }
     out[1] = pick(&own, i32(id.z));
 }";
-        let file = File { name: "indexed.wgsl", text };
+        let file = File::new("indexed.wgsl", text);
         let (shader, mut module, info) = Shader::parse_module(file, DType::F32).unwrap();
         let sites = watch(file.name, &shader.source, &mut module, &info).unwrap();
         let line = |site: &Site| site.line - shader.lines_before;
         let found: Vec<_> = sites.iter().map(|site| (site.array.as_str(), line(site))).collect();
-        // out[0] is no place: its index is known, and a binding has at least a word.
-        let expected = [("words", 4), ("shared_words", 10), ("own", 10), ("out", 11), ("many", 11), ("many", 11)];
+        let expected = [
+            ("words", 4),
+            ("out", 9),
+            ("shared_words", 10),
+            ("own", 10),
+            ("out", 11),
+            ("many", 11),
+            ("many", 11),
+            ("out", 13),
+        ];
         let mut sorted = (found.clone(), expected.to_vec());
         sorted.0.sort_unstable();
         sorted.1.sort_unstable();

@@ -27,12 +27,11 @@ impl Kept {
         }
         let owner = [env!("CARGO_PKG_VERSION"), &info.name, &info.driver].join("\n");
         let path = cache::place(KIND).join(format!("{}.bin", &blake3::hash(owner.as_bytes()).to_hex()[..16]));
-        // The driver trusts its own bytes: a file that was cut or changed counts as none.
-        let found = std::fs::read(&path).ok().filter(|bytes| bytes.len() > SUM);
-        let found = found.filter(|bytes| blake3::hash(&bytes[SUM..]).as_bytes()[..] == bytes[..SUM]);
-        let data = found.as_ref().map(|bytes| &bytes[SUM..]);
+        let found = std::fs::read(&path).ok();
+        let data = found.as_deref().and_then(whole);
         let descriptor = wgpu::PipelineCacheDescriptor { label: Some("espalier"), data, fallback: true };
-        // SAFETY: these bytes were given by `get_data` for this driver, as their checksum says; others are passed over.
+        // SAFETY: the file's name is of this device and driver, only `drop` below writes there what `get_data` gave, and the checksum
+        // says that it is whole; wgpu looks at the driver's own header too.
         let cache = scoped(device, || unsafe { device.create_pipeline_cache(&descriptor) }).ok()?;
         Some(Self { cache, path, sum: data.map(blake3::hash) })
     }
@@ -42,6 +41,12 @@ impl Kept {
     }
 }
 
+/// What stands behind the checksum: the driver trusts its own bytes, so a file that was cut or changed counts as none.
+fn whole(bytes: &[u8]) -> Option<&[u8]> {
+    let (sum, data) = bytes.split_at_checked(SUM)?;
+    (blake3::hash(data).as_bytes()[..] == *sum).then_some(data)
+}
+
 impl Drop for Kept {
     /// Nobody misses what cannot be kept: the next process compiles it again.
     fn drop(&mut self) {
@@ -49,6 +54,26 @@ impl Drop for Kept {
         let sum = blake3::hash(&data);
         if self.sum != Some(sum) && cache::folder(KIND).is_ok() {
             let _ = write_atomic(&self.path, &[&sum.as_bytes()[..], &data].concat());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damaged_files_count_as_none() {
+        let data = b"what a driver gave";
+        let bytes = [&blake3::hash(data).as_bytes()[..], data].concat();
+        assert_eq!(whole(&bytes), Some(&data[..]));
+        for end in 0..bytes.len() {
+            assert_eq!(whole(&bytes[..end]), None, "cut at {end}");
+        }
+        for at in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[at] ^= 1;
+            assert_eq!(whole(&changed), None, "changed at {at}");
         }
     }
 }

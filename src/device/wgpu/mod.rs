@@ -34,7 +34,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// What a shader does where an index is outside of its array or a loop does not end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Checks {
-    /// Nothing is compiled in.
+    /// Nothing is compiled into the program's own kernels; others are clamped.
     Trust,
     /// The index is clamped, the loop is left.
     Clamp,
@@ -186,7 +186,7 @@ impl WgpuDevice {
             device: opened.device,
             queue: opened.queue,
             id: opened.info.id.clone(),
-            // Of the probes, which go astray on purpose.
+            // Until the probes have run, which go astray on purpose.
             checks: Checks::Clamp,
             notes: None,
             lost,
@@ -209,6 +209,12 @@ impl WgpuDevice {
         device.gpu.checks = wanted;
         device.gpu.notes = (wanted == Checks::Report).then(|| Notes::new(&device.gpu)).transpose()?;
         Ok(device)
+    }
+
+    /// Plans for a device that binds less at a time, or that leaves no loop early: for tests of what only large inputs or hardware
+    /// would show.
+    pub fn plan_for(&mut self, binding_bytes: u64, loop_budget: Option<u64>) {
+        (self.info.limits.binding_bytes, self.info.limits.loop_budget) = (binding_bytes, loop_budget);
     }
 
     /// Limits how long queued work may take before the device counts as lost.
