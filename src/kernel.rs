@@ -427,16 +427,23 @@ fn bases(file: File) -> &'static [File] {
     }
 }
 
-/// Full WGSL source of a kernel file for one element type, and how many lines stand before the file's own first line.
+/// A file within a joined source, and how many lines stand before its own first one.
+#[derive(Clone, Copy, Debug)]
+pub struct Part {
+    pub file: &'static str,
+    pub lines_before: u32,
+}
+
+/// Full WGSL source of a kernel file for one element type, and the files that it is joined of, the kernel's own last.
 /// With `ESPALIER_SHADERS` set to a folder the files are read from there, so that a kernel can be tuned without a rebuild.
-pub fn assemble(file: File, element: DType) -> Result<(String, u32)> {
-    let read = |file: &File| read_override("ESPALIER_SHADERS", file);
-    let mut front = String::new();
-    for part in [prelude(element), LIBRARY].iter().chain(bases(file)) {
-        front = format!("{front}{}\n", read(part)?);
+pub fn assemble(file: File, element: DType) -> Result<(String, Vec<Part>)> {
+    let (mut source, mut parts) = (String::new(), Vec::new());
+    for file in [prelude(element), LIBRARY].iter().chain(bases(file)).chain([&file]) {
+        parts.push(Part { file: file.name, lines_before: source.lines().count() as u32 });
+        source += &read_override("ESPALIER_SHADERS", file)?;
+        source.push('\n');
     }
-    let before = front.lines().count() as u32;
-    Ok((front + &read(&file)?, before))
+    Ok((source, parts))
 }
 
 /// The text of a file of the program, or of the file of that name in the folder that the environment variable names.

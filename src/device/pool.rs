@@ -4,7 +4,7 @@
 //! nothing in it from one replay to the next, so all graphs of a device share it, and nobody else gets it.
 
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -39,7 +39,7 @@ pub struct Loan<T> {
 impl<T> Loan<T> {
     /// Whether it belongs to captured work.
     pub fn captured(&self) -> bool {
-        self.capture.is_some()
+        self.capture.is_some_and(|capture| !self.pool.lock().outlived.contains(&capture))
     }
 
     /// Refuses a range outside the memory.
@@ -78,6 +78,8 @@ struct Lists<T> {
     capture: Option<u64>,
     lent: usize,
     captures: u64,
+    /// Captures that came to nothing because loans of theirs went on: these are like any other.
+    outlived: HashSet<u64>,
     graphs: usize,
 }
 
@@ -118,7 +120,8 @@ impl<T> Lending<T> {
 impl<T> Drop for Lending<T> {
     fn drop(&mut self) {
         let mut lists = self.0.lock();
-        lists.capture = None;
+        let capture = lists.capture.take().filter(|_| lists.lent > 0);
+        lists.outlived.extend(capture);
         lists.release();
     }
 }
@@ -142,6 +145,7 @@ impl<T> Pool<T> {
                 capture: None,
                 lent: 0,
                 captures: 0,
+                outlived: HashSet::new(),
                 graphs: 0,
             }),
             live: AtomicU64::new(0),
@@ -218,7 +222,8 @@ impl<T> Pool<T> {
         if capture.is_some() && capture == lists.capture {
             lists.lent -= 1;
         }
-        let list = if capture.is_some() { &mut lists.captured } else { &mut lists.free };
+        let captured = capture.is_some_and(|capture| !lists.outlived.contains(&capture));
+        let list = if captured { &mut lists.captured } else { &mut lists.free };
         list.entry(class).or_default().push(memory);
         lists.release();
     }
@@ -260,6 +265,30 @@ mod tests {
 
     fn which(loans: &[Loan<usize>]) -> Vec<usize> {
         loans.iter().map(|loan| **loan).collect()
+    }
+
+    /// Memory that outlives its capture is nobody's graph's: neither while it is lent nor after.
+    #[test]
+    fn memory_that_outlives_its_capture_is_like_any_other() {
+        let pool = Arc::new(Pool::new());
+        drop((lend(&pool, 100).unwrap(), lend(&pool, 100).unwrap()));
+        let lending = pool.begin_capture();
+        let kept = lend(&pool, 100).unwrap();
+        let (held, lent) = lending.end();
+        assert!(lent == 1 && !kept.captured());
+        drop(held);
+        // A graph that uses it must pin it, and gets other memory of its own.
+        let lending = pool.begin_capture();
+        let own = lend(&pool, 100).unwrap();
+        let first = *own;
+        assert!(own.captured() && first != *kept);
+        drop(own);
+        let (held, lent) = lending.end();
+        assert_eq!(lent, 0);
+        let was = *kept;
+        drop(kept);
+        assert_eq!(*lend(&pool, 100).unwrap(), was, "everybody's again");
+        drop(held);
     }
 
     #[test]

@@ -252,8 +252,8 @@ impl Notes {
 
 #[cfg(test)]
 mod tests {
+    use super::super::shader::{Shader, place};
     use super::*;
-    use crate::device::shader::Shader;
     use crate::dtype::DType;
     use crate::kernel::File;
 
@@ -276,8 +276,9 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
         let file = File::new("indexed.wgsl", text);
         let (shader, mut module, info) = Shader::parse_module(file, DType::F32).unwrap();
         let sites = watch(file.name, &shader.source, &mut module, &info).unwrap();
-        let line = |site: &Site| site.line - shader.lines_before;
-        let found: Vec<_> = sites.iter().map(|site| (site.array.as_str(), line(site))).collect();
+        let line = |site: &Site| place(&shader.parts, site.line);
+        assert!(sites.iter().all(|site| line(site).0 == "indexed.wgsl"));
+        let found: Vec<_> = sites.iter().map(|site| (site.array.as_str(), line(site).1)).collect();
         let expected = [
             ("words", 4),
             ("out", 9),

@@ -108,11 +108,11 @@ impl Gpu {
         }
     }
 
-    fn compile_failure(&self, error: wgpu::Error, file: &str, lines_before: u32) -> Error {
+    fn compile_failure(&self, error: wgpu::Error, file: &str) -> Error {
         match error {
             wgpu::Error::OutOfMemory { .. } => self.failure(error, "compile", 0),
             _ if self.lost.get().is_some() => self.failure(error, "compile", 0),
-            other => shader::compile_error(file, lines_before, lines_before, chain(&other)),
+            other => shader::compile_error(file, chain(&other)),
         }
     }
 }
@@ -391,7 +391,7 @@ impl Device for WgpuDevice {
         self.launches.fetch_add(1, Relaxed);
         if let Some(notes) = &self.gpu.notes {
             drop(batch);
-            return self.judge(notes, kernel, file.name, &pipeline);
+            return self.judge(notes, kernel, &pipeline);
         }
         if batch.full() { batch.submit(&self.gpu) } else { Ok(()) }
     }
@@ -431,10 +431,10 @@ impl Device for WgpuDevice {
 
 impl WgpuDevice {
     /// Waits for the launch and reads what its shader noted.
-    fn judge(&self, notes: &Notes, kernel: &Kernel, file: &str, pipeline: &pipeline::Pipeline) -> Result<()> {
+    fn judge(&self, notes: &Notes, kernel: &Kernel, pipeline: &pipeline::Pipeline) -> Result<()> {
         let mut judged = Ok(());
         self.read(&notes.memory, 0, Notes::BYTES, |bytes| {
-            judged = pipeline.judge(kernel.name, file, bytemuck::cast_slice(bytes));
+            judged = pipeline.judge(kernel.name, bytemuck::cast_slice(bytes));
         })?;
         if judged.is_err() {
             self.batches.lock().encoder(&self.gpu).clear_buffer(notes.memory.buffer(), 0, None);

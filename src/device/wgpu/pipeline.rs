@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::adapter::PARAMETER_BYTES;
 use super::bounds::{self, Site};
-use super::shader::{Shader, compile_error, own_line};
+use super::shader::{Shader, compile_error, place};
 use super::{Checks, Gpu, scoped};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -77,11 +77,11 @@ impl Pipeline {
     }
 
     /// What a watched launch noted, as an error of the first place that went past an end.
-    pub fn judge(&self, kernel: &str, file: &str, notes: &[u32]) -> Result<()> {
+    pub fn judge(&self, kernel: &str, notes: &[u32]) -> Result<()> {
         let Some((site, &past)) = self.module.sites.iter().zip(notes).find(|(_, past)| **past > 0) else {
             return Ok(());
         };
-        let (file, line) = own_line(file, site.line, self.module.shader.lines_before);
+        let (file, line) = place(&self.module.shader.parts, site.line);
         Err(Error::Bounds { kernel: kernel.into(), file, line, array: site.array.clone(), past })
     }
 }
@@ -153,7 +153,7 @@ impl Pipelines {
             }
             _ => gpu.device.create_shader_module(descriptor),
         })
-        .map_err(|e| gpu.compile_failure(e, file.name, shader.lines_before))?;
+        .map_err(|e| gpu.compile_failure(e, file.name))?;
         let module = Arc::new(Module { shader, compiled, sites });
         lock(&self.modules).insert(key, module.clone());
         Ok(module)
@@ -162,7 +162,7 @@ impl Pipelines {
 
 fn build(gpu: &Gpu, module: Arc<Module>, file: &str, entry: &'static str, constants: Constants) -> Result<Pipeline> {
     let Some(point) = module.shader.entry(entry) else {
-        return Err(compile_error(file, 0, 0, format!("no entry point {entry}")));
+        return Err(compile_error(file, format!("no entry point {entry}")));
     };
     if point.parameter_bytes > PARAMETER_BYTES {
         return Err(Error::Launch {
@@ -207,7 +207,7 @@ fn build(gpu: &Gpu, module: Arc<Module>, file: &str, entry: &'static str, consta
         });
         (layout, pipeline)
     });
-    let (layout, pipeline) = built.map_err(|e| gpu.compile_failure(e, file, module.shader.lines_before))?;
+    let (layout, pipeline) = built.map_err(|e| gpu.compile_failure(e, file))?;
     let bindings = point.slots.iter().map(|s| s.binding).collect();
     let parameter_bytes = point.parameter_bytes;
     Ok(Pipeline { pipeline, layout, bindings, parameter_bytes, module, groups: Mutex::default() })

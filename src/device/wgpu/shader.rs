@@ -4,7 +4,7 @@ use naga::valid::ModuleInfo;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{File, assemble};
+use crate::kernel::{File, Part, assemble};
 
 /// One storage binding of an entry point.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,8 +34,7 @@ pub struct EntryPoint {
 pub struct Shader {
     pub source: String,
     pub entries: Vec<EntryPoint>,
-    /// Lines of the joined source that stand before the file's own first one.
-    pub lines_before: u32,
+    pub parts: Vec<Part>,
 }
 
 impl Shader {
@@ -45,18 +44,18 @@ impl Shader {
 
     /// With what the text became.
     pub(super) fn parse_module(file: File, element: DType) -> Result<(Self, naga::Module, ModuleInfo)> {
-        let (source, lines_before) = assemble(file, element)?;
-        let file = file.name;
-        let at = |location: Option<naga::SourceLocation>| location.map_or(0, |l| l.line_number);
+        let (source, parts) = assemble(file, element)?;
+        let refused = |location: Option<naga::SourceLocation>, log| {
+            let (at, line) = place(&parts, location.map_or(0, |l| l.line_number));
+            Error::Compile { kernel: file.name.into(), file: at, line, log }
+        };
         let module = naga::front::wgsl::parse_str(&source)
-            .map_err(|e| compile_error(file, at(e.location(&source)), lines_before, e.emit_to_string(&source)))?;
+            .map_err(|e| refused(e.location(&source), e.emit_to_string(&source)))?;
         let mut validator =
             naga::valid::Validator::new(naga::valid::ValidationFlags::all(), naga::valid::Capabilities::all());
-        let info = validator
-            .validate(&module)
-            .map_err(|e| compile_error(file, at(e.location(&source)), lines_before, e.emit_to_string(&source)))?;
+        let info = validator.validate(&module).map_err(|e| refused(e.location(&source), e.emit_to_string(&source)))?;
         let entries = (0..module.entry_points.len()).map(|i| entry(&module, &info, i)).collect();
-        Ok((Self { source, entries, lines_before }, module, info))
+        Ok((Self { source, entries, parts }, module, info))
     }
 
     pub fn entry(&self, name: &str) -> Option<&EntryPoint> {
@@ -64,18 +63,15 @@ impl Shader {
     }
 }
 
-/// A compile error at a line of the kernel's own file, or of the prelude that is joined in front of it.
-pub fn compile_error(file: &str, line: u32, lines_before: u32, log: String) -> Error {
-    let (file, line) = own_line(file, line, lines_before);
-    Error::Compile { kernel: file.clone(), file, line, log }
+/// The file and its line that a line of the joined source is; 0 is of no line in particular.
+pub(super) fn place(parts: &[Part], line: u32) -> (String, u32) {
+    let part = parts.iter().rfind(|part| part.lines_before < line).or(parts.last());
+    part.map_or_else(Default::default, |part| (part.file.into(), line.saturating_sub(part.lines_before)))
 }
 
-/// The file and its line that a line of the joined source is.
-pub(super) fn own_line(file: &str, line: u32, lines_before: u32) -> (String, u32) {
-    match line.checked_sub(lines_before) {
-        Some(own) if own > 0 => (file.to_string(), own),
-        _ => (format!("prelude of {file}"), line),
-    }
+/// An error of a file that has no line.
+pub(super) fn compile_error(file: &str, log: String) -> Error {
+    Error::Compile { kernel: file.into(), file: file.into(), line: 0, log }
 }
 
 fn entry(module: &naga::Module, info: &ModuleInfo, index: usize) -> EntryPoint {
