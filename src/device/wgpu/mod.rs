@@ -47,16 +47,20 @@ impl Checks {
     /// come from a folder are somebody's work, and are not.
     fn wanted() -> Result<Self> {
         const VARIABLE: &str = "ESPALIER_SHADER_CHECKS";
-        let value = std::env::var_os(VARIABLE).map(|value| value.to_string_lossy().into_owned());
-        let own = std::env::var_os("ESPALIER_SHADERS").is_some();
-        match value.as_deref() {
-            None if own || cfg!(debug_assertions) => Ok(Self::Clamp),
+        let value = std::env::var_os(VARIABLE).filter(|value| !value.is_empty());
+        match value.map(|value| value.to_string_lossy().into_owned()).as_deref() {
+            None if foreign() || cfg!(debug_assertions) => Ok(Self::Clamp),
             None | Some("0") => Ok(Self::Trust),
             Some("1") => Ok(Self::Clamp),
             Some("report") => Ok(Self::Report),
             Some(value) => Err(Error::Usage { argument: VARIABLE, value: value.into(), rule: "0, 1 or report".into() }),
         }
     }
+}
+
+/// Whether kernels come from a folder of the user's.
+fn foreign() -> bool {
+    std::env::var_os("ESPALIER_SHADERS").is_some()
 }
 
 /// The driver's handles and what it reported.
@@ -169,8 +173,12 @@ impl WgpuDevice {
     }
 
     fn open_wanted(wanted: Wanted) -> Result<Self> {
+        let checks = Checks::wanted()?;
         let (index, adapter) = adapter::select(wanted)?;
-        let opened = adapter::open(index, &adapter)?;
+        let mut opened = adapter::open(index, &adapter)?;
+        // Times and choices of kernels belong to the driver that they were measured with, and to no other.
+        let changes = [(checks == Checks::Report, ", accesses watched"), (foreign(), ", shaders of the user")];
+        opened.info.driver.extend(changes.iter().filter(|(so, _)| *so).map(|(_, what)| *what));
         let lost = Arc::new(OnceLock::new());
         let flag = lost.clone();
         opened.device.set_device_lost_callback(move |reason, message| {
@@ -180,7 +188,6 @@ impl WgpuDevice {
         // Errors outside any scope belong to work that nobody waits for (dropping resources of a lost device): they
         // must not end the process, which is wgpu's default.
         opened.device.on_uncaptured_error(Arc::new(|error| crate::console::warn(format_args!("wgpu: {error}"))));
-        let wanted = Checks::wanted()?;
         let gpu = Gpu {
             kept: Kept::open(&opened.device, &opened.info),
             device: opened.device,
@@ -206,8 +213,8 @@ impl WgpuDevice {
         device.info.probes = probes;
         device.info.limits.loop_budget = loop_budget;
         device.launches.store(0, Relaxed);
-        device.gpu.checks = wanted;
-        device.gpu.notes = (wanted == Checks::Report).then(|| Notes::new(&device.gpu)).transpose()?;
+        device.gpu.checks = checks;
+        device.gpu.notes = (checks == Checks::Report).then(|| Notes::new(&device.gpu)).transpose()?;
         Ok(device)
     }
 
