@@ -47,7 +47,7 @@ impl File {
         Self { name, text, own: true }
     }
 
-    const NONE: Self = Self::own("", "");
+    pub(crate) const NONE: Self = Self::own("", "");
 }
 
 /// The kernel files of one op family: `shaders/STEM.wgsl` and its twin `cuda/STEM.cu`.
@@ -86,13 +86,30 @@ macro_rules! source {
 }
 pub(crate) use source;
 
+/// A rung in a file of its own: `shaders/STEM.wgsl` alone.
+macro_rules! wgsl_source {
+    ($stem:literal) => {
+        $crate::kernel::Source {
+            wgsl: $crate::kernel::File::own(
+                concat!($stem, ".wgsl"),
+                include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $stem, ".wgsl")),
+            ),
+            cuda: $crate::kernel::File::NONE,
+        }
+    };
+}
+pub(crate) use wgsl_source;
+
 /// A rung in a file of its own: `cuda/STEM.cu` alone.
 macro_rules! cuda_source {
     ($stem:literal) => {
-        $crate::kernel::Source::cuda(
-            concat!($stem, ".cu"),
-            include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/", $stem, ".cu")),
-        )
+        $crate::kernel::Source {
+            wgsl: $crate::kernel::File::NONE,
+            cuda: $crate::kernel::File::own(
+                concat!($stem, ".cu"),
+                include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/", $stem, ".cu")),
+            ),
+        }
     };
 }
 pub(crate) use cuda_source;

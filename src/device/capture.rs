@@ -34,14 +34,15 @@ pub struct Recording<D> {
     pub work: Vec<Work<D>>,
     pinned: Vec<Buffer>,
     refused: Option<Uncapturable>,
+    /// The thread that captures.
+    owner: ThreadId,
 }
 
 /// The capture under way on a device, if any. One at a time, and no other thread's work meanwhile: a driver takes down whatever is
 /// put on its queue.
 pub struct Recorder<D> {
     recording: Mutex<Option<Recording<D>>>,
-    /// The thread that captures, and what it holds alone.
-    owner: Mutex<Option<ThreadId>>,
+    /// Held alone by the thread that captures.
     turn: RwLock<()>,
 }
 
@@ -54,26 +55,21 @@ pub struct Capturing<'a, D> {
 impl<D> Drop for Capturing<'_, D> {
     fn drop(&mut self) {
         *self.recorder.lock() = None;
-        *lock(&self.recorder.owner) = None;
     }
-}
-
-/// A poisoned lock means that captured code panicked; what was recorded is still whole.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<D> Recorder<D> {
     pub fn new() -> Self {
-        Self { recording: Mutex::new(None), owner: Mutex::new(None), turn: RwLock::new(()) }
+        Self { recording: Mutex::new(None), turn: RwLock::new(()) }
     }
 
+    /// A poisoned lock means that captured code panicked; what was recorded is still whole.
     fn lock(&self) -> MutexGuard<'_, Option<Recording<D>>> {
-        lock(&self.recording)
+        self.recording.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn captures_here(&self) -> bool {
-        *lock(&self.owner) == Some(thread::current().id())
+        self.lock().as_ref().is_some_and(Recording::is_of_this_thread)
     }
 
     /// Held by a call while it puts work on the device or waits for it; comes when no other thread captures.
@@ -94,8 +90,8 @@ impl<D> Recorder<D> {
             return Err(refusal(info, Uncapturable::Nested));
         }
         let alone = self.turn.write().unwrap_or_else(PoisonError::into_inner);
-        *lock(&self.owner) = Some(thread::current().id());
-        *self.lock() = Some(Recording { work: Vec::new(), pinned: Vec::new(), refused: None });
+        let owner = thread::current().id();
+        *self.lock() = Some(Recording { work: Vec::new(), pinned: Vec::new(), refused: None, owner });
         Ok(Capturing { recorder: self, _alone: alone })
     }
 
@@ -122,7 +118,7 @@ impl<D> Recorder<D> {
 
     /// Ends the hopes of a capture under way: the call that asks would have to wait for work that does not run.
     pub fn refuse(&self, info: &Info, reason: Uncapturable) -> Result<()> {
-        match self.lock().as_mut().filter(|_| self.captures_here()) {
+        match self.lock().as_mut().filter(|recording| recording.is_of_this_thread()) {
             None => Ok(()),
             Some(recording) => {
                 recording.refused.get_or_insert(reason);
@@ -148,6 +144,10 @@ impl<D> Recorder<D> {
 }
 
 impl<D> Recording<D> {
+    fn is_of_this_thread(&self) -> bool {
+        self.owner == thread::current().id()
+    }
+
     /// Buffers come many times over: one handle each will do.
     fn pin<'b>(&mut self, buffers: impl Iterator<Item = &'b Buffer>) {
         for buffer in buffers {

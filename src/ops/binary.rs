@@ -5,7 +5,7 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source, spans};
+use crate::kernel::{Code, Kernel, Launch, Params, Plan, Problem, Source, always, source, spans, wgsl_source};
 use crate::op::{Array, Case, Cost, Family, Gradient, Op, Saves, Tolerance};
 use crate::ops::reduce::{Axis, Reduce, ReduceFunction};
 use crate::ops::unary::{Function, Unary};
@@ -16,8 +16,7 @@ use crate::tensor::Tensor;
 pub static FAMILY: Family = Family { name: "binary", cases, source: Some(SOURCE) };
 
 const SOURCE: Source = source!("binary");
-const WIDE_SOURCE: Source =
-    Source::wgsl("binary_wide.wgsl", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/binary_wide.wgsl")));
+const WIDE_SOURCE: Source = wgsl_source!("binary_wide");
 const BLOCK: u32 = 64;
 const PER_INVOCATION: usize = 4;
 

@@ -5,7 +5,7 @@ use std::any::Any;
 use crate::cpu;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{Code, Constants, Kernel, Launch, Params, Plan, Problem, Source, always, source};
+use crate::kernel::{Code, Constants, Kernel, Launch, Params, Plan, Problem, Source, always, source, wgsl_source};
 use crate::op::{Array, Case, Cost, Family, Fill, Gradient, Op, Saves, Tolerance};
 use crate::ops::vector;
 use crate::shape::{self, Meta};
@@ -14,8 +14,7 @@ use crate::tensor::Tensor;
 pub static FAMILY: Family = Family { name: "unary", cases, source: Some(SOURCE) };
 
 const SOURCE: Source = source!("unary");
-const WIDE_SOURCE: Source =
-    Source::wgsl("unary_wide.wgsl", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/unary_wide.wgsl")));
+const WIDE_SOURCE: Source = wgsl_source!("unary_wide");
 /// Invocations per workgroup, and elements each of them handles.
 const BLOCK: u32 = 64;
 const PER_INVOCATION: usize = 4;

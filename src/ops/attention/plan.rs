@@ -3,7 +3,7 @@
 use super::{Attention, AttentionBackward, Extents};
 use crate::device::Class;
 use crate::dtype::DType;
-use crate::kernel::{Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, source};
+use crate::kernel::{Code, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, source, wgsl_source};
 
 pub(super) const SOURCE: Source = source!("attention");
 
@@ -21,10 +21,7 @@ pub(super) const BACKWARD_LANES: Kernel = Kernel {
 };
 
 const fn on_lanes(entry: &'static str) -> Kernel {
-    let source = Source::wgsl(
-        "attention_lanes.wgsl",
-        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/attention_lanes.wgsl")),
-    );
+    let source = wgsl_source!("attention_lanes");
     let code = Code::Wgsl { source, entry, constants: &[] };
     Kernel { name: entry, code, dtypes: DType::FLOATS, fits: crate::kernel::always, plan: Plan::once }
 }

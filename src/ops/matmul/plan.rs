@@ -5,6 +5,7 @@ use crate::device::Class;
 use crate::dtype::DType;
 use crate::kernel::{
     Code, Constants, Kernel, Launch, MAX_GROUPS, Params, Plan, Problem, Source, TensorMap, always, cuda_source, source,
+    wgsl_source,
 };
 use crate::ops::groups;
 use crate::ops::groups::MULTIPROCESSORS;
@@ -15,8 +16,7 @@ pub(super) const SOURCE: Source = source!("matmul");
 const GROUPS: Source = cuda_source!("matmul_wgmma");
 
 /// The rung on subgroups stands in a file of its own, joined behind the other: it needs a feature that those do not.
-const LANES: Source =
-    Source::wgsl("matmul_lanes.wgsl", include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/matmul_lanes.wgsl")));
+const LANES: Source = wgsl_source!("matmul_lanes");
 /// Lanes of the subgroups that it is written for: those of software Vulkan on processors with AVX2.
 const SUBGROUP: u32 = 8;
 
