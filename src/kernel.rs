@@ -423,6 +423,10 @@ fn prelude(element: DType) -> File {
     }
 }
 
+/// Matrix units: what is joined of this file must say so before everything else.
+const COOP: File = File::own("coop.wgsl", include_str!("../shaders/coop.wgsl"));
+const ENABLE_COOP: &str = "enable wgpu_cooperative_matrix;\n";
+
 const LIBRARY: File = File::own("lib.wgsl", include_str!("../shaders/lib.wgsl"));
 
 /// The files that stand in front of one that goes on from their declarations: rungs that need a feature of the device stand apart
@@ -434,10 +438,13 @@ fn bases(file: File) -> &'static [File] {
     const RECIPROCAL: File = File::own("reciprocal.wgsl", include_str!("../shaders/reciprocal.wgsl"));
     const MATMUL: File = File::own("matmul.wgsl", include_str!("../shaders/matmul.wgsl"));
     const MATMUL_LANES: File = File::own("matmul_lanes.wgsl", include_str!("../shaders/matmul_lanes.wgsl"));
+    const MATMUL_COOP: File = File::own("matmul_coop.wgsl", include_str!("../shaders/matmul_coop.wgsl"));
     match file.name {
         "binary_wide.wgsl" => &[BINARY, WIDE],
         "unary_wide.wgsl" => &[UNARY, WIDE],
         "matmul_lanes.wgsl" => &[MATMUL],
+        "matmul_coop_16.wgsl" | "matmul_coop_8.wgsl" => &[MATMUL, MATMUL_COOP, COOP],
+        "matmul_coop_emulated.wgsl" => &[MATMUL, MATMUL_COOP],
         "quant.wgsl" | "quant_matmul.wgsl" => &[RECIPROCAL],
         "attention_lanes.wgsl" => &[MATMUL, MATMUL_LANES],
         _ => &[],
@@ -455,6 +462,9 @@ pub struct Part {
 /// With `ESPALIER_SHADERS` set to a folder the files are read from there, so that a kernel can be tuned without a rebuild.
 pub fn assemble(file: File, element: DType) -> Result<(String, Vec<Part>)> {
     let (mut source, mut parts) = (String::new(), Vec::new());
+    if bases(file).iter().any(|base| base.name == COOP.name) {
+        source += ENABLE_COOP;
+    }
     for file in [prelude(element), LIBRARY].iter().chain(bases(file)).chain([&file]) {
         parts.push(Part { file: file.name, lines_before: source.lines().count() as u32 });
         source += &read_override("ESPALIER_SHADERS", file)?;

@@ -92,7 +92,7 @@ fn describe(info: &Info) -> DeviceReport {
         ("i64", f.i64),
         ("subgroups", f.subgroups),
         ("timestamps", f.timestamps),
-        ("cooperative_matrix", f.cooperative_matrix),
+        ("cooperative_matrix", f.cooperative_matrix > 0),
     ];
     let probe = |p: &device::Probe| ProbeReport {
         trap: p.trap,

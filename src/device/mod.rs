@@ -60,7 +60,7 @@ pub enum Class {
     Cpu,
     /// A GPU without usable matrix units: workgroup tiles.
     Simt,
-    /// 16x16 cooperative matrices.
+    /// A GPU with cooperative matrices: fragments on matrix units.
     Coop,
 }
 
@@ -133,8 +133,11 @@ pub struct Features {
     pub subgroups: bool,
     /// Invocations of a subgroup, where all have as many; else 0.
     pub subgroup_size: u32,
+    /// The most that one may have.
+    pub largest_subgroup: u32,
     pub timestamps: bool,
-    pub cooperative_matrix: bool,
+    /// Rows and columns of the matrices of f16 that a subgroup multiplies into f32 on matrix units: 16 or 8, or 0 without.
+    pub cooperative_matrix: u32,
     /// Compute capability times 10 of a CUDA device: 90 is 9.0.
     pub arch: u32,
 }

@@ -61,7 +61,9 @@ impl NullDevice {
                 i16: true,
                 i64: true,
                 subgroups: true,
-                subgroup_size: 8,
+                subgroup_size: if class == Class::Coop { 32 } else { 8 },
+                largest_subgroup: 32,
+                cooperative_matrix: if class == Class::Coop { 16 } else { 0 },
                 arch: 80,
                 ..Features::default()
             },

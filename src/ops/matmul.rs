@@ -228,7 +228,12 @@ impl Op for Matmul {
             plan::QUADS_TN,
             plan::QUADS_TT,
             plan::REGISTERS,
+            plan::COOP_16_OF_32,
+            plan::COOP_16_OF_64,
             plan::WORKGROUP,
+            plan::COOP_8_OF_8,
+            plan::COOP_8_OF_64,
+            plan::COOP_EMULATED,
             plan::NAIVE,
         ];
         KERNELS

@@ -144,12 +144,12 @@ pub fn open(index: usize, adapter: &wgpu::Adapter) -> Result<Opened> {
         | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS
         | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
     let mut required = offered & wanted;
-    if !cooperative_16(adapter) {
+    let cooperative_matrix = cooperative_matrix(adapter);
+    if cooperative_matrix == 0 {
         required.remove(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
     }
-    let cooperative = required.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
-    let experimental_features = if cooperative {
-        // SAFETY: cooperative matrices are used only by kernels of class `Coop`, whose shaders are ours and tested.
+    let experimental_features = if cooperative_matrix > 0 {
+        // SAFETY: cooperative matrices are used only by shaders of ours (`shaders/coop.wgsl`), which are tested.
         unsafe { wgpu::ExperimentalFeatures::enabled() }
     } else {
         wgpu::ExperimentalFeatures::disabled()
@@ -164,7 +164,7 @@ pub fn open(index: usize, adapter: &wgpu::Adapter) -> Result<Opened> {
     };
     let (device, queue) =
         pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| unavailable(e.to_string()))?;
-    let class = match (description.software, cooperative) {
+    let class = match (description.software, cooperative_matrix > 0) {
         (true, _) => Class::Cpu,
         (false, true) => Class::Coop,
         (false, false) => Class::Simt,
@@ -196,8 +196,9 @@ pub fn open(index: usize, adapter: &wgpu::Adapter) -> Result<Opened> {
             i64: required.contains(wgpu::Features::SHADER_INT64),
             subgroups: required.contains(wgpu::Features::SUBGROUP),
             subgroup_size,
+            largest_subgroup: most,
             timestamps: required.contains(timestamps),
-            cooperative_matrix: cooperative,
+            cooperative_matrix,
             arch: 0,
         },
         probes: Vec::new(),
@@ -205,12 +206,18 @@ pub fn open(index: usize, adapter: &wgpu::Adapter) -> Result<Opened> {
     Ok(Opened { device, queue, info, alignment: limits.min_storage_buffer_offset_alignment })
 }
 
-/// Whether 16x16x16 matrices of f16 with an f32 accumulator are there.
-fn cooperative_16(adapter: &wgpu::Adapter) -> bool {
+/// Rows and columns of the largest square matrices of f16 that are multiplied into f32; 0 where there are none.
+fn cooperative_matrix(adapter: &wgpu::Adapter) -> u32 {
     use wgpu::CooperativeScalarType::{F16, F32};
-    adapter.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
-        && adapter
-            .cooperative_matrix_properties()
-            .iter()
-            .any(|p| (p.m_size, p.n_size, p.k_size) == (16, 16, 16) && p.ab_type == F16 && p.cr_type == F32)
+    if !adapter.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX | wgpu::Features::SUBGROUP) {
+        return 0;
+    }
+    let offered = adapter.cooperative_matrix_properties();
+    let has = |size: &u32| {
+        let one = |p: &wgpu::CooperativeMatrixProperties| {
+            (p.m_size, p.n_size, p.k_size) == (*size, *size, *size) && p.ab_type == F16 && p.cr_type == F32
+        };
+        offered.iter().any(one)
+    };
+    [16, 8].into_iter().find(has).unwrap_or(0)
 }

@@ -17,6 +17,10 @@ const GROUPS: Source = cuda_source!("matmul_wgmma");
 
 /// The rung on subgroups stands in a file of its own, joined behind the other: it needs a feature that those do not.
 const LANES: Source = wgsl_source!("matmul_lanes");
+/// The rung on matrix units, one file to a size of fragments, and its emulation, which verifies it where there are none.
+const COOP_16: Source = wgsl_source!("matmul_coop_16");
+const COOP_8: Source = wgsl_source!("matmul_coop_8");
+const EMULATED: Source = wgsl_source!("matmul_coop_emulated");
 /// Lanes of the subgroups that it is written for: those of software Vulkan on processors with AVX2.
 const SUBGROUP: u32 = 8;
 
@@ -27,6 +31,8 @@ const TILE: Tile = (64, 64);
 const TALL_TILE: Tile = (128, 64);
 /// Of one subgroup.
 const LANES_TILE: Tile = (32, 32);
+/// Of fragments of 8 x 8; of 16 x 16 it is `TILE`.
+const COOP_8_TILE: Tile = (32, 32);
 const TENSOR_TILE: Tile = (128, 128);
 const WIDE_TILE: Tile = (128, 256);
 
@@ -64,6 +70,20 @@ pub(super) const REGISTERS: Kernel =
     wgsl("matmul_fwd_v2", &[], fits_registers, |p| plan(p, "matmul_fwd_v2", TILE, FOURTH));
 pub(super) const WORKGROUP: Kernel =
     gpu("matmul_fwd_v4", |p| unsplit(p, SHARED), |p| plan(p, "matmul_fwd_v4", TILE, SHARED));
+/// On an adapter whose largest subgroups are of 32 or 64. GPUs under Vulkan have fragments of 16 x 16; those of 8 x 8 are for `kernels
+/// tune` to choose: on software Vulkan they are for their numbers, and nobody has timed them on Metal.
+pub(super) const COOP_16_OF_32: Kernel =
+    coop("matmul_coop_16", COOP_16, &[("COOP_THREADS", 128.0)], |p| fits_coop(p, 16, 32), |p| coop_plan(p, TILE));
+pub(super) const COOP_16_OF_64: Kernel =
+    coop("matmul_coop_16", COOP_16, &[("COOP_THREADS", 256.0)], |p| fits_coop(p, 16, 64), |p| coop_plan(p, TILE));
+pub(super) const COOP_8_OF_8: Kernel =
+    coop("matmul_coop_8", COOP_8, &[("COOP_THREADS", 32.0)], |p| fits_coop(p, 8, 8), |p| coop_plan(p, COOP_8_TILE));
+pub(super) const COOP_8_OF_64: Kernel =
+    coop("matmul_coop_8", COOP_8, &[("COOP_THREADS", 256.0)], |p| fits_coop(p, 8, 64), |p| coop_plan(p, COOP_8_TILE));
+pub(super) const COOP_EMULATED: Kernel =
+    coop("matmul_coop_emulated", EMULATED, &[("COOP_THREADS", 32.0)], fits_emulated, |p| {
+        plan(p, COOP, TILE, EMULATED_RATE)
+    });
 pub(super) const NAIVE: Kernel = gpu("matmul_fwd", always, |p| plan(p, "matmul_fwd", NAIVE_TILE, ONE));
 
 /// Warp groups of compute capability 9.0 on 16-bit elements: wide tiles where they fill the GPU, in pairs of blocks that share b
@@ -94,6 +114,23 @@ const fn tensor(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Proble
     Kernel { name, code, dtypes: &[DType::F16, DType::Bf16], fits, plan }
 }
 
+const COOP: &str = "matmul_fwd_coop";
+
+const fn coop(
+    name: &'static str,
+    source: Source,
+    constants: Constants,
+    fits: fn(&Problem) -> bool,
+    plan: fn(&Problem) -> Plan,
+) -> Kernel {
+    let code = Code::Wgsl { source, entry: COOP, constants };
+    Kernel { name, code, dtypes: &[DType::F16], fits, plan }
+}
+
+fn coop_plan(p: &Problem, tile: Tile) -> Plan {
+    plan(p, COOP, tile, SHARED)
+}
+
 const fn quads(constants: Constants, fits: fn(&Problem) -> bool) -> Kernel {
     wgsl("matmul_fwd_v3", constants, fits, |p| plan(p, "matmul_fwd_v3", TALL_TILE, FOURTH))
 }
@@ -115,6 +152,9 @@ type Rate = (usize, usize);
 const ONE: Rate = (1, 1);
 const FOURTH: Rate = (1, 4);
 const SHARED: Rate = (33, 16);
+/// 32 of k take 64 iterations to load and 8 x 8 x 17 for the products of fragments: 36 each. The rest is for a tail shorter than that and
+/// for the end.
+const EMULATED_RATE: Rate = (40, 1);
 
 /// Iterations for `k`, with room for a tail shorter than one round of the outer loop.
 fn trips(k: usize, (iterations, steps): Rate) -> usize {
@@ -155,6 +195,21 @@ fn fits_lanes(p: &Problem, transpose_a: bool, transpose_b: bool) -> bool {
     p.info.features.subgroup_size == SUBGROUP
         && fits_quads(p, transpose_a, transpose_b)
         && layout(p).is_some_and(|(_, l)| l.m > LANES_TILE.0 / 2 && l.n.is_multiple_of(4))
+}
+
+/// Fragments of `size` rows, an adapter whose largest subgroups have `lanes` invocations.
+fn fits_coop(p: &Problem, size: u32, lanes: u32) -> bool {
+    let f = &p.info.features;
+    f.cooperative_matrix == size && f.largest_subgroup == lanes && unsplit(p, SHARED)
+}
+
+/// Every invocation computes whole rows of fragments: for little work.
+fn fits_emulated(p: &Problem) -> bool {
+    let little = |l: Layout| tiles(&l, TILE)[2] * l.k.div_ceil(32) <= 128;
+    p.info.class == Class::Cpu
+        && p.info.features.subgroup_size == SUBGROUP
+        && unsplit(p, EMULATED_RATE)
+        && layout(p).is_some_and(|(_, l)| little(l))
 }
 
 /// A matrix as its rows: the axis whose step is not 1, with the batch if it has one.
