@@ -3,12 +3,13 @@
 // grad:     da = dz bᵀ, db = aᵀ dz by matmul itself; dbias = column sums of dz
 // shapes:   fwd: a[B, M, K], b[B, K, N] (a4, b4: the same in fours), bias[N], y[B, M, N]; part: a, b, sums[B, M, N]; finish: sums[B, M, N], bias[N], y[B, M, N]
 // layout:   a and b by strides (any transpose; a shared matrix has batch stride 0), y contiguous
-// launch:   8x8 invocations, one output (v1), 16x8 (v3) or 8x8 each; batch in z; blocks of rows, columns and batch above 65,535 groups
+// launch:   8x8 invocations (v4: as its constants say), one output (v1), 16x8 (v3) or 8x8 each; batch in z; blocks of rows, columns and batch above 65,535 groups
 // cost:     2 B M N K flop
 // numerics: f32 sums in the order of k, cut in launches of k0..k1 where a driver limits loops; NaN passes through
 // source:   GELU: Hendrycks and Gimpel 2016
 // rungs:    v1 one output per invocation; v2 8x8 outputs in registers, k in fours, scalar loads of any stride, no barriers;
-//           v3 16x8 outputs, loads of four neighbours; v4 64x64 outputs per workgroup, 16 of k at a time in workgroup memory
+//           v3 16x8 outputs, loads of four neighbours; v4 8x8 outputs of each invocation of a workgroup (64x64 of
+//           all, 16 of k at a time in workgroup memory; other tiles and depths for `kernels tune`)
 
 struct MatmulParams {
     rows: u32, columns: u32,
@@ -244,9 +245,13 @@ fn matmul_fwd_v3(@builtin(global_invocation_id) gid: vec3<u32>) {
     matmul_put_tile(batch, row + 8u, column, t2);
 }
 
-// 64 x 16 of a and 16 x 64 of b, k-major.
-var<workgroup> matmul_tile_a: array<f32, 1024>;
-var<workgroup> matmul_tile_b: array<f32, 1024>;
+// Invocations down and across, 8x8 outputs each, and how much of k they share at a time.
+override TILE_DOWN: u32 = 8u;
+override TILE_ACROSS: u32 = 8u;
+override TILE_K: u32 = 16u;
+// k-major.
+var<workgroup> matmul_tile_a: array<f32, 8u * TILE_DOWN * TILE_K>;
+var<workgroup> matmul_tile_b: array<f32, 8u * TILE_ACROSS * TILE_K>;
 
 fn matmul_shared_a(at: u32) -> vec4<f32> {
     return vec4<f32>(matmul_tile_a[at], matmul_tile_a[at + 1u], matmul_tile_a[at + 2u], matmul_tile_a[at + 3u]);
@@ -256,39 +261,44 @@ fn matmul_shared_b(at: u32) -> vec4<f32> {
     return vec4<f32>(matmul_tile_b[at], matmul_tile_b[at + 1u], matmul_tile_b[at + 2u], matmul_tile_b[at + 3u]);
 }
 
-@compute @workgroup_size(8, 8)
+@compute @workgroup_size(TILE_ACROSS, TILE_DOWN)
 fn matmul_fwd_v4(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) lid: vec3<u32>) {
-    let first_row = matmul.first_row + group.y * 64u;
-    let first_column = matmul.first_column + group.x * 64u;
+    let rows = 8u * TILE_DOWN;
+    let columns = 8u * TILE_ACROSS;
+    let first_row = matmul.first_row + group.y * rows;
+    let first_column = matmul.first_column + group.x * columns;
     let batch = matmul.first_batch + group.z;
     let base_a = batch * matmul.a_batch;
     let base_b = batch * matmul.b_batch;
-    let id = lid.y * 8u + lid.x;
-    // Neighbouring invocations read neighbours in memory: 16 along k by 4 rows, or 64 rows.
+    let id = lid.y * TILE_ACROSS + lid.x;
+    let count = TILE_DOWN * TILE_ACROSS;
+    // Neighbouring invocations read neighbours in memory.
     let along_a = matmul.a_column == 1u;
     let along_b = matmul.b_row == 1u;
     var t: MatmulTile;
-    for (var k0 = 0u; k0 < matmul.k1; k0 += 16u) {
-        for (var part = 0u; part < 16u; part++) {
-            let ka = select(part, id & 15u, along_a);
-            let ra = select(id, part * 4u + (id >> 4u), along_a);
+    for (var k0 = 0u; k0 < matmul.k1; k0 += TILE_K) {
+        for (var i = id; i < rows * TILE_K; i += count) {
+            let ka = select(i / rows, i % TILE_K, along_a);
+            let ra = select(i % rows, i / TILE_K, along_a);
             var x = 0.0;
             if k0 + ka < matmul.k1 && first_row + ra < matmul.rows {
                 x = ld(matmul_a[base_a + (first_row + ra) * matmul.a_row + (k0 + ka) * matmul.a_column]);
             }
-            matmul_tile_a[ka * 64u + ra] = x;
-            let kb = select(part, id & 15u, along_b);
-            let cb = select(id, part * 4u + (id >> 4u), along_b);
-            x = 0.0;
+            matmul_tile_a[ka * rows + ra] = x;
+        }
+        for (var i = id; i < columns * TILE_K; i += count) {
+            let kb = select(i / columns, i % TILE_K, along_b);
+            let cb = select(i % columns, i / TILE_K, along_b);
+            var x = 0.0;
             if k0 + kb < matmul.k1 && first_column + cb < matmul.columns {
                 x = ld(matmul_b[base_b + (k0 + kb) * matmul.b_row + (first_column + cb) * matmul.b_column]);
             }
-            matmul_tile_b[kb * 64u + cb] = x;
+            matmul_tile_b[kb * columns + cb] = x;
         }
         workgroupBarrier();
-        for (var k = 0u; k < 16u; k++) {
-            let a = k * 64u + lid.y * 8u;
-            let b = k * 64u + lid.x * 8u;
+        for (var k = 0u; k < TILE_K; k++) {
+            let a = k * rows + lid.y * 8u;
+            let b = k * columns + lid.x * 8u;
             t = matmul_outer(t, matmul_shared_a(a), matmul_shared_a(a + 4u), matmul_shared_b(b), matmul_shared_b(b + 4u));
         }
         // The next tile may only overwrite this one once everybody has read it.

@@ -1,19 +1,21 @@
 // Products on matrix units: 4 COOP x 4 COOP outputs per workgroup of four subgroups, each with 2 x 2 fragments of them, 2 COOP of k at a time
 // in workgroup memory. Goes on from matmul.wgsl; COOP and what is done with fragments come with the files that are its records'.
 
-// Four subgroups of the largest size that the adapter has. Where they turn out smaller there are more, which repeat the first four: what all
-// of a workgroup meet must not depend on who they are.
+// Of the subgroup; the emulation asks for it.
+var<private> coop_lane: u32;
+// Four subgroups of the largest size that the adapter has. Where they turn out smaller there are more, which repeat the first four: whether
+// a workgroup meets at a barrier must not depend on who asks.
 override COOP_THREADS: u32 = 128u;
 const COOP_SIDE: u32 = 4u * COOP;
 const COOP_K: u32 = 2u * COOP;
-// Rows are padded against bank conflicts.
+// Rows are padded against bank conflicts, by eight: fragments must start at multiples of 16 bytes.
 const COOP_STEP_A: u32 = COOP_K + 8u;
 const COOP_STEP_B: u32 = COOP_SIDE + 8u;
 const COOP_FRAGMENT: u32 = COOP * COOP;
 var<workgroup> coop_tile_a: array<E, COOP_SIDE * COOP_STEP_A>;
 var<workgroup> coop_tile_b: array<E, COOP_K * COOP_STEP_B>;
-// One fragment of each subgroup.
-var<workgroup> coop_tile_c: array<f32, 4u * COOP_FRAGMENT>;
+// A fragment of each subgroup, and one that nobody reads for those that repeat.
+var<workgroup> coop_tile_c: array<f32, 5u * COOP_FRAGMENT>;
 
 // Rows of a from first_row and columns of b from first_column for COOP_K of k from k0, zeros past their ends.
 fn matmul_coop_load(id: u32, base_a: u32, base_b: u32, first_row: u32, first_column: u32, k0: u32) {
@@ -40,9 +42,9 @@ fn matmul_coop_load(id: u32, base_a: u32, base_b: u32, first_row: u32, first_col
 
 // Writes the sums of one fragment of each subgroup, `down` and `across` within what is the subgroup's.
 fn matmul_coop_put(id: u32, subgroup: u32, c: CoopC, batch: u32, first_row: u32, first_column: u32, down: u32, across: u32) {
-    // The last fragments have been written out by all.
+    // The fragments of the call before have been written out by all.
     workgroupBarrier();
-    coop_put(c, subgroup * COOP_FRAGMENT, COOP);
+    coop_put(c, min(subgroup, 4u) * COOP_FRAGMENT, COOP);
     workgroupBarrier();
     for (var i = id; i < 4u * COOP_FRAGMENT; i += COOP_THREADS) {
         let owner = i / COOP_FRAGMENT;
@@ -53,13 +55,12 @@ fn matmul_coop_put(id: u32, subgroup: u32, c: CoopC, batch: u32, first_row: u32,
 }
 
 @compute @workgroup_size(COOP_THREADS)
-fn matmul_fwd_coop(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) id: u32, @builtin(subgroup_id) any: u32, @builtin(subgroup_invocation_id) lane: u32) {
+fn matmul_fwd_coop(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) id: u32, @builtin(subgroup_id) subgroup: u32, @builtin(subgroup_invocation_id) lane: u32) {
     coop_lane = lane;
-    let subgroup = any % 4u;
     let first_row = matmul.first_row + group.y * COOP_SIDE;
     let first_column = matmul.first_column + group.x * COOP_SIDE;
     let batch = matmul.first_batch + group.z;
-    let row = subgroup / 2u * 2u * COOP;
+    let row = subgroup / 2u % 2u * 2u * COOP;
     let column = subgroup % 2u * 2u * COOP;
     var c00 = CoopC();
     var c01 = CoopC();

@@ -3,7 +3,7 @@
 // grad:     as matmul.wgsl
 // shapes:   as matmul.wgsl: a[B, M, K], b[B, K, N] (a4, b4: the same in fours), bias[N], y[B, M, N], sums[B, M, N]
 // layout:   as matmul.wgsl: a and b by strides, y contiguous
-// launch:   four subgroups of 8 to 64 invocations or more, 32x32 outputs; batch in z
+// launch:   four subgroups of the largest size (8 or 64), more where they are smaller, 32x32 outputs; batch in z
 // cost:     2 B M N K flop
 // numerics: products are exact in f32, sums in f32 in the order of the matrix unit, 8 of k at a time; NaN passes through
 // source:   -

@@ -3,9 +3,9 @@
 // grad:     as matmul.wgsl
 // shapes:   as matmul.wgsl: a[B, M, K], b[B, K, N] (a4, b4: the same in fours), bias[N], y[B, M, N], sums[B, M, N]
 // layout:   as matmul.wgsl: a and b by strides, y contiguous
-// launch:   four subgroups of 8 invocations, 64x64 outputs; batch in z
+// launch:   eight subgroups of 8 invocations, of which four repeat the others, 64x64 outputs; batch in z
 // cost:     2 B M N K flop
-// numerics: products are exact in f32, sums in f32 in the order of the k; NaN passes through
+// numerics: products are exact in f32, sums in f32 in the order of k; NaN passes through
 // source:   -
 // rungs:    coop: fragments of 16 x 16 emulated in subgroups of eight, for numbers, not for speed: one of a or b is where it lies in
 //           its tile, one of sums is spread over the lanes, two rows to each
@@ -14,8 +14,6 @@ const COOP = 16u;
 alias CoopA = vec2<u32>;
 alias CoopB = vec2<u32>;
 alias CoopC = array<vec4<f32>, 8>;
-
-var<private> coop_lane: u32;
 
 fn coop_a(at: u32, step: u32) -> CoopA { return CoopA(at, step); }
 fn coop_b(at: u32, step: u32) -> CoopB { return CoopB(at, step); }

@@ -424,7 +424,7 @@ fn prelude(element: DType) -> File {
 }
 
 /// Matrix units: what is joined of this file must say so before everything else.
-const COOP: File = File::own("coop.wgsl", include_str!("../shaders/coop.wgsl"));
+const COOP_FILE: File = File::own("coop.wgsl", include_str!("../shaders/coop.wgsl"));
 const ENABLE_COOP: &str = "enable wgpu_cooperative_matrix;\n";
 
 const LIBRARY: File = File::own("lib.wgsl", include_str!("../shaders/lib.wgsl"));
@@ -443,7 +443,7 @@ fn bases(file: File) -> &'static [File] {
         "binary_wide.wgsl" => &[BINARY, WIDE],
         "unary_wide.wgsl" => &[UNARY, WIDE],
         "matmul_lanes.wgsl" => &[MATMUL],
-        "matmul_coop_16.wgsl" | "matmul_coop_8.wgsl" => &[MATMUL, MATMUL_COOP, COOP],
+        "matmul_coop_16.wgsl" | "matmul_coop_8.wgsl" => &[MATMUL, MATMUL_COOP, COOP_FILE],
         "matmul_coop_emulated.wgsl" => &[MATMUL, MATMUL_COOP],
         "quant.wgsl" | "quant_matmul.wgsl" => &[RECIPROCAL],
         "attention_lanes.wgsl" => &[MATMUL, MATMUL_LANES],
@@ -462,7 +462,7 @@ pub struct Part {
 /// With `ESPALIER_SHADERS` set to a folder the files are read from there, so that a kernel can be tuned without a rebuild.
 pub fn assemble(file: File, element: DType) -> Result<(String, Vec<Part>)> {
     let (mut source, mut parts) = (String::new(), Vec::new());
-    if bases(file).iter().any(|base| base.name == COOP.name) {
+    if bases(file).iter().any(|base| base.name == COOP_FILE.name) {
         source += ENABLE_COOP;
     }
     for file in [prelude(element), LIBRARY].iter().chain(bases(file)).chain([&file]) {

@@ -76,6 +76,8 @@ fn describe(info: &Info) -> DeviceReport {
     let l = &info.limits;
     // No limit is written as none, not as the largest integer.
     let bounded = |n: u64| (n != u64::MAX && n != u64::from(u32::MAX)).then_some(n);
+    let some = |n: u32| (n > 0).then_some(u64::from(n));
+    let f = &info.features;
     let limits = [
         ("binding_bytes", bounded(l.binding_bytes)),
         ("buffer_bytes", bounded(l.buffer_bytes)),
@@ -84,8 +86,10 @@ fn describe(info: &Info) -> DeviceReport {
         ("groups_per_dimension", bounded(l.groups_per_dimension.into())),
         ("storage_buffers", bounded(l.storage_buffers.into())),
         ("loop_budget", l.loop_budget),
+        ("largest_subgroup", some(f.largest_subgroup)),
+        // Rows and columns.
+        ("cooperative_matrix", some(f.cooperative_matrix)),
     ];
-    let f = &info.features;
     let features = [
         ("f16", f.f16),
         ("i16", f.i16),

@@ -133,7 +133,7 @@ pub struct Features {
     pub subgroups: bool,
     /// Invocations of a subgroup, where all have as many; else 0.
     pub subgroup_size: u32,
-    /// The most that one may have.
+    /// The most that one may have, as the driver says: Metal says 64 always, wgpu 128 where a driver says nothing.
     pub largest_subgroup: u32,
     pub timestamps: bool,
     /// Rows and columns of the matrices of f16 that a subgroup multiplies into f32 on matrix units: 16 or 8, or 0 without.

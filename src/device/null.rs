@@ -61,9 +61,8 @@ impl NullDevice {
                 i16: true,
                 i64: true,
                 subgroups: true,
-                subgroup_size: if class == Class::Coop { 32 } else { 8 },
-                largest_subgroup: 32,
-                cooperative_matrix: if class == Class::Coop { 16 } else { 0 },
+                subgroup_size: 8,
+                largest_subgroup: 8,
                 arch: 80,
                 ..Features::default()
             },
@@ -72,6 +71,13 @@ impl NullDevice {
         let (allocations, launched) = (AtomicU64::new(0), AtomicU64::new(0));
         let bytes = Arc::default();
         Self { info, launches: Mutex::new(Vec::new()), allocations, launched, bytes, recorder: Recorder::new() }
+    }
+
+    /// The same with matrix units of `size` rows and columns, for subgroups of at most `largest` invocations.
+    pub fn with_matrix_units(mut self, size: u32, largest: u32) -> Self {
+        let features = &mut self.info.features;
+        (features.cooperative_matrix, features.subgroup_size, features.largest_subgroup) = (size, largest, largest);
+        self
     }
 
     /// Everything launched so far.

@@ -82,10 +82,14 @@ fn check(case: &Case, device: &Arc<dyn Device>, args: &Args) -> Vec<Outcome> {
     })
 }
 
+/// The command that repeats a case, with the variables that say which kernels run and how they are watched.
 fn replay(device: &str, outcome: &Outcome, grad: bool) -> String {
     let grad = if grad { " --grad" } else { "" };
+    let set = |name: &&str| std::env::var(name).ok().map(|value| format!("{name}='{value}' "));
+    let variables: String =
+        ["ESPALIER_SHADERS", "ESPALIER_SHADER_CHECKS", "ESPALIER_CUDA"].iter().filter_map(set).collect();
     let Outcome { op, label, seed, .. } = outcome;
-    format!("espalier kernels verify --device {device} --op {op} --case '{label}' --seed {seed}{grad}")
+    format!("{variables}espalier kernels verify --device {device} --op {op} --case '{label}' --seed {seed}{grad}")
 }
 
 pub fn run(global: &Global, args: &Args) -> Result<()> {

@@ -107,6 +107,7 @@ impl Watch<'_> {
                     range.for_each(|access| self.access(access, &mut watched));
                     continue;
                 }
+                Statement::CooperativeStore { target, data } => self.fragment(*target, *data, &mut watched),
                 Statement::Block(inner) => self.inner(inner),
                 Statement::If { accept, reject, .. } => {
                     self.inner(accept);
@@ -129,27 +130,63 @@ impl Watch<'_> {
         *block = self.block(body);
     }
 
-    /// `if index >= length { atomicMax(&notes[site], max(index - length + 1, 1)) }`, where the index or the length is known only when the
-    /// kernel runs.
+    /// Watches what an expression indexes, where the index or the length is known only when the kernel runs.
     fn access(&mut self, access: Handle<Expression>, block: &mut Block) {
         let (base, index) = match self.function.expressions[access] {
             Expression::Access { base, index } => (base, Index::Computed(index)),
             Expression::AccessIndex { base, index } => (base, Index::Known(index)),
+            Expression::CooperativeLoad { data, .. } => return self.fragment(access, data, block),
             _ => return,
         };
-        let site = self.sites.len() as u32;
         let Some(size) = self.size(self.info[base].ty.inner_with(self.types)) else { return };
-        let add = |function: &mut naga::Function, e| function.expressions.append(e, Span::UNDEFINED);
         let (index, signed) = match (index, size) {
-            (Index::Computed(index), _) => {
-                (index, self.info[index].ty.inner_with(self.types).scalar_kind() == Some(ScalarKind::Sint))
-            }
+            (Index::Computed(index), _) => (index, self.signed(index)),
             // Of other arrays the front end knows both.
             (Index::Known(index), ArraySize::Dynamic | ArraySize::Pending(_)) => {
-                (add(self.function, Expression::Literal(Literal::U32(index))), false)
+                (self.add(Expression::Literal(Literal::U32(index))), false)
             }
             (Index::Known(_), ArraySize::Constant(_)) => return,
         };
+        self.compare(access, (base, size), (index, signed), block);
+    }
+
+    /// Watches the last element that a fragment of matrix units reaches; its first is indexed in plain sight.
+    fn fragment(&mut self, matrix: Handle<Expression>, data: naga::CooperativeData, block: &mut Block) {
+        let Expression::Access { base, index } = self.function.expressions[data.pointer] else { return };
+        let Some(size) = self.size(self.info[base].ty.inner_with(self.types)) else { return };
+        let TypeInner::CooperativeMatrix { columns, rows, .. } = *self.info[matrix].ty.inner_with(self.types) else {
+            return;
+        };
+        let (steps, along) = if data.row_major { (rows, columns) } else { (columns, rows) };
+        let [steps, along] = [steps, along].map(|n| self.add(Expression::Literal(Literal::U32(n as u32 - 1))));
+        let binary = |op, left, right| Expression::Binary { op, left, right };
+        let first = self.add(Expression::As { expr: index, kind: ScalarKind::Uint, convert: None });
+        let down = self.add(binary(BinaryOperator::Multiply, data.stride, steps));
+        let row = self.add(binary(BinaryOperator::Add, first, down));
+        let last = self.add(binary(BinaryOperator::Add, row, along));
+        block.push(Statement::Emit(Range::new_from_bounds(first, last)), Span::UNDEFINED);
+        self.compare(data.pointer, (base, size), (last, false), block);
+    }
+
+    fn add(&mut self, e: Expression) -> Handle<Expression> {
+        self.function.expressions.append(e, Span::UNDEFINED)
+    }
+
+    fn signed(&self, index: Handle<Expression>) -> bool {
+        self.info[index].ty.inner_with(self.types).scalar_kind() == Some(ScalarKind::Sint)
+    }
+
+    /// `if index >= length { atomicMax(&notes[site], max(index - length + 1, 1)) }` for the array that `place` indexes; an index and whether it
+    /// has a sign.
+    fn compare(
+        &mut self,
+        place: Handle<Expression>,
+        (base, size): (Handle<Expression>, ArraySize),
+        (index, signed): (Handle<Expression>, bool),
+        block: &mut Block,
+    ) {
+        let site = self.sites.len() as u32;
+        let add = |function: &mut naga::Function, e| function.expressions.append(e, Span::UNDEFINED);
         let unsigned = |expr| Expression::As { expr, kind: ScalarKind::Uint, convert: None };
 
         let one = add(self.function, Expression::Literal(Literal::U32(1)));
@@ -184,7 +221,7 @@ impl Watch<'_> {
         let then = Block::from_vec(vec![max]);
         block.push(Statement::If { condition: past, accept: then, reject: Block::new() }, Span::UNDEFINED);
 
-        let location = self.function.expressions.get_span(access).location(self.names.source);
+        let location = self.function.expressions.get_span(place).location(self.names.source);
         self.sites.push(Site { array: self.name(base), line: location.line_number });
     }
 
@@ -293,6 +330,19 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
         sorted.0.sort_unstable();
         sorted.1.sort_unstable();
         assert_eq!(sorted.0, sorted.1);
+        let mut validator = naga::valid::Validator::new(Default::default(), naga::valid::Capabilities::all());
+        validator.validate(&module).unwrap();
+    }
+
+    #[test]
+    fn a_fragment_is_watched_from_its_first_element_to_its_last() {
+        let file = File::new("matmul_coop_8.wgsl", include_str!("../../../shaders/matmul_coop_8.wgsl"));
+        let (shader, mut module, info) = Shader::parse_module(file, DType::F16).unwrap();
+        let sites = watch(file.name, &shader.source, &mut module, &info).unwrap();
+        let fragments = sites.iter().filter(|site| place(&shader.parts, site.line).0 == "coop.wgsl");
+        let mut found: Vec<_> = fragments.map(|site| site.array.as_str()).collect();
+        found.sort_unstable();
+        assert_eq!(found, ["coop_tile_a", "coop_tile_a", "coop_tile_b", "coop_tile_b", "coop_tile_c", "coop_tile_c"]);
         let mut validator = naga::valid::Validator::new(Default::default(), naga::valid::Capabilities::all());
         validator.validate(&module).unwrap();
     }

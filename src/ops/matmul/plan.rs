@@ -1,5 +1,7 @@
 //! Records of the matrix product and their launches.
 
+use std::ops::RangeInclusive;
+
 use super::{Epilogue, Layout, Matmul};
 use crate::device::Class;
 use crate::dtype::DType;
@@ -69,20 +71,28 @@ pub(super) const LANES_TT: Kernel = lanes(TT, |p| fits_lanes(p, true, true));
 pub(super) const REGISTERS: Kernel =
     wgsl("matmul_fwd_v2", &[], fits_registers, |p| plan(p, "matmul_fwd_v2", TILE, FOURTH));
 pub(super) const WORKGROUP: Kernel =
-    gpu("matmul_fwd_v4", |p| unsplit(p, SHARED), |p| plan(p, "matmul_fwd_v4", TILE, SHARED));
-/// On an adapter whose largest subgroups are of 32 or 64. GPUs under Vulkan have fragments of 16 x 16; those of 8 x 8 are for `kernels
-/// tune` to choose: on software Vulkan they are for their numbers, and nobody has timed them on Metal.
+    gpu(TILED, |p| unsplit(p, Tiled::<8, 8, 16>::RATE), |p| plan(p, TILED, TILE, Tiled::<8, 8, 16>::RATE));
+/// Fragments of 16 x 16, which GPUs have under Vulkan, in four subgroups of the largest size. They stand behind the rung that every GPU
+/// runs, so that only `kernels tune` takes them, where they are faster and agree: no GPU has verified them yet, and the barriers that
+/// naga writes under Vulkan's memory model say less than it asks for.
 pub(super) const COOP_16_OF_32: Kernel =
-    coop("matmul_coop_16", COOP_16, &[("COOP_THREADS", 128.0)], |p| fits_coop(p, 16, 32), |p| coop_plan(p, TILE));
+    coop("matmul_coop_16", COOP_16, &[("COOP_THREADS", 128.0)], |p| fits_coop(p, 16, 1..=32), |p| coop_plan(p, TILE));
 pub(super) const COOP_16_OF_64: Kernel =
-    coop("matmul_coop_16", COOP_16, &[("COOP_THREADS", 256.0)], |p| fits_coop(p, 16, 64), |p| coop_plan(p, TILE));
+    coop("matmul_coop_16", COOP_16, &[("COOP_THREADS", 256.0)], |p| fits_coop(p, 16, 33..=64), |p| coop_plan(p, TILE));
+/// Fragments of 8 x 8: software Vulkan's subgroups of eight, and Metal, which names 64 for subgroups of 32, so that half of them repeat.
 pub(super) const COOP_8_OF_8: Kernel =
-    coop("matmul_coop_8", COOP_8, &[("COOP_THREADS", 32.0)], |p| fits_coop(p, 8, 8), |p| coop_plan(p, COOP_8_TILE));
-pub(super) const COOP_8_OF_64: Kernel =
-    coop("matmul_coop_8", COOP_8, &[("COOP_THREADS", 256.0)], |p| fits_coop(p, 8, 64), |p| coop_plan(p, COOP_8_TILE));
+    coop("matmul_coop_8", COOP_8, &[("COOP_THREADS", 32.0)], |p| fits_coop(p, 8, 1..=8), |p| coop_plan(p, COOP_8_TILE));
+pub(super) const COOP_8_OF_64: Kernel = coop(
+    "matmul_coop_8",
+    COOP_8,
+    &[("COOP_THREADS", 256.0)],
+    |p| fits_coop(p, 8, 9..=64),
+    |p| coop_plan(p, COOP_8_TILE),
+);
+/// Twice four subgroups, so that repeating ones are verified too.
 pub(super) const COOP_EMULATED: Kernel =
-    coop("matmul_coop_emulated", EMULATED, &[("COOP_THREADS", 32.0)], fits_emulated, |p| {
-        plan(p, COOP, TILE, EMULATED_RATE)
+    coop("matmul_coop_emulated", EMULATED, &[("COOP_THREADS", 64.0)], fits_emulated, |p| {
+        plan(p, COOP_ENTRY, TILE, EMULATED_RATE)
     });
 pub(super) const NAIVE: Kernel = gpu("matmul_fwd", always, |p| plan(p, "matmul_fwd", NAIVE_TILE, ONE));
 
@@ -114,7 +124,33 @@ const fn tensor(name: &'static str, fits: fn(&Problem) -> bool, plan: fn(&Proble
     Kernel { name, code, dtypes: &[DType::F16, DType::Bf16], fits, plan }
 }
 
-const COOP: &str = "matmul_fwd_coop";
+const TILED: &str = "matmul_fwd_v4";
+
+/// The workgroup rung with `DOWN` x `ACROSS` invocations of 8 x 8 outputs, `K` of k at a time, for `kernels tune`: which suits an adapter
+/// is not to be known, and the best is 1.3 to 2 times as fast as one for all (llama.cpp's pull request 22241).
+pub(super) struct Tiled<const DOWN: usize, const ACROSS: usize, const K: usize>;
+
+impl<const DOWN: usize, const ACROSS: usize, const K: usize> Tiled<DOWN, ACROSS, K> {
+    /// An outer loop with loops that load rows of a, columns of b, and add products.
+    const RATE: Rate =
+        Rate { iterations: (8 * K).div_ceil(ACROSS) + (8 * K).div_ceil(DOWN) + K + 1, steps: K, end: 40 };
+    const TILE: Tile = (8 * DOWN, 8 * ACROSS);
+    /// What every WebGPU adapter grants: 256 invocations, 16 KB.
+    const CONSTANTS: Constants = {
+        assert!(DOWN * ACROSS <= 256 && (DOWN + ACROSS) * 8 * K * 4 <= 16 << 10);
+        &[("TILE_DOWN", DOWN as f64), ("TILE_ACROSS", ACROSS as f64), ("TILE_K", K as f64)]
+    };
+    pub(super) const KERNEL: Kernel = Kernel {
+        name: TILED,
+        code: Code::Wgsl { source: SOURCE, entry: TILED, constants: Self::CONSTANTS },
+        dtypes: DType::FLOATS,
+        // On software adapters only to be verified.
+        fits: |p| unsplit(p, Self::RATE) && (p.info.class != Class::Cpu || little(p)),
+        plan: |p| plan(p, TILED, Self::TILE, Self::RATE),
+    };
+}
+
+const COOP_ENTRY: &str = "matmul_fwd_coop";
 
 const fn coop(
     name: &'static str,
@@ -123,12 +159,12 @@ const fn coop(
     fits: fn(&Problem) -> bool,
     plan: fn(&Problem) -> Plan,
 ) -> Kernel {
-    let code = Code::Wgsl { source, entry: COOP, constants };
+    let code = Code::Wgsl { source, entry: COOP_ENTRY, constants };
     Kernel { name, code, dtypes: &[DType::F16], fits, plan }
 }
 
 fn coop_plan(p: &Problem, tile: Tile) -> Plan {
-    plan(p, COOP, tile, SHARED)
+    plan(p, COOP_ENTRY, tile, COOP_RATE)
 }
 
 const fn quads(constants: Constants, fits: fn(&Problem) -> bool) -> Kernel {
@@ -146,24 +182,30 @@ fn layout(p: &Problem) -> Option<(Matmul, Layout)> {
     Some((op, op.layout(&p.inputs[0], &p.inputs[1]).ok()?.0))
 }
 
-/// Loop iterations of one invocation per step of k, as a fraction: one, one for four of k, or two inner loops of 16 in
-/// an outer one.
-type Rate = (usize, usize);
-const ONE: Rate = (1, 1);
-const FOURTH: Rate = (1, 4);
-const SHARED: Rate = (33, 16);
-/// 32 of k take 64 iterations to load and 8 x 8 x 17 for the products of fragments: 36 each. The rest is for a tail shorter than that and
-/// for the end.
-const EMULATED_RATE: Rate = (40, 1);
+/// Loop iterations of one invocation: `iterations` for every `steps` of k that are begun, and at most `end` besides.
+#[derive(Clone, Copy)]
+struct Rate {
+    iterations: usize,
+    steps: usize,
+    end: usize,
+}
 
-/// Iterations for `k`, with room for a tail shorter than one round of the outer loop.
-fn trips(k: usize, (iterations, steps): Rate) -> usize {
-    k * iterations / steps + 40
+const ONE: Rate = Rate { iterations: 1, steps: 1, end: 40 };
+const FOURTH: Rate = Rate { iterations: 1, steps: 4, end: 40 };
+/// For two steps of fragments 16 elements to load and two products, in an outer loop; for the end four times eight elements to store.
+const COOP_RATE: Rate = Rate { iterations: 19, steps: 16, end: 40 };
+/// 32 elements to load and eight products of fragments in two steps, each with eight fours of sums over 16 of k; for the end four fragments, each
+/// of eight fours of sums and 16 elements to store.
+const EMULATED_RATE: Rate = Rate { iterations: 32 + 8 * 8 * 17 + 3, steps: 32, end: 4 * (8 * 5 + 16) };
+
+fn trips(k: usize, rate: Rate) -> usize {
+    k.div_ceil(rate.steps) * rate.iterations + rate.end
 }
 
 /// Longest k that one invocation may run through.
-fn longest(p: &Problem, (iterations, steps): Rate) -> usize {
-    p.info.limits.loop_budget.map_or(usize::MAX, |budget| (budget as usize - 40) * steps / iterations)
+fn longest(p: &Problem, rate: Rate) -> usize {
+    let rounds = |budget: u64| (budget as usize).saturating_sub(rate.end) / rate.iterations;
+    p.info.limits.loop_budget.map_or(usize::MAX, |budget| rounds(budget) * rate.steps)
 }
 
 /// Whether no launch needs its k cut: only the naive rung can.
@@ -197,19 +239,20 @@ fn fits_lanes(p: &Problem, transpose_a: bool, transpose_b: bool) -> bool {
         && layout(p).is_some_and(|(_, l)| l.m > LANES_TILE.0 / 2 && l.n.is_multiple_of(4))
 }
 
-/// Fragments of `size` rows, an adapter whose largest subgroups have `lanes` invocations.
-fn fits_coop(p: &Problem, size: u32, lanes: u32) -> bool {
+/// Fragments of `size` rows and columns, for an adapter whose largest subgroups have that many `lanes`. Four of 128 would be more than a
+/// workgroup.
+fn fits_coop(p: &Problem, size: u32, lanes: RangeInclusive<u32>) -> bool {
     let f = &p.info.features;
-    f.cooperative_matrix == size && f.largest_subgroup == lanes && unsplit(p, SHARED)
+    f.cooperative_matrix == size && lanes.contains(&f.largest_subgroup) && unsplit(p, COOP_RATE)
 }
 
-/// Every invocation computes whole rows of fragments: for little work.
+/// Slow, so only for small products: it is there to be verified.
 fn fits_emulated(p: &Problem) -> bool {
-    let little = |l: Layout| tiles(&l, TILE)[2] * l.k.div_ceil(32) <= 128;
-    p.info.class == Class::Cpu
-        && p.info.features.subgroup_size == SUBGROUP
-        && unsplit(p, EMULATED_RATE)
-        && layout(p).is_some_and(|(_, l)| little(l))
+    p.info.class == Class::Cpu && p.info.features.subgroup_size == SUBGROUP && unsplit(p, EMULATED_RATE) && little(p)
+}
+
+fn little(p: &Problem) -> bool {
+    layout(p).is_some_and(|(_, l)| tiles(&l, TILE)[2] * l.k.div_ceil(32) <= 128)
 }
 
 /// A matrix as its rows: the axis whose step is not 1, with the batch if it has one.
@@ -309,7 +352,7 @@ fn fits_tensor(p: &Problem) -> bool {
 
 /// Bytes of shared memory: four stages of 32 of k of both operands.
 fn tensor_plan(p: &Problem, entry: &'static str, tile: Tile) -> Plan {
-    let mut plan = plan(p, entry, tile, SHARED);
+    let mut plan = plan(p, entry, tile, ONE);
     plan.launches.iter_mut().for_each(|launch| launch.shared = ((tile.0 + tile.1) * 4 * 32 * 2) as u32);
     plan
 }
