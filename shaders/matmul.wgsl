@@ -249,9 +249,12 @@ fn matmul_fwd_v3(@builtin(global_invocation_id) gid: vec3<u32>) {
 override TILE_DOWN: u32 = 8u;
 override TILE_ACROSS: u32 = 8u;
 override TILE_K: u32 = 16u;
+// Sizes by name: naga cannot compare an index with a length that is an expression of others.
+override TILE_A: u32 = 8u * TILE_DOWN * TILE_K;
+override TILE_B: u32 = 8u * TILE_ACROSS * TILE_K;
 // k-major.
-var<workgroup> matmul_tile_a: array<f32, 8u * TILE_DOWN * TILE_K>;
-var<workgroup> matmul_tile_b: array<f32, 8u * TILE_ACROSS * TILE_K>;
+var<workgroup> matmul_tile_a: array<f32, TILE_A>;
+var<workgroup> matmul_tile_b: array<f32, TILE_B>;
 
 fn matmul_shared_a(at: u32) -> vec4<f32> {
     return vec4<f32>(matmul_tile_a[at], matmul_tile_a[at + 1u], matmul_tile_a[at + 2u], matmul_tile_a[at + 3u]);

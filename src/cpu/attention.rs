@@ -8,6 +8,7 @@ pub mod tile;
 
 use tile::{Left, Vector, product};
 
+use super::gemm::{View, pack_columns};
 use super::scratch::scratch;
 use super::{Args, float_kernel};
 use crate::dtype::{DType, Float};
@@ -192,14 +193,9 @@ fn load<T: Float>(row: &[T], factor: f32, out: &mut [f32]) {
 }
 
 /// Up to [`PANEL`] packed rows `[rows, padded]` transposed to `[D, PANEL]`, zero beyond the rows.
-#[inline(always)]
 pub(crate) fn transpose(source: &[f32], (padded, dim): (usize, usize), out: &mut [f32]) {
     let rows = source.len() / padded;
-    for (d, out) in out.as_chunks_mut::<PANEL>().0.iter_mut().take(dim).enumerate() {
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = if i < rows { source[i * padded + d] } else { 0.0 };
-        }
-    }
+    pack_columns(View::transposed(source, padded), (0, rows), dim, PANEL, &mut out[..dim * PANEL]);
 }
 
 /// How many keys of the block from `start` each query of a panel sees, the fewest and the most of them by half panel.

@@ -252,7 +252,7 @@ fn fits_emulated(p: &Problem) -> bool {
 }
 
 fn little(p: &Problem) -> bool {
-    layout(p).is_some_and(|(_, l)| tiles(&l, TILE)[2] * l.k.div_ceil(32) <= 128)
+    layout(p).is_some_and(|(_, l)| tiles(&l, TILE)[2] * l.k.div_ceil(32) <= 16)
 }
 
 /// A matrix as its rows: the axis whose step is not 1, with the batch if it has one.
