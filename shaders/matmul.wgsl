@@ -280,7 +280,8 @@ fn matmul_fwd_v4(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocat
     let along_b = matmul.b_row == 1u;
     var t: MatmulTile;
     for (var k0 = 0u; k0 < matmul.k1; k0 += TILE_K) {
-        for (var i = id; i < rows * TILE_K; i += count) {
+        for (var part = 0u; part < TILE_A; part += count) {
+            let i = part + id;
             let ka = select(i / rows, i % TILE_K, along_a);
             let ra = select(i % rows, i / TILE_K, along_a);
             var x = 0.0;
@@ -289,7 +290,8 @@ fn matmul_fwd_v4(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocat
             }
             matmul_tile_a[ka * rows + ra] = x;
         }
-        for (var i = id; i < columns * TILE_K; i += count) {
+        for (var part = 0u; part < TILE_B; part += count) {
+            let i = part + id;
             let kb = select(i / columns, i % TILE_K, along_b);
             let cb = select(i % columns, i / TILE_K, along_b);
             var x = 0.0;

@@ -14,7 +14,7 @@ const COOP_STEP_B: u32 = COOP_SIDE + 8u;
 const COOP_FRAGMENT: u32 = COOP * COOP;
 var<workgroup> coop_tile_a: array<E, COOP_SIDE * COOP_STEP_A>;
 var<workgroup> coop_tile_b: array<E, COOP_K * COOP_STEP_B>;
-// A fragment of each subgroup, and one that nobody reads for those that repeat.
+// A fragment of each subgroup, and one for those that repeat, which may overwrite each other's there: nobody reads it.
 var<workgroup> coop_tile_c: array<f32, 5u * COOP_FRAGMENT>;
 
 // Rows of a from first_row and columns of b from first_column for COOP_K of k from k0, zeros past their ends.

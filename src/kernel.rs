@@ -140,6 +140,15 @@ impl Kernel {
         Self { name, code: Code::Cpu(run), dtypes, fits: always, plan: Plan::once }
     }
 
+    /// The name and constants, which tell the records of one op apart.
+    pub fn label(&self) -> String {
+        let constants = match self.code {
+            Code::Gpu { constants, .. } | Code::Wgsl { constants, .. } | Code::Cuda { constants, .. } => constants,
+            Code::Cpu(_) => &[],
+        };
+        constants.iter().fold(self.name.to_string(), |label, (name, value)| format!("{label} {name}={value}"))
+    }
+
     /// The WGSL entry, where there is one.
     pub fn wgsl(&self) -> Option<Entry> {
         match self.code {

@@ -13,7 +13,7 @@ use crate::console;
 use crate::device::{Info, cache_place};
 use crate::error::{Error, Result};
 use crate::json;
-use crate::kernel::{Code, Kernel, Problem};
+use crate::kernel::{Kernel, Problem};
 
 /// What was measured of one kind of problem.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,17 +51,8 @@ impl Table {
     /// The kernel that was chosen for a problem; `None` where nothing was measured, or it no longer fits.
     pub fn choice(&self, problem: &Problem) -> Option<&'static Kernel> {
         let choice = self.choices.get(&kind(problem)?)?;
-        problem.fitting().find(|kernel| label(kernel) == choice.kernel)
+        problem.fitting().find(|kernel| kernel.label() == choice.kernel)
     }
-}
-
-/// A record's name and constants, which tell the kernels of one op apart.
-pub fn label(kernel: &Kernel) -> String {
-    let constants = match kernel.code {
-        Code::Gpu { constants, .. } | Code::Wgsl { constants, .. } | Code::Cuda { constants, .. } => constants,
-        Code::Cpu(_) => &[],
-    };
-    constants.iter().fold(kernel.name.to_string(), |label, (name, value)| format!("{label} {name}={value}"))
 }
 
 /// What problems share a choice: op, element type, extents up to the next powers of two, and the first record that fits, which
@@ -70,7 +61,7 @@ pub fn kind(problem: &Problem) -> Option<String> {
     let extent = |n: &usize| n.next_power_of_two().to_string();
     let shape = |dims: &[usize]| dims.iter().map(extent).collect::<Vec<_>>().join("x");
     let shapes: Vec<String> = problem.inputs.iter().map(|m| shape(m.dims())).collect();
-    let first = label(problem.fitting().next()?);
+    let first = problem.fitting().next()?.label();
     Some(format!("{} {} {}{OF}{first}", problem.op.name(), problem.element, shapes.join(" ")))
 }
 
@@ -183,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_table_chooses_for_its_kind_alone() {
-        let last = |problem: &Problem| chosen(&kind(problem).unwrap(), &label(problem.fitting().last().unwrap()));
+        let last = |problem: &Problem| chosen(&kind(problem).unwrap(), &problem.fitting().last().unwrap().label());
         let table = with_problem(false, 96, last);
         let taken = |problem: &Problem| table.choice(problem).map(|kernel| kernel.name);
         assert_eq!(with_problem(false, 96, taken), Some("matmul_fwd"));

@@ -33,8 +33,8 @@ pub enum Verdict {
 #[derive(Clone, Debug)]
 pub struct Outcome {
     pub op: &'static str,
-    /// The kernel record, or "gradient".
-    pub kernel: &'static str,
+    /// The kernel record with its constants, or "gradient".
+    pub kernel: String,
     pub label: String,
     pub seed: u64,
     pub verdict: Verdict,
@@ -68,14 +68,14 @@ pub fn forward(case: &Case, device: &Arc<dyn Device>, seed: u64) -> Vec<Outcome>
     let metas = case.metas();
     let out_metas = match case.op.infer(&metas) {
         Ok(metas) => metas,
-        Err(e) => return vec![outcome("infer", Verdict::Failed(e.to_string()))],
+        Err(e) => return vec![outcome("infer".into(), Verdict::Failed(e.to_string()))],
     };
     let element = case.op.element(&metas, &out_metas);
     let problem = Problem { op: case.op.as_ref(), inputs: &metas, outputs: &out_metas, element, info: device.info() };
     let kernels = dispatch::candidates(&problem);
     if kernels.is_empty() {
         let reason = format!("no {element} kernel fits on {}", device.info().id);
-        return vec![outcome("none", Verdict::Skipped(reason))];
+        return vec![outcome("none".into(), Verdict::Skipped(reason))];
     }
     let values: Vec<Vec<f64>> = case.inputs.iter().enumerate().map(|(i, input)| draw(input, seed, i)).collect();
     let mut expected = reference(case, &values);
@@ -86,7 +86,7 @@ pub fn forward(case: &Case, device: &Arc<dyn Device>, seed: u64) -> Vec<Outcome>
         Ok(got) => compare(case, case.tolerance, &out_metas, &expected, &got),
         Err(e) => Verdict::Failed(e.to_string()),
     };
-    kernels.into_iter().map(|k| outcome(k.name, check(k))).collect()
+    kernels.into_iter().map(|k| outcome(k.label(), check(k))).collect()
 }
 
 /// The reference's outputs on these inputs.
@@ -316,7 +316,7 @@ pub fn gradient(case: &Case, device: &Arc<dyn Device>, seed: u64) -> Outcome {
         Ok(verdict) => verdict,
         Err(e) => Verdict::Failed(e.to_string()),
     };
-    Outcome { op: case.op.name(), kernel: "gradient", label: case.label(), seed, verdict }
+    Outcome { op: case.op.name(), kernel: "gradient".into(), label: case.label(), seed, verdict }
 }
 
 fn check_gradient(case: &Case, device: &Arc<dyn Device>, seed: u64) -> Result<Verdict> {

@@ -141,7 +141,7 @@ fn never_run(device: &Arc<dyn Device>) -> BTreeSet<String> {
         with(case, device, |p| dispatch::candidates(p).into_iter().filter_map(|k| name(k, p.element)).collect())
     };
     let run: BTreeSet<String> = cases.iter().flat_map(run).collect();
-    // Subgroups of eight, as this test asks for, have one way with theirs.
+    // Subgroups of eight, as this test asks for, take one record alone.
     let units = device.info().features.cooperative_matrix;
     let others = |rung: &&String| {
         let own = format!("matmul_coop_{units} [(\"COOP_THREADS\", 32.0)]");

@@ -240,7 +240,7 @@ impl Op for Matmul {
             // For few rows.
             plan::Tiled::<4, 16, 16>::KERNEL,
             plan::Tiled::<2, 32, 8>::KERNEL,
-            plan::Tiled::<1, 64, 4>::KERNEL,
+            plan::Tiled::<1, 32, 8>::KERNEL,
             plan::COOP_16_OF_32,
             plan::COOP_16_OF_64,
             plan::COOP_8_OF_8,

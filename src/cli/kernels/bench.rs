@@ -361,13 +361,13 @@ fn bench(
     let time = |kernel: &'static Kernel| -> Result<BenchRecord> {
         let mut record = blank(case, device, args)?;
         record.supported = true;
-        record.kernel = kernel.name.into();
+        record.kernel = kernel.label();
         record.kernel_hash = source_hash(kernel, device.info().kind);
         record.error_metric = "verified against the f64 reference".into();
         let verdict = if sampled {
             Some(sampled::check(&mut record, large, &encoded, kernel, device)?)
         } else {
-            verdicts.iter().find(|o| o.kernel == kernel.name).map(|o| o.verdict.clone())
+            verdicts.iter().find(|o| o.kernel == kernel.label()).map(|o| o.verdict.clone())
         };
         if let Some(Verdict::Failed(reason)) = verdict {
             // A wrong kernel has no time.
@@ -384,7 +384,7 @@ fn bench(
     for kernel in rungs {
         records.push(time(kernel)?);
     }
-    let last = records.last().filter(|r| r.passed && r.kernel == naive.name);
+    let last = records.last().filter(|r| r.passed && r.kernel == naive.label());
     let slowest = last.map(|r| r.median_us);
     for record in &mut records {
         record.naive_ratio =

@@ -147,7 +147,7 @@ fn compare(
     };
     let best = (1..worth.len()).max_by(|&a, &b| gain(a).total_cmp(&gain(b))).unwrap_or(0);
     let taken = if gain(best) * (1.0 - GAIN) > 1.0 { best } else { 0 };
-    let timed = worth.iter().zip(&times).map(|(k, times)| Timed { kernel: tuned::label(k), us: 1e6 * median(times) });
+    let timed = worth.iter().zip(&times).map(|(k, times)| Timed { kernel: k.label(), us: 1e6 * median(times) });
     let timed: Vec<Timed> = timed.collect();
     let choice = Choice { kernel: timed[taken].kernel.clone(), us: timed[taken].us, first_us: timed[0].us };
     Ok(Some(Compared { op: case.op.name(), case: case.label(), kind, choice, fit: fitting.len(), timed }))
@@ -182,7 +182,7 @@ fn agreeing(
         match verify::compare(&case, case.tolerance, &metas, &wanted, &results(kernel)?) {
             Verdict::Passed => agreeing.push((kernel, once(kernel)?)),
             Verdict::Failed(reason) | Verdict::Skipped(reason) => {
-                console::warn(format_args!("{} [{}]: {reason}", case.label(), tuned::label(kernel)));
+                console::warn(format_args!("{} [{}]: {reason}", case.label(), kernel.label()));
             }
         }
     }

@@ -42,7 +42,7 @@ fn jobs(text: &str) -> std::result::Result<usize, String> {
 #[derive(Serialize)]
 struct Failure {
     op: &'static str,
-    kernel: &'static str,
+    kernel: String,
     case: String,
     seed: u64,
     reason: String,
@@ -78,14 +78,15 @@ fn check(case: &Case, device: &Arc<dyn Device>, args: &Args) -> Vec<Outcome> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
         let verdict = Verdict::Failed(format!("panicked: {}", text.unwrap_or("without a message")));
-        vec![Outcome { op: case.op.name(), kernel: "any", label: case.label(), seed: args.seed, verdict }]
+        vec![Outcome { op: case.op.name(), kernel: "any".into(), label: case.label(), seed: args.seed, verdict }]
     })
 }
 
 /// The command that repeats a case, with the variables that say which kernels run and how they are watched.
 fn replay(device: &str, outcome: &Outcome, grad: bool) -> String {
     let grad = if grad { " --grad" } else { "" };
-    let set = |name: &&str| std::env::var(name).ok().map(|value| format!("{name}='{value}' "));
+    let quoted = |value: String| value.replace('\'', r"'\''");
+    let set = |name: &&str| std::env::var(name).ok().map(|value| format!("{name}='{}' ", quoted(value)));
     let variables: String =
         ["ESPALIER_SHADERS", "ESPALIER_SHADER_CHECKS", "ESPALIER_CUDA"].iter().filter_map(set).collect();
     let Outcome { op, label, seed, .. } = outcome;
@@ -185,7 +186,7 @@ fn summarize(device: &dyn Device, args: &Args, outcomes: &[Vec<Outcome>], second
             let Verdict::Failed(reason) = &outcome.verdict else { continue };
             summary.failures.push(Failure {
                 op: outcome.op,
-                kernel: outcome.kernel,
+                kernel: outcome.kernel.clone(),
                 case: outcome.label.clone(),
                 seed: outcome.seed,
                 reason: reason.clone(),

@@ -149,7 +149,7 @@ pub fn open(index: usize, adapter: &wgpu::Adapter) -> Result<Opened> {
         required.remove(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
     }
     let experimental_features = if cooperative_matrix > 0 {
-        // SAFETY: cooperative matrices are used only by shaders of ours (`shaders/coop.wgsl`), which are tested.
+        // SAFETY: cooperative matrices are used only by shaders of ours (`shaders/coop.wgsl`), which are tested on software Vulkan.
         unsafe { wgpu::ExperimentalFeatures::enabled() }
     } else {
         wgpu::ExperimentalFeatures::disabled()

@@ -148,8 +148,8 @@ impl Pipelines {
                     wgpu::ShaderRuntimeChecks { int_div_checks: true, ..wgpu::ShaderRuntimeChecks::unchecked() };
                 // SAFETY: these shaders reach past the end of no array: `Checks::Report` finds nothing in any case of the table,
                 // on all rungs, also in windows and without a bound on loops (tests/table.rs), and indices that are data are
-                // clamped. Matrix units that no adapter of the tests has index like their emulation, which is watched. Loops count to
-                // an extent.
+                // clamped. Matrix units that no adapter of the tests has index as their emulation does, or as newer software Vulkan
+                // does, where both are watched. Loops count to an extent.
                 unsafe { gpu.device.create_shader_module_trusted(descriptor, checks) }
             }
             _ => gpu.device.create_shader_module(descriptor),

@@ -4,7 +4,7 @@ use naga::valid::ModuleInfo;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kernel::{File, Part, assemble};
+use crate::kernel::{Constants, File, Part, assemble};
 
 /// One storage binding of an entry point.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,13 +21,10 @@ pub struct Slot {
 #[derive(Clone, Debug)]
 pub struct EntryPoint {
     pub name: String,
-    pub workgroup: [u32; 3],
     /// By binding index; only what the entry uses.
     pub slots: Vec<Slot>,
     /// Bytes of the parameter block up to the last word it reads; 0 when it reads none.
     pub parameter_bytes: u32,
-    /// Shared memory of one group.
-    pub workgroup_bytes: u32,
 }
 
 /// A kernel file, joined with the prelude of one element type, parsed and validated without a device.
@@ -51,16 +48,34 @@ impl Shader {
         };
         let module = naga::front::wgsl::parse_str(&source)
             .map_err(|e| refused(e.location(&source), e.emit_to_string(&source)))?;
-        let mut validator =
-            naga::valid::Validator::new(naga::valid::ValidationFlags::all(), naga::valid::Capabilities::all());
-        let info = validator.validate(&module).map_err(|e| refused(e.location(&source), e.emit_to_string(&source)))?;
+        let info =
+            validator().validate(&module).map_err(|e| refused(e.location(&source), e.emit_to_string(&source)))?;
         let entries = (0..module.entry_points.len()).map(|i| entry(&module, &info, i)).collect();
         Ok((Self { source, entries, parts }, module, info))
+    }
+
+    /// Invocations of a group, and bytes of the memory that they share, once `constants` are put in.
+    pub fn workgroup(&self, name: &str, constants: Constants) -> Result<(u32, u32)> {
+        let refused = |log: String| Error::Compile { kernel: name.into(), file: String::new(), line: 0, log };
+        let module = naga::front::wgsl::parse_str(&self.source).map_err(|e| refused(e.to_string()))?;
+        let info = validator().validate(&module).map_err(|e| refused(e.to_string()))?;
+        let constants = constants.iter().map(|(name, value)| (name.to_string(), *value)).collect();
+        let entry = Some((naga::ShaderStage::Compute, name));
+        let (module, _) = naga::back::pipeline_constants::process_overrides(&module, &info, entry, &constants)
+            .map_err(|e| refused(e.to_string()))?;
+        // What the entry does not reach is gone.
+        let shared = module.global_variables.iter().filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup);
+        let bytes = shared.map(|(_, v)| module.types[v.ty].inner.size(module.to_ctx())).sum();
+        Ok((module.entry_points.iter().map(|p| p.workgroup_size.iter().product::<u32>()).sum(), bytes))
     }
 
     pub fn entry(&self, name: &str) -> Option<&EntryPoint> {
         self.entries.iter().find(|e| e.name == name)
     }
+}
+
+fn validator() -> naga::valid::Validator {
+    naga::valid::Validator::new(naga::valid::ValidationFlags::all(), naga::valid::Capabilities::all())
 }
 
 /// The file and its line that a line of the joined source is; 0 is of no line in particular.
@@ -77,18 +92,11 @@ pub(super) fn compile_error(file: &str, log: String) -> Error {
 fn entry(module: &naga::Module, info: &ModuleInfo, index: usize) -> EntryPoint {
     let point = &module.entry_points[index];
     let uses = info.get_entry_point(index);
-    let mut found = EntryPoint {
-        name: point.name.clone(),
-        workgroup: point.workgroup_size,
-        slots: Vec::new(),
-        parameter_bytes: 0,
-        workgroup_bytes: 0,
-    };
+    let mut found = EntryPoint { name: point.name.clone(), slots: Vec::new(), parameter_bytes: 0 };
     for (handle, variable) in module.global_variables.iter() {
         if uses[handle].is_empty() {
             continue;
         }
-        let bytes = || module.types[variable.ty].inner.try_size(module.to_ctx()).unwrap_or(0);
         match (&variable.space, &variable.binding) {
             (naga::AddressSpace::Storage { access }, Some(binding)) => found.slots.push(Slot {
                 binding: binding.binding,
@@ -102,7 +110,6 @@ fn entry(module: &naga::Module, info: &ModuleInfo, index: usize) -> EntryPoint {
                 };
                 found.parameter_bytes = (0..64).rfind(reads).map_or(0, |slot| 4 * (slot + 1));
             }
-            (naga::AddressSpace::WorkGroup, _) => found.workgroup_bytes += bytes(),
             _ => {}
         }
     }

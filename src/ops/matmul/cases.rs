@@ -48,6 +48,12 @@ pub(super) fn cases() -> Vec<Case> {
                 cases.push(product(plain, &[], &[], size, dtype));
             }
         }
+        // Tiles of many shapes, several of each down and across.
+        for dtype in [DType::F32, DType::F16, DType::Bf16] {
+            for size in [[9, 580, 31], [150, 150, 31]] {
+                cases.push(product(plain, &[], &[], size, dtype));
+            }
+        }
         // Several tiles of 128x256 to a block of threads that walks over them, and batches with shared or own matrices.
         cases.push(product(plain, &[], &[], [264, 520, 264], DType::Bf16));
         cases.push(product(plain, &[3], &[3], [136, 72, 200], DType::F16));
